@@ -2,7 +2,10 @@
 //!
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
+pub mod device;
 pub mod error;
 pub mod job;
+pub mod kv;
+pub mod memory;
 pub mod model;
 pub mod rng;

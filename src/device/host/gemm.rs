@@ -1,0 +1,399 @@
+//! Matrix products over packed weights.
+//!
+//! `y[m, n] = bias[n] + sum_k x[m, k] * w[n, k]`, the sum in ascending k, one fused multiply-add per term.
+//!
+//! **Invariant:** an output element is one chain of fused multiply-adds over k, so its bits depend on its row of
+//! x, its column of w and the bias alone: not on how many rows are computed, on blocking, threads or the
+//! instruction set.
+//!
+//! Limit: 2 * rows * inputs * outputs operations at the processor's fused multiply-add rate. `examples` of the
+//! reached fraction: `scripts/bench.sh`.
+use rayon::prelude::*;
+
+use super::isa::{Isa, Kernel, Registers};
+use super::lanes::{LANES, Lanes};
+use super::shared::SharedMut;
+use crate::model::dtype::DType;
+
+/// Inputs per weight tile; panels are padded to a multiple of it.
+pub const TILE_INPUTS: usize = 64;
+
+/// Inputs whose weights are widened to f32 at a time: two panels of 16 outputs take 16 KiB of the first cache.
+const BLOCK_INPUTS: usize = 128;
+
+/// Below this many multiply-adds a product runs on the calling thread.
+const PARALLEL_WORK: usize = 1 << 16;
+
+/// Stored elements of a packed matrix, borrowed: panels of 16 outputs, each (inputs padded to 64, 16).
+#[derive(Clone, Copy)]
+pub struct Panels<'a> {
+    /// The panels' bytes.
+    pub data: &'a [u8],
+    /// Element type.
+    pub dtype: DType,
+    /// Input width (unpadded).
+    pub inputs: usize,
+    /// Output width (unpadded).
+    pub outputs: usize,
+}
+
+impl Panels<'_> {
+    /// Elements of one panel.
+    pub fn panel_elements(inputs: usize) -> usize {
+        inputs.next_multiple_of(TILE_INPUTS) * LANES
+    }
+
+    /// Bytes of a whole packed matrix.
+    pub fn packed_bytes(inputs: usize, outputs: usize, dtype: DType) -> usize {
+        outputs.div_ceil(LANES) * Self::panel_elements(inputs) * dtype.size()
+    }
+
+    fn panel(&self, index: usize) -> &[u8] {
+        let bytes = Self::panel_elements(self.inputs) * self.dtype.size();
+        &self.data[index * bytes..(index + 1) * bytes]
+    }
+}
+
+/// Rows of activations in the order that the kernels read them: groups of `tile_rows` rows, each group
+/// (inputs, rows in the group).
+pub struct PackedRows<'a> {
+    data: &'a [f32],
+    rows: usize,
+    inputs: usize,
+    tile_rows: usize,
+}
+
+impl<'a> PackedRows<'a> {
+    /// Packs `x` (rows, inputs) into `scratch`, which holds as many elements.
+    pub fn pack(isa: Isa, x: &[f32], rows: usize, inputs: usize, scratch: &'a mut [f32]) -> Self {
+        let tile_rows = isa.tile_rows();
+        assert!(x.len() >= rows * inputs && scratch.len() >= rows * inputs);
+        let scratch = &mut scratch[..rows * inputs];
+        let pack = |(group, to): (usize, &mut [f32])| {
+            let first = group * tile_rows;
+            let count = tile_rows.min(rows - first);
+            for row in 0..count {
+                let from = &x[(first + row) * inputs..][..inputs];
+                for (k, &value) in from.iter().enumerate() {
+                    to[k * count + row] = value;
+                }
+            }
+        };
+        if rows * inputs < PARALLEL_WORK {
+            scratch.chunks_mut(tile_rows * inputs).enumerate().for_each(pack);
+        } else {
+            scratch.par_chunks_mut(tile_rows * inputs).enumerate().for_each(pack);
+        }
+        PackedRows { data: scratch, rows, inputs, tile_rows }
+    }
+}
+
+/// `y = x w^T + bias` for packed rows; `y` is (rows, outputs) row-major.
+pub fn linear(isa: Isa, x: &PackedRows<'_>, w: Panels<'_>, bias: Option<&[f32]>, y: &mut [f32]) {
+    assert_eq!(x.inputs, w.inputs);
+    assert!(y.len() >= x.rows * w.outputs, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
+    assert!(bias.is_none_or(|bias| bias.len() >= w.outputs));
+    let panels = w.outputs.div_ceil(LANES);
+    let y = SharedMut::new(y);
+    // Even, so that a task's panels pair up in the 512-bit tile.
+    let chunk = 2 * panels.div_ceil(2).div_ceil(8 * rayon::current_num_threads()).clamp(1, 16);
+    let task = |index: usize| {
+        let range = index * chunk..panels.min((index + 1) * chunk);
+        isa.run(Linear { x, w, bias, y: &y, panels: range });
+    };
+    let tasks = panels.div_ceil(chunk);
+    if x.rows * w.inputs * w.outputs < PARALLEL_WORK {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().for_each(task);
+    }
+}
+
+/// One task of [`linear`]: some panels, all rows.
+struct Linear<'a> {
+    x: &'a PackedRows<'a>,
+    w: Panels<'a>,
+    bias: Option<&'a [f32]>,
+    y: &'a SharedMut<'a, f32>,
+    panels: std::ops::Range<usize>,
+}
+
+impl Kernel for Linear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes, R: Registers>(self) {
+        assert_eq!(self.x.tile_rows, R::ROWS, "rows packed for another instruction set");
+        let mut widened = [0f32; 2 * BLOCK_INPUTS * LANES];
+        let mut panel = self.panels.start;
+        while panel < self.panels.end {
+            let vectors = R::VECTORS.min(self.panels.end - panel);
+            let mut k = 0;
+            while k < self.w.inputs {
+                let depth = BLOCK_INPUTS.min(self.w.inputs - k);
+                for v in 0..vectors {
+                    let from = &self.w.panel(panel + v)[k * LANES * self.w.dtype.size()..];
+                    let to = &mut widened[v * BLOCK_INPUTS * LANES..][..depth * LANES];
+                    // SAFETY: a panel holds at least `depth * LANES` elements from k on; the set is the caller's.
+                    unsafe { widen::<V>(from, self.w.dtype, to) };
+                }
+                // SAFETY: `widened` holds `vectors` panels of `depth` inputs; the set is the caller's.
+                unsafe {
+                    if vectors == 2 {
+                        self.block::<V, 2>(panel, k, depth, &widened);
+                    } else {
+                        self.block::<V, 1>(panel, k, depth, &widened);
+                    }
+                }
+                k += depth;
+            }
+            panel += vectors;
+        }
+    }
+}
+
+impl Linear<'_> {
+    /// All rows against `N` widened panels, inputs `k .. k + depth`.
+    #[inline(always)]
+    unsafe fn block<V: Lanes, const N: usize>(
+        &self,
+        panel: usize,
+        k: usize,
+        depth: usize,
+        widened: &[f32],
+    ) {
+        let tile_rows = self.x.tile_rows;
+        let outputs = self.w.outputs;
+        let column = panel * LANES;
+        let width = (outputs - column).min(N * LANES);
+        // Bias first, then the terms: the chain starts at the bias.
+        let mut start = [0f32; 2 * LANES];
+        if let (Some(bias), 0) = (self.bias, k) {
+            start[..width].copy_from_slice(&bias[column..column + width]);
+        }
+        let b: [*const f32; N] = std::array::from_fn(|v| widened[v * BLOCK_INPUTS * LANES..].as_ptr());
+        let mut first = 0;
+        while first < self.x.rows {
+            let count = tile_rows.min(self.x.rows - first);
+            let group = &self.x.data[first * self.x.inputs..][k * count..];
+            let mut row = 0;
+            while row < count {
+                let rows = register_rows(count - row, tile_rows);
+                let a = Strided { start: group[row..].as_ptr(), stride: count };
+                let tile = Tile { depth, a, b, from_memory: k > 0, start: &start, width };
+                // SAFETY: `a` reads elements row .. row + rows of `depth` groups of `count`; `b` `depth * 16`
+                // elements each; the output rows lie in `y` and these columns belong to this task alone.
+                unsafe {
+                    let c = self.y.at((first + row) * outputs + column);
+                    tile.run::<V>(rows, c, outputs);
+                }
+                row += rows;
+            }
+            first += count;
+        }
+    }
+}
+
+/// The largest register tile that `rows` rows fill.
+#[inline(always)]
+pub fn register_rows(rows: usize, tile_rows: usize) -> usize {
+    if rows >= tile_rows {
+        tile_rows
+    } else if rows >= 8 {
+        8
+    } else if rows >= 4 {
+        4
+    } else if rows >= 2 {
+        2
+    } else {
+        1
+    }
+}
+
+/// A column-major operand: element (k, m) at `start + k * stride + m`.
+#[derive(Clone, Copy)]
+pub struct Strided {
+    /// Element (0, 0).
+    pub start: *const f32,
+    /// Elements from one k to the next.
+    pub stride: usize,
+}
+
+/// A register tile: some rows by `N` vectors over `depth` inputs.
+pub struct Tile<'a, const N: usize> {
+    /// Terms of the sum.
+    pub depth: usize,
+    /// Rows.
+    pub a: Strided,
+    /// Vectors: 16 consecutive outputs per input.
+    pub b: [*const f32; N],
+    /// Go on from what the output holds rather than from `start`.
+    pub from_memory: bool,
+    /// Where the sums start.
+    pub start: &'a [f32; 2 * LANES],
+    /// Outputs that exist, at most `16 * N`.
+    pub width: usize,
+}
+
+impl<const N: usize> Tile<'_, N> {
+    /// Computes `rows` (1, 2, 4, 6, 8 or 14) rows into `c`, whose rows are `stride` apart.
+    ///
+    /// # Safety
+    /// `a`, `b` and `c` are valid for the extents that the fields name; `V`'s instruction set exists.
+    #[inline(always)]
+    pub unsafe fn run<V: Lanes>(&self, rows: usize, c: *mut f32, stride: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match rows {
+                1 => self.rows::<V, 1>(c, stride),
+                2 => self.rows::<V, 2>(c, stride),
+                4 => self.rows::<V, 4>(c, stride),
+                6 => self.rows::<V, 6>(c, stride),
+                8 => self.rows::<V, 8>(c, stride),
+                14 => self.rows::<V, 14>(c, stride),
+                _ => unreachable!("no register tile of {rows} rows"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows<V: Lanes, const M: usize>(&self, c: *mut f32, stride: usize) {
+        // SAFETY: passed on from the caller; partial vectors go through a buffer of full width.
+        unsafe {
+            let full = self.width == N * LANES;
+            let mut sums = [[V::splat(0.0); N]; M];
+            for m in 0..M {
+                for v in 0..N {
+                    let at = c.add(m * stride + v * LANES);
+                    sums[m][v] = if !self.from_memory {
+                        V::load(self.start.as_ptr().add(v * LANES))
+                    } else if full {
+                        V::load(at)
+                    } else {
+                        let mut buffer = [0f32; LANES];
+                        let count = self.width.saturating_sub(v * LANES).min(LANES);
+                        std::ptr::copy_nonoverlapping(at, buffer.as_mut_ptr(), count);
+                        V::load(buffer.as_ptr())
+                    };
+                }
+            }
+            let mut a = self.a.start;
+            let mut b = self.b;
+            for _ in 0..self.depth {
+                let mut w = [V::splat(0.0); N];
+                for v in 0..N {
+                    w[v] = V::load(b[v]);
+                    b[v] = b[v].add(LANES);
+                }
+                for m in 0..M {
+                    let x = V::splat(*a.add(m));
+                    for v in 0..N {
+                        sums[m][v] = x.fma(w[v], sums[m][v]);
+                    }
+                }
+                a = a.add(self.a.stride);
+            }
+            for m in 0..M {
+                for v in 0..N {
+                    let at = c.add(m * stride + v * LANES);
+                    if full {
+                        sums[m][v].store(at);
+                    } else {
+                        let buffer = sums[m][v].to_array();
+                        let count = self.width.saturating_sub(v * LANES).min(LANES);
+                        std::ptr::copy_nonoverlapping(buffer.as_ptr(), at, count);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Widens stored elements to f32; `to.len()` is a multiple of 16.
+///
+/// # Safety
+/// `V`'s instruction set exists.
+#[inline(always)]
+pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
+    assert!(from.len() >= to.len() * dtype.size() && to.len().is_multiple_of(LANES));
+    let mut i = 0;
+    while i < to.len() {
+        // SAFETY: i + 16 <= to.len(), and `from` holds as many elements (asserted above).
+        unsafe {
+            let at = from.as_ptr().add(i * dtype.size());
+            let values = match dtype {
+                DType::F32 => V::load(at.cast()),
+                DType::Bf16 => V::load_bf16(at.cast()),
+                DType::F16 => V::load_f16(at.cast()),
+            };
+            values.store(to.as_mut_ptr().add(i));
+        }
+        i += LANES;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Philox;
+
+    /// Packs row-major (outputs, inputs) elements into panels.
+    pub fn pack(w: &[f32], inputs: usize, outputs: usize, dtype: DType) -> Vec<u8> {
+        let mut data = vec![0u8; Panels::packed_bytes(inputs, outputs, dtype)];
+        for n in 0..outputs {
+            for k in 0..inputs {
+                let at = (n / LANES * Panels::panel_elements(inputs) + k * LANES + n % LANES) * dtype.size();
+                let value = w[n * inputs + k];
+                match dtype {
+                    DType::F32 => data[at..at + 4].copy_from_slice(&value.to_le_bytes()),
+                    DType::Bf16 => data[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+                    DType::F16 => data[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+                }
+            }
+        }
+        data
+    }
+
+    fn normals(seed: u64, count: usize) -> Vec<f32> {
+        (0..count.div_ceil(4) as u64).flat_map(|i| Philox::new(seed, 0).normals(i)).take(count).collect()
+    }
+
+    fn round(value: f32, dtype: DType) -> f32 {
+        match dtype {
+            DType::F32 => value,
+            DType::Bf16 => half::bf16::from_f32(value).to_f32(),
+            DType::F16 => half::f16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// Every instruction set, dtype, row count and odd width gives the bits of the plain chain.
+    #[test]
+    fn equals_the_chain_of_fused_multiply_adds() {
+        for (inputs, outputs) in [(1, 1), (20, 17), (64, 16), (130, 48), (300, 81)] {
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                let rows = 31;
+                let (x, w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
+                let bias = normals(3, outputs);
+                let data = pack(&w, inputs, outputs, dtype);
+                let expected: Vec<f32> = (0..rows * outputs)
+                    .map(|i| {
+                        let (m, n) = (i / outputs, i % outputs);
+                        let terms = (0..inputs).map(|k| (x[m * inputs + k], round(w[n * inputs + k], dtype)));
+                        terms.fold(bias[n], |sum, (x, w)| x.mul_add(w, sum))
+                    })
+                    .collect();
+                for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                    for some in [1, 2, 3, 5, 6, 7, 13, 14, 15, 31] {
+                        let mut scratch = vec![0.0; some * inputs];
+                        let packed = PackedRows::pack(isa, &x, some, inputs, &mut scratch);
+                        let mut y = vec![f32::NAN; some * outputs];
+                        let panels = Panels { data: &data, dtype, inputs, outputs };
+                        linear(isa, &packed, panels, Some(&bias), &mut y);
+                        let same = y.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same, "{isa:?} {dtype} {some} rows, {inputs} inputs, {outputs} outputs");
+                    }
+                }
+            }
+        }
+    }
+}

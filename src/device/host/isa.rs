@@ -1,0 +1,124 @@
+//! Which instruction set runs the kernels, chosen once at run time.
+//!
+//! **Invariant:** a kernel body runs for an instruction set only after the processor said that it has it.
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{Avx2, Avx512};
+use super::lanes::{Lanes, Portable};
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Any processor.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+}
+
+/// A kernel body, generic over the vector type.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Runs the body.
+    ///
+    /// # Safety
+    /// `V`'s instruction set must exist; implementations must be `#[inline(always)]` so that they are compiled
+    /// with it.
+    unsafe fn run<V: Lanes, R: Registers>(self) -> Self::Output;
+}
+
+/// How large a matrix product's register tile is on an instruction set.
+pub trait Registers {
+    /// Rows of a full tile: 8 with plain code and 6 or 12 rows otherwise fill the register file.
+    const ROWS: usize;
+    /// Vectors per row.
+    const VECTORS: usize;
+}
+
+/// Register tile of 512-bit code: 28 accumulators of 32 registers.
+pub struct Wide;
+impl Registers for Wide {
+    const ROWS: usize = 14;
+    const VECTORS: usize = 2;
+}
+
+/// Register tile of 256-bit code: 12 accumulators of 16 registers.
+pub struct Narrow;
+impl Registers for Narrow {
+    const ROWS: usize = 6;
+    const VECTORS: usize = 1;
+}
+
+impl Isa {
+    /// The best set that this processor has.
+    pub fn detect() -> Isa {
+        Isa::all().into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+    }
+
+    /// All sets, slowest first.
+    pub fn all() -> [Isa; 3] {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512]
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Rows of a full register tile.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            Isa::Avx512 => Wide::ROWS,
+            Isa::Avx2 | Isa::Portable => Narrow::ROWS,
+        }
+    }
+
+    /// Runs `kernel` compiled for this set.
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        assert!(self.is_available(), "{self:?} kernels on a processor without it");
+        match self {
+            // SAFETY: plain code runs everywhere.
+            Isa::Portable => unsafe { kernel.run::<Portable, Narrow>() },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: availability was asserted above.
+            Isa::Avx2 => unsafe { run_avx2(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: availability was asserted above.
+            Isa::Avx512 => unsafe { run_avx512(kernel) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("not available"),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function is only entered where the set exists.
+    unsafe { kernel.run::<Avx2, Narrow>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function is only entered where the set exists.
+    unsafe { kernel.run::<Avx512, Wide>() }
+}
