@@ -9,3 +9,5 @@ pub mod kv;
 pub mod memory;
 pub mod model;
 pub mod rng;
+pub mod executor;
+pub mod schedule;

@@ -4,12 +4,14 @@
 //! alone, never on which rows share the call. A device knows no policy and no schedule.
 
 pub mod host;
+pub mod sampling;
 
 use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
+use sampling::{Draw, Drawn};
 
 /// A packed weight matrix: panels of 16 outputs, each (inputs padded to 64, 16), in the device's memory.
 pub struct Matrix<B> {
@@ -100,7 +102,8 @@ pub trait Device: Send + Sync {
         &self,
         x: &Self::Buffer,
         rows: usize,
-        w: &Linear<Self::Buffer>,
+        w: &Matrix<Self::Buffer>,
+        bias: Option<&Self::Buffer>,
         scratch: &mut Self::Buffer,
         y: &mut Self::Buffer,
     );
@@ -142,16 +145,8 @@ pub trait Device: Send + Sync {
     /// Copies all layers of page `from` to page `to`.
     fn copy_page(&self, kv: &mut Self::Kv, from: PageId, to: PageId);
 
-    /// Lets the host read the leading `elements` of a buffer.
-    fn read<'a>(&self, x: &'a Self::Buffer, elements: usize) -> std::borrow::Cow<'a, [f32]>;
-}
-
-/// A linear layer in the device's memory.
-pub struct Linear<B> {
-    /// The weight.
-    pub weight: Matrix<B>,
-    /// One f32 per output.
-    pub bias: Option<B>,
+    /// Answers each draw from its row of `logits`, (rows, vocab_size).
+    fn sample(&self, logits: &Self::Buffer, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn>;
 }
 
 /// A normalisation's parameters in the device's memory, f32.

@@ -7,9 +7,8 @@ pub mod load;
 pub mod rotary;
 pub mod size;
 
-use std::ops::Range;
-
 use crate::device::Device;
+use crate::device::sampling::{Draw, Drawn};
 use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::PageId;
@@ -18,7 +17,7 @@ use crate::model::config::ModelConfig;
 use crate::schedule::Pass;
 use load::Weights;
 use rotary::RotaryTables;
-use size::{Capacity, Sizes};
+use size::{Capacity, Shape, Sizes};
 
 /// A loaded model, its KV cache and the activations of one pass.
 pub struct Executor<D: Device> {
@@ -45,14 +44,15 @@ struct Buffers<B> {
 }
 
 impl<D: Device> Executor<D> {
-    /// Allocates everything of `capacity` on `device` and loads the weights, reporting bytes as they are done.
+    /// Allocates everything of `shape` on `device` and loads the weights, reporting bytes as they are done.
     ///
     /// # Errors
     /// Whatever reading the model's tensors gives.
-    pub fn new(mut device: D, model: &Model, layout: KvLayout, capacity: Capacity, on_load: &dyn Fn(u64)) -> Result<Self> {
+    pub fn new(mut device: D, model: &Model, shape: Shape, on_load: &dyn Fn(u64)) -> Result<Self> {
+        let Shape { weights, layout, capacity } = shape;
         let config = model.config.clone();
         let sizes = Sizes::new(&config, &model.source, &capacity);
-        let weights = load::load(&mut device, model, on_load)?;
+        let weights = load::load(&mut device, model, weights, on_load)?;
         let memory = device.allocate(capacity.pages * layout.page_bytes())?;
         let kv = device.kv_cache(memory, layout, capacity.pages);
         let mut buffer = |elements: usize| device.allocate(elements * size_of::<f32>());
@@ -81,22 +81,29 @@ impl<D: Device> Executor<D> {
         self.device.copy_page(&mut self.kv, from, to);
     }
 
-    /// Computes a pass: appends its keys and values to their pages, then hands the logits of `pass.outputs` to
-    /// `on_logits` in blocks: indices into `pass.outputs`, and as many rows of `vocab_size` logits.
-    pub fn run(&mut self, pass: &Pass, mut on_logits: impl FnMut(Range<usize>, &[f32]) -> Result<()>) -> Result<()> {
+    /// Computes a pass: appends its keys and values to their pages and answers `draws`, which are in ascending
+    /// order of their rows.
+    pub fn run(&mut self, pass: &Pass, draws: &[Draw]) -> Vec<Drawn> {
         assert!(pass.rows() <= self.capacity.rows, "{} rows in a pass of {}", pass.rows(), self.capacity.rows);
+        assert!(draws.is_sorted_by_key(|draw| draw.row));
         self.rotary.prepare(pass);
         self.embed(pass);
         for layer in 0..self.config.num_layers {
             self.layer(layer, pass);
         }
-        let mut done = 0;
-        for rows in pass.outputs.chunks(self.capacity.logit_rows) {
+        let mut drawn = Vec::with_capacity(draws.len());
+        let mut rows: Vec<usize> = draws.iter().map(|draw| draw.row).collect();
+        rows.dedup();
+        let mut rest = draws;
+        for rows in rows.chunks(self.capacity.logit_rows) {
             self.head(rows);
-            let logits = self.device.read(&self.buffers.logits, rows.len() * self.config.vocab_size);
-            on_logits(done..done + rows.len(), &logits)?;
-            done += rows.len();
+            let count = rest.partition_point(|draw| draw.row <= rows[rows.len() - 1]);
+            let (block, others) = rest.split_at(count);
+            rest = others;
+            let within = |draw: &Draw| rows.binary_search(&draw.row).expect("rows are those of the draws");
+            let block: Vec<(usize, &Draw)> = block.iter().map(|draw| (within(draw), draw)).collect();
+            drawn.extend(self.device.sample(&self.buffers.logits, self.config.vocab_size, &block));
         }
-        Ok(())
+        drawn
     }
 }

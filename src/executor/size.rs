@@ -7,6 +7,7 @@ use crate::kv::layout::KvLayout;
 use crate::memory::arena::aligned;
 use crate::model::Model;
 use crate::model::config::ModelConfig;
+use crate::model::dtype::DType;
 use crate::model::source::ModelSource;
 
 /// What a pass and the cache can hold.
@@ -18,6 +19,17 @@ pub struct Capacity {
     pub logit_rows: usize,
     /// Pages of the KV cache.
     pub pages: usize,
+}
+
+/// What decides how much memory an executor takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Store matrices in this dtype rather than the checkpoint's.
+    pub weights: Option<DType>,
+    /// How the KV cache is laid out.
+    pub layout: KvLayout,
+    /// What a pass and the cache can hold.
+    pub capacity: Capacity,
 }
 
 /// Elements of each activation buffer.
@@ -66,8 +78,8 @@ impl Sizes {
 }
 
 /// Bytes of the packed weights.
-pub fn weight_bytes(model: &Model) -> usize {
-    super::load::matrices(model)
+pub fn weight_bytes(model: &Model, weights: Option<DType>) -> usize {
+    super::load::matrices(model, weights)
         .iter()
         .map(|matrix| {
             let packed = Panels::packed_bytes(matrix.linear.inputs, matrix.linear.outputs, matrix.dtype);
@@ -79,7 +91,8 @@ pub fn weight_bytes(model: &Model) -> usize {
 }
 
 /// Bytes of everything: weights, KV cache, activations.
-pub fn total_bytes(model: &Model, layout: &KvLayout, capacity: &Capacity) -> usize {
-    let activations = Sizes::new(&model.config, &model.source, capacity).bytes();
-    weight_bytes(model) + aligned(capacity.pages * layout.page_bytes()) + activations
+pub fn total_bytes(model: &Model, shape: &Shape) -> usize {
+    let activations = Sizes::new(&model.config, &model.source, &shape.capacity).bytes();
+    let kv = aligned(shape.capacity.pages * shape.layout.page_bytes());
+    weight_bytes(model, shape.weights) + kv + activations
 }

@@ -61,6 +61,11 @@ impl PagePool {
         *holders += 1;
     }
 
+    /// Whether a page has several holders, so that nobody may write to it.
+    pub fn is_shared(&self, page: PageId) -> bool {
+        self.holders[page as usize] > 1
+    }
+
     /// Drops a holder; the last one frees the page.
     pub fn release(&mut self, page: PageId) {
         let holders = &mut self.holders[page as usize];

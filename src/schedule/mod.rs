@@ -16,8 +16,6 @@ pub struct Pass {
     pub rope_lens: Vec<u32>,
     /// Which rows continue which sequence.
     pub segments: Vec<Segment>,
-    /// Rows whose logits are wanted, ascending.
-    pub outputs: Vec<usize>,
 }
 
 /// A sequence's next tokens, to be put into a pass.
@@ -39,7 +37,6 @@ impl Pass {
         self.positions.clear();
         self.rope_lens.clear();
         self.segments.clear();
-        self.outputs.clear();
     }
 
     /// Rows so far.

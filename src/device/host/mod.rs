@@ -10,14 +10,14 @@ pub mod isa;
 mod lanes;
 mod math;
 mod rows;
+mod sample;
 mod shared;
-pub mod softmax;
+mod softmax;
 
-use std::borrow::Cow;
+use rayon::prelude::*;
 
-use bytemuck::cast_slice;
-
-use super::{AttentionSpan, Device, HeadNorms, Heads, Linear, Matrix, NormParameters, Rotation};
+use super::sampling::{Draw, Drawn};
+use super::{AttentionSpan, Device, HeadNorms, Heads, Matrix, NormParameters, Rotation};
 use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
@@ -113,10 +113,17 @@ impl Device for Host {
         rows::norm(self.isa, parameters.norm, x, weight, bias, out);
     }
 
-    fn linear(&self, x: &Region, rows: usize, w: &Linear<Region>, scratch: &mut Region, y: &mut Region) {
-        let x = PackedRows::pack(self.isa, x.as_slice(), rows, w.weight.inputs, scratch.as_mut_slice());
-        let bias = w.bias.as_ref().map(|bias| bias.as_slice::<f32>());
-        gemm::linear(self.isa, &x, panels(&w.weight), bias, y.as_mut_slice());
+    fn linear(
+        &self,
+        x: &Region,
+        rows: usize,
+        w: &Matrix<Region>,
+        bias: Option<&Region>,
+        scratch: &mut Region,
+        y: &mut Region,
+    ) {
+        let x = PackedRows::pack(self.isa, x.as_slice(), rows, w.inputs, scratch.as_mut_slice());
+        gemm::linear(self.isa, &x, panels(w), bias.map(|bias| bias.as_slice()), y.as_mut_slice());
     }
 
     fn norm_heads(&self, qkv: &mut Region, rows: usize, heads: Heads, norms: &HeadNorms<Region>) {
@@ -161,7 +168,11 @@ impl Device for Host {
         }
     }
 
-    fn read<'a>(&self, x: &'a Region, elements: usize) -> Cow<'a, [f32]> {
-        Cow::Borrowed(&cast_slice(x.bytes())[..elements])
+    fn sample(&self, logits: &Region, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn> {
+        let logits = logits.as_slice::<f32>();
+        draws
+            .par_iter()
+            .map(|(row, draw)| sample::draw(self.isa, &logits[row * vocab_size..][..vocab_size], draw))
+            .collect()
     }
 }

@@ -1,0 +1,201 @@
+//! Which prompts and samples may run now.
+//!
+//! **Invariant:** pages and places are promised before a sequence begins. A prompt with several samples either
+//! reserves for all of them, or begins alone and keeps new prompts out until its last sample has begun; so samples
+//! that wait are of one prompt at most, and there is always one that fits.
+
+use std::collections::HashMap;
+
+use super::prepare::{Prepared, Work};
+use super::sample::{Rules, Sample};
+use super::sequence::{Begin, Job, PromptState, Sequence, prompt_scores};
+use super::Engine;
+use crate::device::Device;
+use crate::error::Result;
+use crate::job::Writer;
+use crate::job::request::FinishReason;
+use crate::kv::layout::PAGE_POSITIONS;
+
+impl<D: Device> Engine<'_, D> {
+    /// Takes a line in: errors are answered at once, prompts wait for admission.
+    pub(super) fn accept(&mut self, prepared: Prepared, writer: &mut Writer) -> Result<()> {
+        let Prepared { header, work } = prepared;
+        let work = match work {
+            Ok(work) => work,
+            Err(error) => return self.fail(&header, &error, writer),
+        };
+        let Work { request, prompts, partial } = work;
+        let rules = Rules::new(request.clone(), &self.model.config.eos_token_ids);
+        let index = header.index;
+        let mut known: HashMap<(u32, u32), _> =
+            partial.into_iter().map(|sample| ((sample.prompt, sample.sample), sample.tokens)).collect();
+        let scored = prompt_scores(&rules).is_some();
+        let mut job = Job { header, rules, prompts: Vec::new(), open: 0, error: None };
+        for (prompt_index, prompt) in prompts.into_iter().enumerate() {
+            let n = request.sampling.n;
+            let mut samples: Vec<Option<Sample>> = (0..n).map(|_| None).collect();
+            let mut begin = Vec::new();
+            for sample_index in 0..n {
+                let mut sample =
+                    Sample::new(&job.rules, self.model, prompt_index, &prompt.tokens, sample_index, prompt.max_tokens);
+                for token in known.remove(&(prompt_index as u32, sample_index)).unwrap_or_default() {
+                    if sample.finish.is_none() {
+                        sample.accept(token, &job.rules, self.model)?;
+                    }
+                }
+                sample.journalled = sample.tokens.len();
+                if prompt.max_tokens == 0 {
+                    sample.finish = Some((FinishReason::Length, None));
+                }
+                if sample.finish.is_some() {
+                    samples[sample_index as usize] = Some(sample);
+                } else {
+                    begin.push(sample);
+                }
+            }
+            job.open += begin.len() + usize::from(scored);
+            let scores = vec![None; if scored { prompt.tokens.len() } else { 0 }];
+            job.prompts.push(PromptState { prompt, scores, samples });
+            if scored || !begin.is_empty() {
+                self.pending.push_back(Begin { job: index, prompt: prompt_index, samples: begin });
+            }
+        }
+        if job.open == 0 {
+            return self.finish(job, writer);
+        }
+        self.jobs.insert(index, job);
+        Ok(())
+    }
+
+    /// Begins what there is room for, in order.
+    pub(super) fn admit(&mut self) {
+        while let Some(sequence) = self.waiting.front() {
+            if self.places() == 0 || self.free_pages() < sequence.reserved {
+                return;
+            }
+            let sequence = self.waiting.pop_front().expect("front exists");
+            self.reserved += sequence.reserved;
+            self.active.push(sequence);
+        }
+        // Siblings that will wait for room keep new prompts out.
+        if self.active.iter().any(|sequence| !sequence.siblings.is_empty() && sequence.sibling_pages.is_none()) {
+            return;
+        }
+        while let Some(begin) = self.pending.front() {
+            let job = &self.jobs[&begin.job];
+            let prompt = &job.prompts[begin.prompt].prompt;
+            let shared = prompt.tokens.len() / PAGE_POSITIONS;
+            let siblings = begin.samples.len().saturating_sub(1);
+            let own = Sequence::pages_beyond(shared, prompt);
+            let alone = shared + own + usize::from(siblings > 0);
+            let together = shared + own * (siblings + 1) + usize::from(siblings > 0);
+            let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
+            let sibling_pages = if fits(together, siblings + 1) {
+                Some(own)
+            } else if siblings > 0 && self.active.is_empty() && fits(alone, 1) {
+                None
+            } else {
+                return;
+            };
+            let begin = self.pending.pop_front().expect("front exists");
+            self.begin(begin, sibling_pages, alone);
+        }
+    }
+
+    fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
+        let Begin { job, prompt, samples } = begin;
+        let prompt_tokens = &self.jobs[&job].prompts[prompt].prompt.tokens;
+        let mut samples = samples.into_iter();
+        let sample = samples.next();
+        let mut tokens = prompt_tokens.clone();
+        tokens.extend(sample.iter().flat_map(|sample| &sample.tokens).map(|token| token.id));
+        let siblings: Vec<Sample> = samples.collect();
+        self.counts.prompt_tokens += prompt_tokens.len() as u64;
+        self.reserved += reserved + sibling_pages.unwrap_or(0) * siblings.len();
+        self.promised_places += if sibling_pages.is_some() { siblings.len() } else { 0 };
+        self.active.push(Sequence {
+            job,
+            prompt,
+            prompt_len: prompt_tokens.len(),
+            tokens,
+            computed: 0,
+            pages: Vec::new(),
+            reserved,
+            leads: true,
+            sample,
+            siblings,
+            sibling_pages,
+        });
+    }
+
+    /// Starts the siblings of a sequence whose prompt has just been computed: each takes a share of its pages.
+    pub(super) fn start_siblings(&mut self, leader: usize) {
+        let siblings = std::mem::take(&mut self.active[leader].siblings);
+        for sample in siblings {
+            let leader = &self.active[leader];
+            let prompt = &self.jobs[&leader.job].prompts[leader.prompt].prompt;
+            let pages: Vec<_> = leader.pages[..leader.prompt_len.div_ceil(PAGE_POSITIONS)].to_vec();
+            let mut tokens = prompt.tokens.clone();
+            tokens.extend(sample.tokens.iter().map(|token| token.id));
+            let sequence = Sequence {
+                job: leader.job,
+                prompt: leader.prompt,
+                tokens,
+                prompt_len: leader.prompt_len,
+                computed: leader.prompt_len,
+                reserved: Sequence::pages_beyond(leader.prompt_len / PAGE_POSITIONS, prompt),
+                pages,
+                leads: false,
+                sample: Some(sample),
+                siblings: Vec::new(),
+                sibling_pages: None,
+            };
+            sequence.pages.iter().for_each(|&page| self.pool.share(page));
+            self.counts.prompt_tokens += sequence.prompt_len as u64;
+            self.counts.shared_tokens += sequence.prompt_len as u64;
+            if leader.sibling_pages.is_some() {
+                self.promised_places -= 1;
+                self.active.push(sequence);
+            } else {
+                self.waiting.push_back(sequence);
+            }
+        }
+    }
+
+    /// Makes the pages that positions `from .. to` of a sequence are written to its own.
+    pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) {
+        let sequence = &mut self.active[index];
+        for page in from / PAGE_POSITIONS..to.div_ceil(PAGE_POSITIONS) {
+            if page == sequence.pages.len() {
+                sequence.pages.push(self.pool.take());
+            } else if self.pool.is_shared(sequence.pages[page]) {
+                let own = self.pool.take();
+                self.executor.copy_page(sequence.pages[page], own);
+                self.pool.release(std::mem::replace(&mut sequence.pages[page], own));
+            } else {
+                continue;
+            }
+            sequence.reserved -= 1;
+            self.reserved -= 1;
+        }
+    }
+
+    /// Gives back everything that a sequence holds.
+    pub(super) fn release(&mut self, sequence: &Sequence) {
+        sequence.pages.iter().for_each(|&page| self.pool.release(page));
+        self.reserved -= sequence.reserved;
+        // Siblings that never began, because the request failed.
+        if let Some(pages) = sequence.sibling_pages {
+            self.reserved -= pages * sequence.siblings.len();
+            self.promised_places -= sequence.siblings.len();
+        }
+    }
+
+    fn free_pages(&self) -> usize {
+        self.pool.free() - self.reserved
+    }
+
+    pub(super) fn places(&self) -> usize {
+        self.batch.sequences.saturating_sub(self.active.len() + self.promised_places)
+    }
+}

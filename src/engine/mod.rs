@@ -1,0 +1,228 @@
+//! Requests in, passes through the executor, answers out.
+//!
+//! **Invariant:** which sequences share a pass decides speed alone: a sample depends on its prompt, its rules and
+//! its own tokens.
+
+mod admission;
+mod prepare;
+mod sample;
+mod sequence;
+mod step;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::executor::Executor;
+use crate::job::request::{LineError, SampledToken};
+use crate::job::{Reader, Writer};
+use crate::kv::pages::PagePool;
+use crate::model::Model;
+use crate::schedule::Pass;
+use prepare::{Prepared, Room};
+use sequence::{Begin, Job, Sequence};
+
+/// How much is computed together: placement, so it changes no token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Sequences in flight.
+    pub sequences: usize,
+    /// Prompt tokens in a pass.
+    pub chunk_tokens: usize,
+}
+
+/// What the engine counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Lines answered with a completion, in this process.
+    pub succeeded: u64,
+    /// Lines answered with an error, in this process.
+    pub failed: u64,
+    /// Tokens of prompts whose computation began, each sample's prompt counted once.
+    pub prompt_tokens: u64,
+    /// Prompt tokens that further samples took from the first.
+    pub shared_tokens: u64,
+    /// Rows computed.
+    pub computed_tokens: u64,
+    /// Tokens sampled.
+    pub generated_tokens: u64,
+    /// Trips over the layers.
+    pub passes: u64,
+    /// Sequences in flight now.
+    pub in_flight: u64,
+}
+
+/// Called after every pass.
+pub type Observer<'a> = &'a mut dyn FnMut(&Counts);
+
+/// Runs requests on a loaded model.
+pub struct Engine<'m, D: Device> {
+    model: &'m Model,
+    executor: Executor<D>,
+    pool: PagePool,
+    batch: Batch,
+    /// Being computed.
+    active: Vec<Sequence>,
+    /// Samples whose prompt is computed, in order of arrival; they go before new prompts.
+    waiting: VecDeque<Sequence>,
+    /// Prompts of accepted requests, not begun.
+    pending: VecDeque<Begin>,
+    jobs: HashMap<u64, Job>,
+    /// Pages promised to active sequences and not taken yet.
+    reserved: usize,
+    /// Places among the active that are promised to siblings.
+    promised_places: usize,
+    pass: Pass,
+    counts: Counts,
+    journalled: Instant,
+}
+
+impl<'m, D: Device> Engine<'m, D> {
+    /// An engine over a loaded model.
+    pub fn new(model: &'m Model, executor: Executor<D>, batch: Batch) -> Self {
+        let pool = PagePool::new(executor.capacity().pages);
+        Engine {
+            model,
+            executor,
+            pool,
+            batch,
+            active: Vec::new(),
+            waiting: VecDeque::new(),
+            pending: VecDeque::new(),
+            jobs: HashMap::new(),
+            reserved: 0,
+            promised_places: 0,
+            pass: Pass::default(),
+            counts: Counts::default(),
+            journalled: Instant::now(),
+        }
+    }
+
+    /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] on a signal, with everything so far in the journal; errors of reading and writing.
+    pub fn run(
+        &mut self,
+        reader: Reader,
+        writer: &mut Writer,
+        signal: &AtomicI32,
+        observe: Observer<'_>,
+    ) -> Result<Counts> {
+        let room = Room { context_len: self.model.config.context_len, pages: self.pool.len() };
+        std::thread::scope(|scope| {
+            let lines = prepare::spawn(scope, reader, self.model, room);
+            let result = self.work(&lines, writer, signal, observe);
+            // Whatever ended the run, what was sampled goes into the journal.
+            let saved = self.journal(writer);
+            result.and(saved).map(|()| self.counts)
+        })
+    }
+
+    fn work(
+        &mut self,
+        lines: &Receiver<Result<Prepared>>,
+        writer: &mut Writer,
+        signal: &AtomicI32,
+        observe: Observer<'_>,
+    ) -> Result<()> {
+        let mut more = true;
+        loop {
+            match signal.load(Ordering::Relaxed) {
+                0 => {}
+                number => return Err(Error::Stopped { signal: signal_name(number) }),
+            }
+            self.admit();
+            while more && self.wants_lines() {
+                match self.next_line(lines) {
+                    Next::Line(prepared) => self.accept(prepared?, writer)?,
+                    Next::NotYet => break,
+                    Next::End => more = false,
+                }
+                self.admit();
+            }
+            if self.active.is_empty() {
+                if !more && self.pending.is_empty() {
+                    return Ok(());
+                }
+                writer.tick(Instant::now())?;
+                continue;
+            }
+            self.step(writer)?;
+            self.counts.in_flight = self.active.len() as u64;
+            observe(&self.counts);
+            self.save(writer)?;
+        }
+    }
+
+    /// Whether new prompts could be admitted if there were any.
+    fn wants_lines(&self) -> bool {
+        self.pending.is_empty() && self.waiting.is_empty() && self.places() > 0
+    }
+
+    /// The next line. While sequences run, it waits just long enough for a tokenizer that is keeping up.
+    fn next_line(&self, lines: &Receiver<Result<Prepared>>) -> Next {
+        // An idle wait is short too: a slow input must not keep a signal waiting.
+        let patience = Duration::from_millis(if self.active.is_empty() { 100 } else { 2 });
+        match lines.recv_timeout(patience) {
+            Ok(line) => Next::Line(line),
+            Err(RecvTimeoutError::Timeout) => Next::NotYet,
+            Err(RecvTimeoutError::Disconnected) => Next::End,
+        }
+    }
+
+    /// Writes what is due, and journals tokens of unfinished samples about once a second.
+    fn save(&mut self, writer: &mut Writer) -> Result<()> {
+        let now = Instant::now();
+        if now.duration_since(self.journalled).as_millis() >= 500 {
+            self.journalled = now;
+            self.journal(writer)?;
+        }
+        writer.tick(now)
+    }
+
+    /// Journals the tokens of every unfinished sample.
+    fn journal(&mut self, writer: &mut Writer) -> Result<()> {
+        let sequences = self.active.iter_mut().chain(&mut self.waiting);
+        for sequence in sequences {
+            let (job, prompt) = (sequence.job, sequence.prompt);
+            for sample in sequence.sample.iter_mut().chain(&mut sequence.siblings) {
+                journal_sample(writer, job, prompt, sample)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a request with an error.
+    fn fail(&mut self, header: &crate::job::request::ItemHeader, error: &LineError, writer: &mut Writer) -> Result<()> {
+        self.counts.failed += 1;
+        writer.finish(header, Err(error))
+    }
+}
+
+enum Next {
+    Line(Result<Prepared>),
+    NotYet,
+    End,
+}
+
+/// Journals a sample's tokens that the journal does not have.
+fn journal_sample(writer: &mut Writer, job: u64, prompt: usize, sample: &mut sample::Sample) -> Result<()> {
+    let new: &[SampledToken] = &sample.tokens[sample.journalled..];
+    if !new.is_empty() {
+        writer.tokens(job, prompt as u32, sample.index, sample.journalled as u32, new)?;
+        sample.journalled = sample.tokens.len();
+    }
+    Ok(())
+}
+
+fn signal_name(number: i32) -> &'static str {
+    match number {
+        2 => "SIGINT",
+        15 => "SIGTERM",
+        _ => "a signal",
+    }
+}

@@ -1,0 +1,152 @@
+//! Input lines to tokens, ahead of the engine, on a thread of its own.
+//!
+//! **Invariant:** what cannot be generated is turned away here, as a line error with the numbers: the engine only
+//! sees prompts that fit the context and the KV cache.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::Scope;
+
+use crate::error::{Error, Result};
+use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
+use crate::job::{Item, PartialSample, Reader};
+use crate::kv::layout::{PAGE_POSITIONS, pages_for};
+use crate::model::Model;
+
+/// Lines that wait between the reader and the engine.
+const WINDOW: usize = 256;
+
+/// A line that is ready to run, or to be answered with an error.
+pub struct Prepared {
+    /// Names the line in the output.
+    pub header: ItemHeader,
+    /// The work.
+    pub work: Result<Work, LineError>,
+}
+
+/// The prompts of a request as tokens.
+pub struct Work {
+    /// The request.
+    pub request: Arc<Request>,
+    /// One per prompt.
+    pub prompts: Vec<PreparedPrompt>,
+    /// Samples that an earlier process began.
+    pub partial: Vec<PartialSample>,
+}
+
+/// A prompt as tokens.
+pub struct PreparedPrompt {
+    /// At least one.
+    pub tokens: Vec<u32>,
+    /// Its text, where the answer repeats it.
+    pub text: Option<String>,
+    /// Tokens to generate at most, within the context.
+    pub max_tokens: usize,
+}
+
+/// What a prompt must fit into.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Tokens of prompt and completion.
+    pub context_len: usize,
+    /// Pages of the KV cache.
+    pub pages: usize,
+}
+
+/// Starts reading and tokenizing; the receiver gets lines in input order, then the reader's error if it has one.
+pub fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    mut reader: Reader,
+    model: &'scope Model,
+    room: Room,
+) -> Receiver<Result<Prepared>> {
+    let (sender, receiver): (SyncSender<Result<Prepared>>, _) = sync_channel(WINDOW);
+    scope.spawn(move || {
+        loop {
+            let message = match reader.next() {
+                Ok(Some(item)) => Ok(prepare(item, model, room)),
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            let failed = message.is_err();
+            // The engine hangs up when it stops early; there is nobody left to tell.
+            if sender.send(message).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn prepare(item: Item, model: &Model, room: Room) -> Prepared {
+    let header = item.header();
+    let work = item.request.and_then(|request| {
+        let prompts = request.prompts.iter().map(|prompt| tokenize(prompt, &request, model));
+        let prompts = prompts.map(|prompt| prompt.and_then(|prompt| fit(prompt, &request, room)));
+        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+        Ok(Work { request: Arc::new(request), prompts, partial: item.partial })
+    });
+    Prepared { header, work }
+}
+
+fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<PreparedPrompt, LineError> {
+    let failed = |error: Error| LineError::new("tokenizer_error", error.to_string());
+    let (tokens, text) = match prompt {
+        Prompt::Tokens(tokens) => {
+            let text = request.sampling.echo.then(|| model.tokenizer.decode(tokens, false)).transpose();
+            (tokens.clone(), text.map_err(failed)?)
+        }
+        Prompt::Text { text, add_special_tokens } => {
+            let tokens = model.tokenizer.encode(text, *add_special_tokens).map_err(failed)?;
+            (tokens, Some(text.clone()))
+        }
+        Prompt::Messages(conversation) => {
+            let text = render(conversation, model)?;
+            (model.tokenizer.encode(&text, conversation.add_special_tokens).map_err(failed)?, Some(text))
+        }
+    };
+    let text = text.filter(|_| request.sampling.echo);
+    Ok(PreparedPrompt { tokens, text, max_tokens: request.sampling.max_tokens as usize })
+}
+
+fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
+    crate::model::chat::render(model, conversation).map_err(|what| LineError::new("chat_template_error", what))
+}
+
+/// Clips `max_tokens` to the context and turns away what has no room.
+fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<PreparedPrompt, LineError> {
+    let len = prompt.tokens.len();
+    let scoring = prompt.max_tokens == 0;
+    if len == 0 {
+        return Err(LineError::new("empty_prompt", "the prompt has no tokens"));
+    }
+    if len > room.context_len || (len == room.context_len && !scoring) {
+        let context = room.context_len;
+        let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
+        return Err(LineError::new("context_length_exceeded", what));
+    }
+    prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
+    let pages = pages_needed(len, prompt.max_tokens, request.sampling.n as usize);
+    if pages > room.pages {
+        let what = format!(
+            "the prompt of {len} tokens and up to {} more need a KV cache of {} positions, the memory budget holds {}; \
+             a greater --cpu-memory or a smaller max_tokens helps",
+            prompt.max_tokens,
+            pages * PAGE_POSITIONS,
+            room.pages * PAGE_POSITIONS,
+        );
+        return Err(LineError::new("kv_capacity_exceeded", what));
+    }
+    Ok(prompt)
+}
+
+/// Pages that must exist for a prompt to run at all: its samples can take turns, but the shared prompt stays.
+fn pages_needed(prompt_len: usize, max_tokens: usize, n: usize) -> usize {
+    let copy = usize::from(n > 1);
+    pages_for(positions(prompt_len, max_tokens)) + copy
+}
+
+/// Positions whose keys and values are computed: the last token sampled is not fed back.
+pub fn positions(prompt_len: usize, max_tokens: usize) -> usize {
+    prompt_len + max_tokens.saturating_sub(1)
+}

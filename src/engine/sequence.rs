@@ -1,0 +1,133 @@
+//! Sequences in flight and the requests that they belong to.
+//!
+//! **Invariant:** a sequence holds exactly the pages of its computed positions (shared ones counted once per
+//! holder) and has reserved what it may still need, so a sequence that was admitted never runs out.
+
+use crate::error::Result;
+use crate::job::request::{
+    Answer, Choice, ItemHeader, LineError, PromptAnswer, SampledToken, TokenLogprob, TokenText,
+};
+use crate::kv::layout::pages_for;
+use crate::kv::pages::PageId;
+use crate::model::Model;
+
+use super::prepare::{PreparedPrompt, positions};
+use super::sample::{Rules, Sample};
+
+/// A request with samples in flight or to come.
+pub struct Job {
+    /// Names the line in the output.
+    pub header: ItemHeader,
+    /// How its samples are drawn.
+    pub rules: Rules,
+    /// Its prompts.
+    pub prompts: Vec<PromptState>,
+    /// Samples (and scorings) that have not ended.
+    pub open: usize,
+    /// What went wrong with one of them: the whole request fails.
+    pub error: Option<LineError>,
+}
+
+/// A prompt and what has come of it.
+pub struct PromptState {
+    /// The prompt.
+    pub prompt: PreparedPrompt,
+    /// Scores of its tokens, if they were asked for; the first stays empty.
+    pub scores: Vec<Option<SampledToken>>,
+    /// Finished samples by index.
+    pub samples: Vec<Option<Sample>>,
+}
+
+/// A sequence that is computed.
+pub struct Sequence {
+    /// The request's index.
+    pub job: u64,
+    /// The prompt's index within the request.
+    pub prompt: usize,
+    /// Prompt and generated tokens.
+    pub tokens: Vec<u32>,
+    /// How many are prompt.
+    pub prompt_len: usize,
+    /// Positions whose keys and values are stored.
+    pub computed: usize,
+    /// Pages of the computed positions.
+    pub pages: Vec<PageId>,
+    /// Pages that it may still take.
+    pub reserved: usize,
+    /// Whether it computes the prompt (and scores it), rather than sharing it.
+    pub leads: bool,
+    /// The sample that it generates; none when only the prompt is scored.
+    pub sample: Option<Sample>,
+    /// Further samples, which begin when the prompt is computed.
+    pub siblings: Vec<Sample>,
+    /// Pages reserved for each sibling; none when siblings wait for room.
+    pub sibling_pages: Option<usize>,
+}
+
+/// A prompt that has not begun.
+pub struct Begin {
+    /// The request's index.
+    pub job: u64,
+    /// The prompt's index within the request.
+    pub prompt: usize,
+    /// Its samples that have not ended.
+    pub samples: Vec<Sample>,
+}
+
+impl Sequence {
+    /// Pages that one sample needs beyond `shared` whole pages.
+    pub fn pages_beyond(shared: usize, prompt: &PreparedPrompt) -> usize {
+        pages_for(positions(prompt.tokens.len(), prompt.max_tokens)) - shared
+    }
+
+    /// Whether the next row is a generated token.
+    pub fn decodes(&self) -> bool {
+        self.computed >= self.prompt_len && self.tokens.len() - self.computed == 1
+    }
+}
+
+/// Puts a finished request's answer together.
+pub fn answer(job: Job, model: &Model) -> Result<Answer> {
+    let sampling = &job.rules.request().sampling;
+    let with_logprobs = sampling.logprobs.is_some();
+    let with_prompt_logprobs = prompt_scores(&job.rules).is_some();
+    let mut prompts = Vec::with_capacity(job.prompts.len());
+    for state in job.prompts {
+        let tokens = &state.prompt.tokens;
+        let prompt_logprobs = with_prompt_logprobs
+            .then(|| tokens.iter().zip(&state.scores).map(|(&id, score)| token_logprob(id, score.as_ref(), model)));
+        let prompt_logprobs = prompt_logprobs.map(|scores| scores.collect::<Result<Vec<_>>>()).transpose()?;
+        let mut choices = Vec::with_capacity(state.samples.len());
+        for sample in state.samples {
+            let sample = sample.expect("a request is answered when its last sample has ended");
+            let logprobs = with_logprobs
+                .then(|| sample.tokens.iter().map(|token| token_logprob(token.id, Some(token), model)))
+                .map(|logprobs| logprobs.collect::<Result<Vec<_>>>())
+                .transpose()?;
+            let (finish_reason, stop_reason) = sample.finish.expect("only ended samples are put away");
+            let token_ids = sample.tokens.iter().map(|token| token.id).collect();
+            choices.push(Choice { text: sample.text, token_ids, finish_reason, stop_reason, logprobs });
+        }
+        let PreparedPrompt { tokens, text, .. } = state.prompt;
+        prompts.push(PromptAnswer { prompt_token_ids: tokens, prompt_text: text, prompt_logprobs, choices });
+    }
+    Ok(Answer { prompts })
+}
+
+/// How many alternatives are reported for each prompt token; none when prompt tokens are not scored.
+pub fn prompt_scores(rules: &Rules) -> Option<usize> {
+    let sampling = &rules.request().sampling;
+    let echoed = sampling.logprobs.filter(|_| sampling.echo);
+    sampling.prompt_logprobs.max(echoed).map(|count| count as usize)
+}
+
+fn token_logprob(id: u32, scored: Option<&SampledToken>, model: &Model) -> Result<TokenLogprob> {
+    let top = scored.map_or(&[][..], |scored| &scored.top);
+    let top = top.iter().map(|&(id, logprob)| Ok((token_text(id, model)?, logprob))).collect::<Result<_>>()?;
+    Ok(TokenLogprob { token: token_text(id, model)?, logprob: scored.map(|scored| scored.logprob), top })
+}
+
+fn token_text(id: u32, model: &Model) -> Result<TokenText> {
+    let bytes = model.tokenizer.token_bytes(id);
+    Ok(TokenText { id, text: String::from_utf8_lossy(&bytes).into_owned(), bytes })
+}

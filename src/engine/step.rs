@@ -1,0 +1,205 @@
+//! One pass: which rows it carries, and what becomes of the tokens drawn.
+//!
+//! **Invariant:** every active sequence that decodes has a row in every pass; prompts share what the chunk leaves,
+//! first come first served.
+
+use super::sequence::{self, Job, Sequence, prompt_scores};
+use super::{Engine, journal_sample};
+use crate::device::Device;
+use crate::device::sampling::{Draw, Drawn, Target};
+use crate::error::Result;
+use crate::job::Writer;
+use crate::job::request::{LineError, SampledToken};
+use crate::schedule::Run;
+
+/// Who asked for a draw.
+#[derive(Clone, Copy, Debug)]
+enum Asker {
+    /// The score of a prompt token, at this position.
+    Prompt { active: usize, position: usize },
+    /// The next token of an active sequence's own sample.
+    Own { active: usize },
+    /// The first token of a sibling.
+    Sibling { active: usize, sibling: usize },
+}
+
+impl<D: Device> Engine<'_, D> {
+    /// Computes one pass and takes its tokens in.
+    pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
+        let (draws, askers) = self.compose();
+        let drawn = self.executor.run(&self.pass, &draws);
+        self.counts.passes += 1;
+        self.counts.computed_tokens += self.pass.rows() as u64;
+        self.take_in(askers, drawn)?;
+        self.start_finished_prompts();
+        self.retire(writer)
+    }
+
+    /// Fills the pass, and lists what is asked of its rows.
+    fn compose(&mut self) -> (Vec<Draw>, Vec<Asker>) {
+        self.pass.clear();
+        let (mut draws, mut askers) = (Vec::new(), Vec::new());
+        let mut chunk = self.batch.chunk_tokens;
+        for index in 0..self.active.len() {
+            let sequence = &self.active[index];
+            let from = sequence.computed;
+            let to = if sequence.decodes() {
+                sequence.tokens.len()
+            } else {
+                let to = sequence.tokens.len().min(from + chunk);
+                // The prompt ends a chunk: siblings start from it, and length scaling changes there.
+                let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
+                chunk -= to - from;
+                to
+            };
+            if to == from {
+                continue;
+            }
+            self.own_pages(index, from, to);
+            let sequence = &mut self.active[index];
+            let run = Run {
+                tokens: &sequence.tokens,
+                range: from..to,
+                prompt_len: sequence.prompt_len,
+                pages: &sequence.pages,
+            };
+            let first_row = self.pass.push(&run);
+            sequence.computed = to;
+            ask(index, &self.active[index], &self.jobs[&self.active[index].job], from..to, first_row, |draw, asker| {
+                draws.push(draw);
+                askers.push(asker);
+            });
+        }
+        (draws, askers)
+    }
+
+    fn take_in(&mut self, askers: Vec<Asker>, drawn: Vec<Drawn>) -> Result<()> {
+        assert_eq!(askers.len(), drawn.len());
+        for (asker, drawn) in askers.into_iter().zip(drawn) {
+            let token = SampledToken { id: drawn.token, logprob: drawn.logprob, top: drawn.top };
+            let index = match asker {
+                Asker::Prompt { active, .. } | Asker::Own { active } | Asker::Sibling { active, .. } => active,
+            };
+            let sequence = &mut self.active[index];
+            let job = self.jobs.get_mut(&sequence.job).expect("an active sequence belongs to a job");
+            if token.logprob.is_nan() {
+                job.error.get_or_insert_with(|| {
+                    LineError::new("not_finite", "the model computed a logit that is not a finite number")
+                });
+            }
+            match asker {
+                Asker::Prompt { position, .. } => job.prompts[sequence.prompt].scores[position] = Some(token),
+                Asker::Own { .. } => {
+                    let sample = sequence.sample.as_mut().expect("only sequences with a sample ask");
+                    sequence.tokens.push(token.id);
+                    sample.accept(token, &job.rules, self.model)?;
+                    self.counts.generated_tokens += 1;
+                }
+                Asker::Sibling { sibling, .. } => {
+                    sequence.siblings[sibling].accept(token, &job.rules, self.model)?;
+                    self.counts.generated_tokens += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the siblings of prompts that this pass completed.
+    fn start_finished_prompts(&mut self) {
+        for index in 0..self.active.len() {
+            let sequence = &self.active[index];
+            if sequence.computed >= sequence.prompt_len && !sequence.siblings.is_empty() {
+                self.start_siblings(index);
+            }
+        }
+    }
+
+    /// Removes sequences that have nothing left to do, and answers the requests that they complete.
+    fn retire(&mut self, writer: &mut Writer) -> Result<()> {
+        let mut index = 0;
+        while index < self.active.len() {
+            if !self.is_done(&self.active[index]) {
+                index += 1;
+                continue;
+            }
+            let sequence = self.active.remove(index);
+            self.release(&sequence);
+            self.put_away(sequence, writer)?;
+        }
+        // A sibling can end with its first token, before it had a place.
+        while let Some(position) = self.waiting.iter().position(|sequence| self.is_done(sequence)) {
+            let sequence = self.waiting.remove(position).expect("position is within");
+            sequence.pages.iter().for_each(|&page| self.pool.release(page));
+            self.put_away(sequence, writer)?;
+        }
+        Ok(())
+    }
+
+    fn is_done(&self, sequence: &Sequence) -> bool {
+        match &sequence.sample {
+            Some(sample) => sample.finish.is_some() || self.jobs[&sequence.job].error.is_some(),
+            None => sequence.computed >= sequence.prompt_len,
+        }
+    }
+
+    fn put_away(&mut self, sequence: Sequence, writer: &mut Writer) -> Result<()> {
+        let job = self.jobs.get_mut(&sequence.job).expect("an active sequence belongs to a job");
+        let scored = sequence.leads && prompt_scores(&job.rules).is_some();
+        job.open -= usize::from(sequence.sample.is_some()) + usize::from(scored) + sequence.siblings.len();
+        let finished = job.open == 0;
+        if let Some(mut sample) = sequence.sample {
+            if !finished {
+                journal_sample(writer, sequence.job, sequence.prompt, &mut sample)?;
+            }
+            let place = sample.index as usize;
+            job.prompts[sequence.prompt].samples[place] = Some(sample);
+        }
+        if finished {
+            let job = self.jobs.remove(&sequence.job).expect("found above");
+            self.finish(job, writer)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a request's answer.
+    pub(super) fn finish(&mut self, job: Job, writer: &mut Writer) -> Result<()> {
+        if let Some(error) = &job.error {
+            let error = error.clone();
+            return self.fail(&job.header, &error, writer);
+        }
+        let header = job.header.clone();
+        let answer = sequence::answer(job, self.model)?;
+        self.counts.succeeded += 1;
+        writer.finish(&header, Ok(&answer))
+    }
+}
+
+/// Lists what a sequence asks of the rows of positions `range`, the first of which is `first_row`.
+fn ask(
+    active: usize,
+    sequence: &Sequence,
+    job: &Job,
+    range: std::ops::Range<usize>,
+    first_row: usize,
+    mut push: impl FnMut(Draw, Asker),
+) {
+    let row = |position: usize| first_row + position - range.start;
+    if let (Some(top), true) = (prompt_scores(&job.rules), sequence.leads) {
+        // The row at a position predicts the token after it.
+        for position in range.start..range.end.min(sequence.prompt_len - 1) {
+            let target = Target::Score(sequence.tokens[position + 1]);
+            push(Draw { row: row(position), target, top }, Asker::Prompt { active, position: position + 1 });
+        }
+    }
+    let top = job.rules.request().sampling.logprobs.unwrap_or(0) as usize;
+    if range.end == sequence.prompt_len {
+        for (sibling, sample) in sequence.siblings.iter().enumerate().filter(|(_, sample)| sample.tokens.is_empty()) {
+            let target = Target::Sample(sample.rule(&job.rules));
+            push(Draw { row: row(range.end - 1), target, top }, Asker::Sibling { active, sibling });
+        }
+    }
+    if let (Some(sample), true) = (&sequence.sample, range.end == sequence.tokens.len()) {
+        let target = Target::Sample(sample.rule(&job.rules));
+        push(Draw { row: row(range.end - 1), target, top }, Asker::Own { active });
+    }
+}
