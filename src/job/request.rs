@@ -26,6 +26,24 @@ pub struct Request {
     pub model: Option<String>,
     /// Write token ids into the answer.
     pub return_token_ids: bool,
+    /// Write `prompt_logprobs` into the answer (asked for by name, not through `echo`).
+    pub return_prompt_logprobs: bool,
+}
+
+impl Request {
+    /// What the answer needs to know.
+    pub fn header(&self) -> ItemHeader {
+        ItemHeader {
+            index: self.index,
+            line: self.line,
+            custom_id: self.custom_id.clone(),
+            endpoint: self.endpoint,
+            metadata: self.metadata.clone(),
+            model: self.model.clone(),
+            return_token_ids: self.return_token_ids,
+            return_prompt_logprobs: self.return_prompt_logprobs,
+        }
+    }
 }
 
 /// The shape of a line.
@@ -101,7 +119,7 @@ pub struct Sampling {
     pub n: u32,
     /// Keys the randomness, together with the custom id.
     pub seed: i64,
-    /// Tokens to generate at most; `Some(0)` only with `echo` or `prompt_logprobs`.
+    /// Tokens to generate at most; 0 only with `echo` or `prompt_logprobs`.
     pub max_tokens: u32,
     /// No end of sequence before this many tokens.
     pub min_tokens: u32,
@@ -121,6 +139,27 @@ pub struct Sampling {
     pub echo: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
+}
+
+/// What an answer needs to know of its line.
+#[derive(Clone, Debug)]
+pub struct ItemHeader {
+    /// Position among the job's non-blank lines (of this shard), from 0.
+    pub index: u64,
+    /// Physical line in the input file, from 1.
+    pub line: u64,
+    /// The line's name.
+    pub custom_id: Arc<str>,
+    /// The shape of the answer.
+    pub endpoint: Endpoint,
+    /// See [`Request::metadata`].
+    pub metadata: Option<Box<serde_json::value::RawValue>>,
+    /// See [`Request::model`].
+    pub model: Option<String>,
+    /// See [`Request::return_token_ids`].
+    pub return_token_ids: bool,
+    /// See [`Request::return_prompt_logprobs`].
+    pub return_prompt_logprobs: bool,
 }
 
 /// A failed line: the code and message of its error record.
