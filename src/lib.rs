@@ -2,12 +2,14 @@
 //!
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
+pub mod cli;
 pub mod device;
+pub mod engine;
 pub mod error;
+pub mod executor;
 pub mod job;
 pub mod kv;
 pub mod memory;
 pub mod model;
 pub mod rng;
-pub mod executor;
 pub mod schedule;

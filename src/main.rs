@@ -1,5 +1,5 @@
 //! The `tidemill` command.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    tidemill::cli::main()
 }

@@ -25,7 +25,7 @@ impl<D: Device> Engine<'_, D> {
             Err(error) => return self.fail(&header, &error, writer),
         };
         let Work { request, prompts, partial } = work;
-        let rules = Rules::new(request.clone(), &self.model.config.eos_token_ids);
+        let rules = Rules::new(request.clone(), &self.model.generation.eos_token_ids);
         let index = header.index;
         let mut known: HashMap<(u32, u32), _> =
             partial.into_iter().map(|sample| ((sample.prompt, sample.sample), sample.tokens)).collect();

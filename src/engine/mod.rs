@@ -10,7 +10,7 @@ mod sequence;
 mod step;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -78,6 +78,7 @@ pub struct Engine<'m, D: Device> {
     pass: Pass,
     counts: Counts,
     journalled: Instant,
+    busy: Duration,
 }
 
 impl<'m, D: Device> Engine<'m, D> {
@@ -98,7 +99,13 @@ impl<'m, D: Device> Engine<'m, D> {
             pass: Pass::default(),
             counts: Counts::default(),
             journalled: Instant::now(),
+            busy: Duration::ZERO,
         }
+    }
+
+    /// Time spent within passes.
+    pub fn busy(&self) -> Duration {
+        self.busy
     }
 
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
@@ -109,7 +116,7 @@ impl<'m, D: Device> Engine<'m, D> {
         &mut self,
         reader: Reader,
         writer: &mut Writer,
-        signal: &AtomicI32,
+        signal: &AtomicUsize,
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let room = Room { context_len: self.model.config.context_len, pages: self.pool.len() };
@@ -126,7 +133,7 @@ impl<'m, D: Device> Engine<'m, D> {
         &mut self,
         lines: &Receiver<Result<Prepared>>,
         writer: &mut Writer,
-        signal: &AtomicI32,
+        signal: &AtomicUsize,
         observe: Observer<'_>,
     ) -> Result<()> {
         let mut more = true;
@@ -219,7 +226,7 @@ fn journal_sample(writer: &mut Writer, job: u64, prompt: usize, sample: &mut sam
     Ok(())
 }
 
-fn signal_name(number: i32) -> &'static str {
+fn signal_name(number: usize) -> &'static str {
     match number {
         2 => "SIGINT",
         15 => "SIGTERM",

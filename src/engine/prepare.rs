@@ -12,6 +12,7 @@ use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Item, PartialSample, Reader};
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::model::Model;
+use crate::model::chat::ChatInput;
 
 /// Lines that wait between the reader and the engine.
 const WINDOW: usize = 256;
@@ -110,7 +111,18 @@ fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<Prepare
 }
 
 fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
-    crate::model::chat::render(model, conversation).map_err(|what| LineError::new("chat_template_error", what))
+    let failed = |what: String| LineError::new("chat_template_error", what);
+    let no_template = || failed("the model has no chat template; give one as chat_template, or use `prompt`".into());
+    let input = ChatInput {
+        messages: &conversation.messages,
+        tools: conversation.tools.as_ref(),
+        documents: conversation.documents.as_ref(),
+        add_generation_prompt: conversation.add_generation_prompt,
+        continue_final_message: conversation.continue_final_message,
+        chat_template: conversation.chat_template.as_deref(),
+        kwargs: &conversation.chat_template_kwargs,
+    };
+    model.chat.as_ref().ok_or_else(no_template)?.render(&input).map_err(|error| failed(error.to_string()))
 }
 
 /// Clips `max_tokens` to the context and turns away what has no room.

@@ -3,6 +3,8 @@
 //! **Invariant:** every active sequence that decodes has a row in every pass; prompts share what the chunk leaves,
 //! first come first served.
 
+use std::time::Instant;
+
 use super::sequence::{self, Job, Sequence, prompt_scores};
 use super::{Engine, journal_sample};
 use crate::device::Device;
@@ -27,7 +29,9 @@ impl<D: Device> Engine<'_, D> {
     /// Computes one pass and takes its tokens in.
     pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
         let (draws, askers) = self.compose();
+        let started = Instant::now();
         let drawn = self.executor.run(&self.pass, &draws);
+        self.busy += started.elapsed();
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
         self.take_in(askers, drawn)?;

@@ -1,0 +1,150 @@
+//! Flag values with units and names of their own.
+//!
+//! **Invariant:** a value that parses is in range; messages say what would be.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::dtype::DType;
+
+/// A number of bytes such as `14GiB`, `512MB` or `1000000`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no size; write one such as 14GiB, 512MiB or 3GB");
+        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kb" => 1000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            "tb" => 1_000_000_000_000,
+            "kib" => 1 << 10,
+            "mib" => 1 << 20,
+            "gib" => 1 << 30,
+            "tib" => 1 << 40,
+            _ => return Err(wrong()),
+        };
+        let value = number.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+        if value.is_finite() && value >= 1.0 && value < 2f64.powi(60) { Ok(Size(value as u64)) } else { Err(wrong()) }
+    }
+}
+
+impl TryFrom<String> for Size {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Size> for String {
+    fn from(size: Size) -> String {
+        size.to_string()
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}B", self.0)
+    }
+}
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceChoice {
+    /// The best device found.
+    Auto,
+    /// The CPU.
+    Host,
+}
+
+/// `--weights`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WeightsChoice {
+    /// As stored.
+    Native,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+    /// IEEE single.
+    F32,
+}
+
+impl WeightsChoice {
+    /// The dtype to convert to; none for as stored.
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            WeightsChoice::Native => None,
+            WeightsChoice::Bf16 => Some(DType::Bf16),
+            WeightsChoice::F16 => Some(DType::F16),
+            WeightsChoice::F32 => Some(DType::F32),
+        }
+    }
+}
+
+/// `--kv-dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KvChoice {
+    /// The checkpoint's dtype.
+    Auto,
+    /// IEEE single.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
+
+impl KvChoice {
+    /// The dtype, given the checkpoint's.
+    pub fn dtype(self, checkpoint: DType) -> DType {
+        match self {
+            KvChoice::Auto => checkpoint,
+            KvChoice::F32 => DType::F32,
+            KvChoice::Bf16 => DType::Bf16,
+            KvChoice::F16 => DType::F16,
+        }
+    }
+}
+
+/// `--progress`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProgressChoice {
+    /// A bar; the default on a terminal.
+    Bar,
+    /// A line every few seconds; the default elsewhere.
+    Line,
+    /// A JSON object every few seconds.
+    Json,
+    /// Nothing.
+    None,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!("14GiB".parse(), Ok(Size(14 << 30)));
+        assert_eq!("1.5 MiB".parse(), Ok(Size(3 << 19)));
+        assert_eq!("3gb".parse(), Ok(Size(3_000_000_000)));
+        assert_eq!("77".parse(), Ok(Size(77)));
+        for wrong in ["", "GiB", "-1GiB", "1 parsec", "0", "1e30TiB", "nan"] {
+            assert!(wrong.parse::<Size>().is_err(), "{wrong}");
+        }
+    }
+}

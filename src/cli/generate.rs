@@ -1,0 +1,361 @@
+//! `tidemill generate`.
+//!
+//! **Invariant:** whatever can be refused is refused before the model is loaded; the fingerprint holds everything
+//! that changes a completion and nothing that does not.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::config::{self, Policy};
+use super::flags::{DeviceChoice, KvChoice, ProgressChoice, Size, WeightsChoice};
+use super::progress::Progress;
+use super::resources::{self, Wishes};
+use super::{say, signals, stats};
+use crate::device::host::Host;
+use crate::engine::{Batch, Counts, Engine};
+use crate::error::{Bytes, Error, Result, Tier};
+use crate::executor::Executor;
+use crate::executor::size::{Shape, total_bytes};
+use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
+use crate::memory::arena::Arena;
+use crate::memory::limits;
+use crate::model::Model;
+use crate::model::dtype::DType;
+
+/// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
+const ARITHMETIC: &str = "1";
+
+/// The arguments of `generate`, as typed.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Arguments {
+    /// A Hugging Face directory, a name in the local Hugging Face cache, `demo`, or `synth:CONFIG.json#SEED`.
+    #[arg(long, env = "TIDEMILL_MODEL", value_name = "MODEL")]
+    model: Option<String>,
+    /// JSONL prompts; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// JSONL completions; `-` is standard output.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Where failed lines go instead of the output.
+    #[arg(long, value_name = "FILE")]
+    error_file: Option<PathBuf>,
+    /// Do the failed lines of an earlier run again.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    retry_failed: Option<bool>,
+    /// Only lines with `(line - 1) mod n = i`.
+    #[arg(long, value_name = "i/n")]
+    shard: Option<String>,
+    /// Flags in a TOML file.
+    #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE.toml")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// How much is computed together: a TOML file with `sequences` and `chunk-tokens`.
+    #[arg(long, env = "TIDEMILL_POLICY", value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Write statistics of this run.
+    #[arg(long, value_name = "FILE.json")]
+    stats: Option<PathBuf>,
+    /// How progress is shown.
+    #[arg(long, env = "TIDEMILL_PROGRESS", value_name = "HOW")]
+    progress: Option<ProgressChoice>,
+
+    /// Tokens to generate at most [default: 256, 16 for /v1/completions].
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    max_tokens: Option<u32>,
+    /// 0 is greedy [default: 1].
+    #[arg(long, value_name = "T", help_heading = "Sampling")]
+    temperature: Option<f32>,
+    /// Keep the most probable tokens up to this mass.
+    #[arg(long, value_name = "P", help_heading = "Sampling")]
+    top_p: Option<f32>,
+    /// Keep this many tokens; 0 is off.
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    top_k: Option<u32>,
+    /// Keep tokens at least this probable relative to the best.
+    #[arg(long, value_name = "P", help_heading = "Sampling")]
+    min_p: Option<f32>,
+    /// Samples per prompt.
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    n: Option<u32>,
+    /// A text that ends a completion; may be repeated.
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    stop: Option<Vec<String>>,
+    /// Keys the randomness [default: 0].
+    #[arg(long, value_name = "N", help_heading = "Sampling", allow_negative_numbers = true)]
+    seed: Option<i64>,
+    /// Log-probabilities of sampled tokens, with this many alternatives.
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    logprobs: Option<u32>,
+
+    /// What computes.
+    #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE", help_heading = "Budgets and numerics")]
+    device: Option<DeviceChoice>,
+    /// Main memory to use [default: 70 % of what is available].
+    #[arg(long, env = "TIDEMILL_CPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    cpu_memory: Option<Size>,
+    /// Threads that compute [default: one per core].
+    #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", help_heading = "Budgets and numerics")]
+    threads: Option<usize>,
+    /// Dtype that weights are computed from [default: native].
+    #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    weights: Option<WeightsChoice>,
+    /// Dtype of the KV cache [default: auto, the checkpoint's].
+    #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    kv_dtype: Option<KvChoice>,
+}
+
+/// What the arguments came to.
+pub struct Resolved {
+    /// Bytes of main memory granted.
+    pub cpu_memory: u64,
+    /// How much is computed together.
+    pub batch: Batch,
+    /// How memory is laid out.
+    pub shape: Shape,
+    /// What changes completions, by name.
+    pub numerics: BTreeMap<&'static str, String>,
+    /// Weights were generated from a seed.
+    pub synthetic: bool,
+}
+
+/// Runs the command; gives the exit code.
+///
+/// # Errors
+/// Whatever keeps the job from finishing; finished lines are saved.
+pub fn run(arguments: Arguments) -> Result<u8> {
+    let arguments = match &arguments.config {
+        Some(file) => config::overlay(&arguments, file)?,
+        None => arguments,
+    };
+    let signal = signals::watch()?;
+    let (model_spec, input, output) = arguments.required()?;
+    arguments.check_paths()?;
+    if let Some(threads) = arguments.threads {
+        if !(1..=1024).contains(&threads) {
+            return Err(Error::usage(format!("--threads {threads} is not between 1 and 1024"), "leave it out for all cores"));
+        }
+        // Fails only when the pool exists already, which nothing before this line makes.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+    let started = Instant::now();
+    let model = Model::open(&model_spec)?;
+    let resolved = arguments.resolve(&model)?;
+    let options = arguments.job_options(input, output, &model, &resolved)?;
+    match job::open(options)? {
+        Opening::Finished(summary) => {
+            say::line(&format!("already finished: {} lines, {} failed", summary.succeeded + summary.failed, summary.failed));
+            Ok(summary.exit_code())
+        }
+        Opening::Run(job) => Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job),
+    }
+}
+
+impl Arguments {
+    fn required(&self) -> Result<(String, Input, Output)> {
+        let missing = |flag: &str| Error::usage(format!("{flag} is missing"), "run `tidemill generate --help`");
+        let model = self.model.clone().ok_or_else(|| missing("--model"))?;
+        let input = self.input.clone().ok_or_else(|| missing("--input"))?;
+        let output = self.output.clone().ok_or_else(|| missing("--output"))?;
+        let input = if input.as_os_str() == "-" { Input::Stdin } else { Input::File(input) };
+        let output = if output.as_os_str() == "-" { Output::Stdout } else { Output::File(output) };
+        Ok((model, input, output))
+    }
+
+    /// The files that are written beside the output must not be any of the others.
+    fn check_paths(&self) -> Result<()> {
+        let Some(stats) = &self.stats else { return Ok(()) };
+        let others = [&self.input, &self.output, &self.error_file, &self.policy, &self.config];
+        if others.into_iter().flatten().any(|other| other == stats) {
+            return Err(Error::usage(format!("--stats {} is another file of the job", stats.display()), "name a file of its own"));
+        }
+        let parent = stats.parent().filter(|parent| !parent.as_os_str().is_empty());
+        match parent {
+            Some(parent) if !parent.is_dir() => {
+                Err(Error::usage(format!("--stats: {} is no directory", parent.display()), "create it first"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn resolve(&self, model: &Model) -> Result<Resolved> {
+        let policy = self.policy.as_deref().map(Policy::read).transpose()?.unwrap_or_default();
+        let weights = self.weights.unwrap_or(WeightsChoice::Native);
+        let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
+        let kv = self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored);
+        let available = limits::available_memory();
+        let cpu_memory = self.cpu_memory.map_or_else(limits::default_cpu_memory, |size| size.0);
+        if cpu_memory > available {
+            return Err(Error::OverBudget {
+                what: "--cpu-memory".into(),
+                tier: Tier::Cpu,
+                need: Bytes(cpu_memory),
+                have: Bytes(available),
+                hint: Some(format!("use --cpu-memory {}MiB or less", available >> 20)),
+            });
+        }
+        let wishes = Wishes {
+            sequences: policy.sequences,
+            chunk_tokens: policy.chunk_tokens,
+            weights: weights.dtype(),
+            kv,
+            cpu_memory,
+        };
+        let (batch, shape) = resources::fit(model, &wishes)?;
+        let numerics = BTreeMap::from([
+            ("weights", weights.dtype().unwrap_or(stored).to_string()),
+            ("kv_dtype", kv.to_string()),
+            ("kv_policy", "full".to_owned()),
+            ("activations", "f32".to_owned()),
+            ("arithmetic", ARITHMETIC.to_owned()),
+        ]);
+        Ok(Resolved { cpu_memory, batch, shape, numerics, synthetic: model.config.synthetic })
+    }
+
+    fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
+        let shard = match &self.shard {
+            None => None,
+            Some(text) => Some(text.parse::<Shard>().map_err(|what| Error::usage(format!("--shard {what}"), "write it as i/n with i from 0, such as 0/4"))?),
+        };
+        let flags = Defaults {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: None,
+            n: self.n,
+            stop: self.stop.clone(),
+            seed: self.seed,
+            logprobs: self.logprobs,
+        };
+        let mut fingerprint = Fingerprint::new().with("model", &model.fingerprint);
+        for (name, value) in &resolved.numerics {
+            fingerprint.set(*name, value);
+        }
+        for (name, value) in sampling_texts(&flags) {
+            fingerprint.set(name, value);
+        }
+        let generation = &model.generation;
+        let lower = Defaults {
+            max_tokens: generation.max_new_tokens,
+            temperature: generation.temperature,
+            top_p: generation.top_p,
+            top_k: generation.top_k,
+            min_p: generation.min_p,
+            repetition_penalty: generation.repetition_penalty,
+            ..Defaults::default()
+        };
+        let limits = Limits::new(model.config.vocab_size as u32, model.config.context_len as u32);
+        Ok(JobOptions {
+            input,
+            output,
+            error_file: self.error_file.clone(),
+            retry_failed: self.retry_failed.unwrap_or(false),
+            shard,
+            fingerprint,
+            defaults: flags.or(lower),
+            limits,
+            model_name: model.name.clone(),
+        })
+    }
+
+    fn progress(&self) -> ProgressChoice {
+        use std::io::IsTerminal;
+        let default = if std::io::stderr().is_terminal() { ProgressChoice::Bar } else { ProgressChoice::Line };
+        self.progress.unwrap_or(default)
+    }
+}
+
+/// The sampling flags that were given, by name.
+fn sampling_texts(flags: &Defaults) -> Vec<(&'static str, String)> {
+    let mut texts = Vec::new();
+    let mut push = |name, value: Option<String>| texts.push((name, value.unwrap_or_else(|| "default".to_owned())));
+    push("max_tokens", flags.max_tokens.map(|v| v.to_string()));
+    push("temperature", flags.temperature.map(|v| v.to_string()));
+    push("top_p", flags.top_p.map(|v| v.to_string()));
+    push("top_k", flags.top_k.map(|v| v.to_string()));
+    push("min_p", flags.min_p.map(|v| v.to_string()));
+    push("n", flags.n.map(|v| v.to_string()));
+    push("stop", flags.stop.as_ref().map(|v| format!("{v:?}")));
+    push("seed", Some(flags.seed.unwrap_or(0).to_string()));
+    push("logprobs", flags.logprobs.map(|v| v.to_string()));
+    texts
+}
+
+/// A job that has work left, with everything resolved.
+struct Running<'a> {
+    arguments: &'a Arguments,
+    model: &'a Model,
+    resolved: &'a Resolved,
+    started: Instant,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Running<'_> {
+    fn run(self, job: job::Job) -> Result<u8> {
+        let Running { arguments, model, resolved, .. } = &self;
+        say::line(&self.summary(&job));
+        let bytes = total_bytes(model, &resolved.shape);
+        let arena = Arena::new(&format!("model `{}`", model.name), Tier::Cpu, bytes)?;
+        let executor = Executor::new(Host::new(arena), model, resolved.shape, &|_| {})?;
+        let load_secs = self.started.elapsed().as_secs_f64();
+        let mut engine = Engine::new(model, executor, resolved.batch);
+        let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
+        let began = Instant::now();
+        let job::Job { reader, mut writer, .. } = job;
+        let mut counts = Counts::default();
+        let result = engine.run(reader, &mut writer, &self.signal, &mut |now| {
+            counts = *now;
+            progress.show(now);
+        });
+        progress.finish();
+        let wall_secs = began.elapsed().as_secs_f64();
+        // A failing disk makes closing fail too; the first error is the one to show.
+        let closed = writer.close(result.is_ok());
+        let counts = result.as_ref().copied().unwrap_or(counts);
+        if let (Some(path), Ok(summary)) = (&arguments.stats, &closed) {
+            let times = stats::Times { load_secs, wall_secs, busy_secs: engine.busy().as_secs_f64() };
+            stats::write(path, resolved, &counts, summary, &times)?;
+        }
+        result?;
+        let summary = closed?;
+        say::line(&format!(
+            "finished: {} lines, {} failed; {:.1} generated tokens/s, {:.1} tokens/s in all, {:.1} s after {:.1} s of loading",
+            summary.succeeded + summary.failed,
+            summary.failed,
+            counts.generated_tokens as f64 / wall_secs.max(1e-9),
+            (counts.prompt_tokens + counts.generated_tokens) as f64 / wall_secs.max(1e-9),
+            wall_secs,
+            load_secs,
+        ));
+        Ok(summary.exit_code())
+    }
+
+    /// The resolved configuration, in one line.
+    fn summary(&self, job: &job::Job) -> String {
+        let Resolved { cpu_memory, batch, shape, numerics, synthetic } = self.resolved;
+        let lines = job.total.map_or("lines as they come".to_owned(), |total| format!("{total} lines"));
+        let resumed = if job.resumed > 0 { format!(", {} done before", job.resumed) } else { String::new() };
+        let synthetic = if *synthetic { " (synthetic weights)" } else { "" };
+        format!(
+            "model {}{synthetic}: {lines}{resumed}; weights {}, kv {}; host, {} threads; {} of {} granted; \
+             up to {} sequences and {} prompt tokens a pass, {} pages of KV",
+            self.model.name,
+            numerics["weights"],
+            numerics["kv_dtype"],
+            rayon::current_num_threads(),
+            Bytes(total_bytes(self.model, shape) as u64),
+            Bytes(*cpu_memory),
+            batch.sequences,
+            batch.chunk_tokens,
+            shape.capacity.pages,
+        )
+    }
+}

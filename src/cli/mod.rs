@@ -1,0 +1,83 @@
+//! The command line: arguments as typed, resolved, run.
+//!
+//! **Invariant:** standard output carries data alone; everything said to the user goes to standard error through
+//! this module.
+
+mod config;
+mod flags;
+mod generate;
+mod progress;
+mod resources;
+mod say;
+mod signals;
+mod stats;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// Runs language models that are bigger than the GPU over large batches of prompts.
+#[derive(Parser)]
+#[command(name = "tidemill", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Complete every prompt of a JSONL file.
+    Generate(Box<generate::Arguments>),
+    /// Write a model with seeded Gaussian weights in the shape of a configuration.
+    Synth {
+        /// A Hugging Face config.json.
+        #[arg(long, value_name = "CONFIG.json")]
+        config: PathBuf,
+        /// Which weights.
+        #[arg(long, value_name = "N")]
+        seed: u64,
+        /// The directory to make.
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+    },
+    /// Put the outputs of all shards of a job together.
+    Merge {
+        /// The file to make.
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// The shards' outputs.
+        #[arg(required = true, value_name = "SHARD")]
+        shards: Vec<PathBuf>,
+    },
+}
+
+/// Parses the arguments, runs the command, says what went wrong; gives the exit code of design section 8.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments.command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            say::error(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<u8> {
+    match command {
+        Command::Generate(arguments) => generate::run(*arguments),
+        Command::Synth { config, seed, output } => {
+            crate::model::synth_files::write_directory(&config, seed, &output)?;
+            say::line(&format!("synthetic model written to {}", output.display()));
+            Ok(0)
+        }
+        Command::Merge { output, shards } => {
+            let summary = crate::job::merge(&output, &shards)?;
+            say::line(&format!("merged {} lines, {} failed", summary.succeeded + summary.failed, summary.failed));
+            Ok(summary.exit_code())
+        }
+    }
+}
