@@ -5,5 +5,7 @@
 
 pub mod config;
 pub mod dtype;
+pub mod fields;
+pub mod names;
 pub mod rope;
 pub mod source;
