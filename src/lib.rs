@@ -4,5 +4,6 @@
 
 pub mod error;
 pub mod job;
+pub mod memory;
 pub mod model;
 pub mod rng;
