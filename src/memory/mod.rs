@@ -5,3 +5,4 @@
 
 pub mod arena;
 pub mod limits;
+pub mod mapped_file;

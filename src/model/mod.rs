@@ -3,7 +3,149 @@
 //! **Invariant:** nothing here computes with weights; files are untrusted and every extent is checked
 //! before it is used.
 
+pub mod chat;
+pub mod checkpoint;
 pub mod config;
 pub mod dtype;
+pub mod fields;
+pub mod files;
+pub mod fingerprint;
+pub mod generation;
+pub mod hub;
+pub mod names;
+pub mod pickle;
+mod python;
 pub mod rope;
+pub mod safetensors;
 pub mod source;
+pub mod synth;
+pub mod synth_files;
+pub mod token_text;
+pub mod tokenizer;
+pub mod torch;
+pub mod zip;
+
+use std::path::Path;
+
+use self::chat::ChatTemplate;
+use self::checkpoint::Checkpoint;
+use self::config::ModelConfig;
+use self::files::Files;
+use self::fingerprint::Fingerprint;
+use self::generation::GenerationConfig;
+use self::hub::{EmbeddedFiles, HubCache, Location};
+use self::safetensors::SafetensorsFile;
+use self::source::{ModelSource, TensorSource};
+use self::synth::SyntheticWeights;
+use self::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// The files of the model inside the program, by name: config.json, model.safetensors, tokenizer.json,
+/// tokenizer_config.json, generation_config.json.
+const DEMO: EmbeddedFiles = &[];
+
+/// A model, ready to be packed and run.
+pub struct Model {
+    /// What was asked for, as typed.
+    pub name: String,
+    /// The architecture.
+    pub config: ModelConfig,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// The chat template, if the model has one.
+    pub chat: Option<ChatTemplate>,
+    /// Sampling defaults; holds the end-of-sequence tokens that count.
+    pub generation: GenerationConfig,
+    /// The tensors.
+    pub weights: Box<dyn TensorSource>,
+    /// Which tensors make up which weight.
+    pub source: ModelSource,
+    /// Identifies weights, tokenizer, template and configuration, wherever they lie.
+    pub fingerprint: String,
+}
+
+impl Model {
+    /// Opens what the text after `--model` names (design, section 8): a directory, a name in the Hugging Face cache,
+    /// `demo`, or `synth:CONFIG.json#SEED`.
+    ///
+    /// # Errors
+    /// `Error::Usage` when there is no such model, `Error::Model` when one of its files cannot be used.
+    pub fn open(spec: &str) -> Result<Model> {
+        match hub::resolve(spec, &HubCache::from_environment())? {
+            Location::Directory(directory) => Model::from_directory(spec, &directory),
+            Location::Demo => Model::embedded(DEMO),
+            Location::Synthetic { config, seed } => Model::synthetic(spec, &config, seed),
+        }
+    }
+
+    /// Opens a Hugging Face directory.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_directory(name: &str, directory: &Path) -> Result<Model> {
+        let files = Files::Directory(directory.to_owned());
+        let config = read_config(&files)?;
+        let checkpoint = Checkpoint::open(directory)?;
+        let mut fingerprint = Fingerprint::of_files(&files)?;
+        checkpoint.files().iter().try_for_each(|file| fingerprint.add_weights(file))?;
+        Model::assemble(name, config, &files, Box::new(checkpoint), fingerprint)
+    }
+
+    /// Opens a model that is part of the program: config.json, model.safetensors, tokenizer.json and so on.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn embedded(embedded: EmbeddedFiles) -> Result<Model> {
+        let weights = embedded.iter().find(|(name, _)| *name == "model.safetensors");
+        let (_, weights) = weights.ok_or_else(|| Error::model("demo", "is not part of this program"))?;
+        let small = embedded.iter().filter(|(name, _)| *name != "model.safetensors");
+        let files =
+            Files::Memory("demo".into(), small.map(|(name, bytes)| ((*name).to_owned(), (*bytes).into())).collect());
+        let config = read_config(&files)?;
+        let mut fingerprint = Fingerprint::of_files(&files)?;
+        fingerprint.add_bytes("model.safetensors", weights);
+        let source = SafetensorsFile::embedded("demo/model.safetensors", weights)?;
+        Model::assemble("demo", config, &files, Box::new(source), fingerprint)
+    }
+
+    /// Opens seeded weights in the shape of the config.json at `path`.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn synthetic(name: &str, path: &Path, seed: u64) -> Result<Model> {
+        let (mut config, files) = synth_files::describe(path)?;
+        config.synthetic = true;
+        let mut fingerprint = Fingerprint::of_files(&files)?;
+        fingerprint.add_bytes("seed", &seed.to_le_bytes());
+        let weights = SyntheticWeights::new(&config, seed, path.to_owned());
+        Model::assemble(name, config, &files, Box::new(weights), fingerprint)
+    }
+
+    fn assemble(
+        name: &str,
+        config: ModelConfig,
+        files: &Files,
+        weights: Box<dyn TensorSource>,
+        fingerprint: Fingerprint,
+    ) -> Result<Model> {
+        let source = names::model_source(&config, weights.as_ref())?;
+        let tokenizer = Tokenizer::load(files)?;
+        let chat = ChatTemplate::load(files, tokenizer.special_texts())?;
+        let generation = GenerationConfig::load(files, &config)?;
+        let fingerprint = fingerprint.finish();
+        Ok(Model { name: name.into(), config, tokenizer, chat, generation, weights, source, fingerprint })
+    }
+}
+
+/// Reads and checks the model's config.json.
+fn read_config(files: &Files) -> Result<ModelConfig> {
+    let path = files.path("config.json");
+    match files.json("config.json")? {
+        Some(value) => ModelConfig::from_json(&value, &path),
+        None => Err(Error::Model {
+            path,
+            what: "is missing".into(),
+            hint: Some("give a directory as Hugging Face writes it, with config.json, tokenizer and weights".into()),
+        }),
+    }
+}

@@ -4,6 +4,8 @@
 //! anything else.
 
 use std::borrow::Cow;
+use std::ops::Range;
+use std::path::PathBuf;
 
 use super::dtype::DType;
 use crate::error::Result;
@@ -25,6 +27,46 @@ pub trait TensorSource: Send + Sync {
 
     /// The element type of the tensor called `name`, or none.
     fn dtype(&self, name: &str) -> Option<DType>;
+
+    /// The dimensions of the tensor called `name`, or none. Reads no elements where that can be avoided.
+    fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        Ok(self.tensor(name)?.map(|tensor| tensor.shape))
+    }
+
+    /// Rows `rows` of the tensor called `name` (elements, if it is a vector), or none.
+    ///
+    /// Sources that make or convert their elements do so for these rows alone.
+    ///
+    /// # Panics
+    /// If `rows` lies outside the tensor: the caller knows its shape.
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<Option<TensorView<'_>>> {
+        Ok(self.tensor(name)?.map(|tensor| tensor.slice(rows)))
+    }
+
+    /// The file that holds (or should hold) the tensor called `name`, for messages.
+    fn origin(&self, name: &str) -> PathBuf {
+        PathBuf::from(name)
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// The view restricted to `rows` of the outermost dimension.
+    ///
+    /// # Panics
+    /// If `rows` lies outside the tensor.
+    pub fn slice(self, rows: Range<usize>) -> TensorView<'a> {
+        let TensorView { dtype, mut shape, data } = self;
+        let count = *shape.first().expect("a scalar has no rows");
+        assert!(rows.start <= rows.end && rows.end <= count, "rows {rows:?} of a tensor with {count}");
+        let row_bytes = shape[1..].iter().product::<usize>() * dtype.size();
+        let extent = rows.start * row_bytes..rows.end * row_bytes;
+        shape[0] = rows.len();
+        let data = match data {
+            Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[extent]),
+            Cow::Owned(bytes) => Cow::Owned(bytes[extent].to_vec()),
+        };
+        TensorView { dtype, shape, data }
+    }
 }
 
 /// Rows of a stored matrix (or elements of a stored vector), in the order that they are wanted.
@@ -33,7 +75,7 @@ pub struct Rows {
     /// The stored tensor's name.
     pub tensor: String,
     /// Row ranges, concatenated in this order.
-    pub ranges: Vec<std::ops::Range<usize>>,
+    pub ranges: Vec<Range<usize>>,
 }
 
 /// A linear layer `y = W x + b` put together from stored rows.

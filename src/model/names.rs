@@ -1,0 +1,261 @@
+//! Tensor names and shapes of every family, written once: for loading, for checking and for synthetic weights.
+//!
+//! **Invariant:** a [`ModelSource`] from [`model_source`] names only tensors that exist with the expected shape.
+
+use super::config::{Family, ModelConfig, Norm, Positions};
+use super::source::{LayerSource, LinearSource, ModelSource, NormSource, Rows, TensorSource};
+use crate::error::{Error, Result};
+
+/// A weight by name, with its shape and part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightShape {
+    /// The stored tensor's name.
+    pub name: String,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub part: Part,
+}
+
+/// The part that a weight plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// An embedding table or output head.
+    Embedding,
+    /// A table of learned positions.
+    Position,
+    /// A projection that reads the residual stream.
+    Inner,
+    /// A projection that is added to the residual stream.
+    Residual,
+    /// The scale of a normalisation.
+    Norm,
+    /// A bias or shift.
+    Bias,
+}
+
+/// Every weight of `config` under the names that transformers saves.
+pub fn weight_shapes(config: &ModelConfig) -> Vec<WeightShape> {
+    let spelling = match config.family {
+        Family::Opt => Spelling { prefix: "model.decoder.", head: "lm_head" },
+        Family::GptNeoX => Spelling { prefix: "gpt_neox.", head: "embed_out" },
+        _ => Spelling { prefix: "model.", head: "lm_head" },
+    };
+    Builder::new(config, spelling).build().1
+}
+
+/// Finds the tensors of `config` in `source`.
+///
+/// # Errors
+/// `Error::Model` naming the tensor that is missing or has another shape, with both shapes.
+pub fn model_source(config: &ModelConfig, source: &dyn TensorSource) -> Result<ModelSource> {
+    let (prefixes, embed, heads): (&[&'static str], &str, &[&'static str]) = match config.family {
+        Family::Opt => (&["model.decoder.", "decoder.", ""], "embed_tokens", &["lm_head"]),
+        Family::GptNeoX => (&["gpt_neox.", "model.", ""], "embed_in", &["embed_out", "lm_head"]),
+        _ => (&["model.", ""], "embed_tokens", &["lm_head"]),
+    };
+    let there = |name: &str| source.shape(name).map(|shape| shape.is_some());
+    let mut prefix = prefixes[0];
+    for candidate in prefixes {
+        if there(&format!("{candidate}{embed}.weight"))? {
+            prefix = candidate;
+            break;
+        }
+    }
+    let mut head = heads[0];
+    for candidate in heads {
+        if there(&format!("{candidate}.weight"))? {
+            head = candidate;
+            break;
+        }
+    }
+    let (model, shapes) = Builder::new(config, Spelling { prefix, head }).build();
+    shapes.iter().try_for_each(|weight| check(weight, source))?;
+    Ok(model)
+}
+
+fn check(weight: &WeightShape, source: &dyn TensorSource) -> Result<()> {
+    let WeightShape { name, shape, .. } = weight;
+    match source.shape(name)? {
+        Some(found) if found == *shape => Ok(()),
+        Some(found) => Err(Error::model(
+            source.origin(name),
+            format!("tensor `{name}` has shape {found:?}, config.json asks for {shape:?}"),
+        )),
+        None => Err(Error::model(source.origin(name), format!("tensor `{name}` {shape:?} is missing"))),
+    }
+}
+
+/// How a checkpoint spells what differs between checkpoints of one family.
+#[derive(Clone, Copy)]
+struct Spelling {
+    prefix: &'static str,
+    head: &'static str,
+}
+
+/// Names weights in the order of a forward pass and notes the shape of each.
+struct Builder<'a> {
+    config: &'a ModelConfig,
+    spelling: Spelling,
+    shapes: Vec<WeightShape>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(config: &'a ModelConfig, spelling: Spelling) -> Self {
+        Builder { config, spelling, shapes: Vec::new() }
+    }
+
+    fn build(mut self) -> (ModelSource, Vec<WeightShape>) {
+        let config = self.config;
+        let prefix = self.spelling.prefix;
+        let (vocab, hidden, embed_size) = (config.vocab_size, config.hidden_size, config.embed_size);
+        let embed_name = if config.family == Family::GptNeoX { "embed_in" } else { "embed_tokens" };
+        let embed = self.tensor(format!("{prefix}{embed_name}.weight"), vec![vocab, embed_size], Part::Embedding);
+        let positions = match config.positions {
+            Positions::Learned { offset } => {
+                let shape = vec![config.context_len + offset, hidden];
+                Some(self.tensor(format!("{prefix}embed_positions.weight"), shape, Part::Position))
+            }
+            Positions::Rotary(_) => None,
+        };
+        let narrow = embed_size != hidden;
+        let project = |builder: &mut Self, name: &str, inputs, outputs| {
+            builder.linear(&[(format!("{prefix}{name}"), outputs)], inputs, false, Part::Inner)
+        };
+        let project_in = narrow.then(|| project(&mut self, "project_in", embed_size, hidden));
+        let layers = (0..config.num_layers)
+            .map(|layer| match config.family {
+                Family::Opt => self.opt_layer(&format!("{prefix}layers.{layer}.")),
+                Family::GptNeoX => self.neox_layer(&format!("{prefix}layers.{layer}.")),
+                _ => self.llama_layer(&format!("{prefix}layers.{layer}.")),
+            })
+            .collect();
+        let final_name =
+            if matches!(config.family, Family::Opt | Family::GptNeoX) { "final_layer_norm" } else { "norm" };
+        let final_norm = config.final_norm.then(|| self.norm(format!("{prefix}{final_name}")));
+        let project_out = narrow.then(|| project(&mut self, "project_out", hidden, embed_size));
+        let head = if config.tied_head {
+            let weight = vec![Rows { tensor: embed.clone(), ranges: std::iter::once(0..vocab).collect() }];
+            LinearSource { inputs: embed_size, outputs: vocab, weight, bias: None }
+        } else {
+            let name = self.spelling.head.to_owned();
+            self.linear(&[(name, vocab)], embed_size, false, Part::Embedding)
+        };
+        (ModelSource { embed, positions, project_in, layers, final_norm, project_out, head }, self.shapes)
+    }
+
+    fn opt_layer(&mut self, at: &str) -> LayerSource {
+        let config = self.config;
+        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+        let name = |name: &str| format!("{at}{name}");
+        LayerSource {
+            attn_norm: self.norm(name("self_attn_layer_norm")),
+            qkv: self.linear(
+                &["q_proj", "k_proj", "v_proj"].map(|part| (name(&format!("self_attn.{part}")), hidden)),
+                hidden,
+                config.qkv_bias,
+                Part::Inner,
+            ),
+            q_norm: None,
+            k_norm: None,
+            o: self.linear(&[(name("self_attn.out_proj"), hidden)], hidden, config.o_bias, Part::Residual),
+            mlp_norm: self.norm(name("final_layer_norm")),
+            up: self.linear(&[(name("fc1"), mlp)], hidden, config.mlp_bias, Part::Inner),
+            down: self.linear(&[(name("fc2"), hidden)], mlp, config.mlp_bias, Part::Residual),
+        }
+    }
+
+    fn llama_layer(&mut self, at: &str) -> LayerSource {
+        let config = self.config;
+        let (hidden, mlp, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (queries, keys) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
+        let name = |name: &str| format!("{at}{name}");
+        let head_norm = |builder: &mut Self, part: &str| {
+            let tensor = name(&format!("self_attn.{part}.weight"));
+            config.qk_norm.then(|| builder.tensor(tensor, vec![head_dim], Part::Norm))
+        };
+        LayerSource {
+            attn_norm: self.norm(name("input_layernorm")),
+            qkv: self.linear(
+                &[("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+                    .map(|(part, rows)| (name(&format!("self_attn.{part}")), rows)),
+                hidden,
+                config.qkv_bias,
+                Part::Inner,
+            ),
+            q_norm: head_norm(self, "q_norm"),
+            k_norm: head_norm(self, "k_norm"),
+            o: self.linear(&[(name("self_attn.o_proj"), hidden)], queries, config.o_bias, Part::Residual),
+            mlp_norm: self.norm(name("post_attention_layernorm")),
+            up: self.linear(
+                &["gate_proj", "up_proj"].map(|part| (name(&format!("mlp.{part}")), mlp)),
+                hidden,
+                config.mlp_bias,
+                Part::Inner,
+            ),
+            down: self.linear(&[(name("mlp.down_proj"), hidden)], mlp, config.mlp_bias, Part::Residual),
+        }
+    }
+
+    fn neox_layer(&mut self, at: &str) -> LayerSource {
+        let config = self.config;
+        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+        let name = |name: &str| format!("{at}{name}");
+        LayerSource {
+            attn_norm: self.norm(name("input_layernorm")),
+            qkv: {
+                let fused = name("attention.query_key_value");
+                let linear = self.linear(&[(fused, 3 * hidden)], hidden, config.qkv_bias, Part::Inner);
+                by_kind(linear, config.num_heads, config.head_dim)
+            },
+            q_norm: None,
+            k_norm: None,
+            o: self.linear(&[(name("attention.dense"), hidden)], hidden, config.o_bias, Part::Residual),
+            mlp_norm: self.norm(name("post_attention_layernorm")),
+            up: self.linear(&[(name("mlp.dense_h_to_4h"), mlp)], hidden, config.mlp_bias, Part::Inner),
+            down: self.linear(&[(name("mlp.dense_4h_to_h"), hidden)], mlp, config.mlp_bias, Part::Residual),
+        }
+    }
+
+    /// A linear layer whose rows are those of `parts` (module name, rows), one after the other.
+    fn linear(&mut self, parts: &[(String, usize)], inputs: usize, bias: bool, part: Part) -> LinearSource {
+        let mut weight = Vec::new();
+        let mut shift = Vec::new();
+        for (name, rows) in parts {
+            let all = |tensor: String| Rows { tensor, ranges: std::iter::once(0..*rows).collect() };
+            weight.push(all(self.tensor(format!("{name}.weight"), vec![*rows, inputs], part)));
+            if bias {
+                shift.push(all(self.tensor(format!("{name}.bias"), vec![*rows], Part::Bias)));
+            }
+        }
+        let outputs = parts.iter().map(|(_, rows)| rows).sum();
+        LinearSource { inputs, outputs, weight, bias: bias.then_some(shift) }
+    }
+
+    fn norm(&mut self, name: String) -> NormSource {
+        let shape = vec![self.config.hidden_size];
+        let weight = self.tensor(format!("{name}.weight"), shape.clone(), Part::Norm);
+        let bias = match self.config.norm {
+            Norm::Layer { .. } => Some(self.tensor(format!("{name}.bias"), shape, Part::Bias)),
+            Norm::Rms { .. } => None,
+        };
+        NormSource { weight, bias }
+    }
+
+    fn tensor(&mut self, name: String, shape: Vec<usize>, part: Part) -> String {
+        self.shapes.push(WeightShape { name: name.clone(), shape, part });
+        name
+    }
+}
+
+/// Brings fused rows, per head `[q | k | v]`, into the order all q, all k, all v.
+fn by_kind(fused: LinearSource, heads: usize, head_dim: usize) -> LinearSource {
+    let ranges: Vec<_> = (0..3)
+        .flat_map(|kind| (0..heads).map(move |head| (3 * head + kind) * head_dim))
+        .map(|start| start..start + head_dim)
+        .collect();
+    let split = |rows: Vec<Rows>| {
+        rows.into_iter().map(|rows| Rows { tensor: rows.tensor, ranges: ranges.clone() }).collect::<Vec<_>>()
+    };
+    LinearSource { weight: split(fused.weight), bias: fused.bias.map(split), ..fused }
+}
