@@ -365,7 +365,7 @@ unsafe fn product<V: Lanes, R: Registers>(
             let a = Strided { start: group[terms.start * count + row..].as_ptr(), stride: count };
             let tile = Tile { depth: terms.len(), a, b: [b], from_memory: false, start: &start, width: LANES };
             // SAFETY: `a` and `c` hold the rows (asserted above), `b` the terms by the caller's promise.
-            unsafe { tile.run::<V>(some, c.as_mut_ptr().add((first + row) * stride), stride) };
+            unsafe { tile.run::<V, R>(some, c.as_mut_ptr().add((first + row) * stride), stride) };
             row += some;
         }
     }

@@ -139,10 +139,10 @@ impl Kernel for Linear<'_> {
                 }
                 // SAFETY: `widened` holds `vectors` panels of `depth` inputs; the set is the caller's.
                 unsafe {
-                    if vectors == 2 {
-                        self.block::<V, 2>(panel, k, depth, &widened);
+                    if R::VECTORS == 2 && vectors == 2 {
+                        self.block::<V, R, 2>(panel, k, depth, &widened);
                     } else {
-                        self.block::<V, 1>(panel, k, depth, &widened);
+                        self.block::<V, R, 1>(panel, k, depth, &widened);
                     }
                 }
                 k += depth;
@@ -155,7 +155,13 @@ impl Kernel for Linear<'_> {
 impl Linear<'_> {
     /// All rows against `N` widened panels, inputs `k .. k + depth`.
     #[inline(always)]
-    unsafe fn block<V: Lanes, const N: usize>(&self, panel: usize, k: usize, depth: usize, widened: &[f32]) {
+    unsafe fn block<V: Lanes, R: Registers, const N: usize>(
+        &self,
+        panel: usize,
+        k: usize,
+        depth: usize,
+        widened: &[f32],
+    ) {
         let tile_rows = self.x.tile_rows;
         let outputs = self.w.outputs;
         let column = panel * LANES;
@@ -179,7 +185,7 @@ impl Linear<'_> {
                 // elements each; the output rows lie in `y` and these columns belong to this task alone.
                 unsafe {
                     let c = self.y.at((first + row) * outputs + column);
-                    tile.run::<V>(rows, c, outputs);
+                    tile.run::<V, R>(rows, c, outputs);
                 }
                 row += rows;
             }
@@ -188,20 +194,11 @@ impl Linear<'_> {
     }
 }
 
-/// The largest register tile that `rows` rows fill.
+/// The largest register tile that `rows` rows fill; what is left is done in smaller ones.
 #[inline(always)]
 pub fn register_rows(rows: usize, tile_rows: usize) -> usize {
-    if rows >= tile_rows {
-        tile_rows
-    } else if rows >= 8 {
-        8
-    } else if rows >= 4 {
-        4
-    } else if rows >= 2 {
-        2
-    } else {
-        1
-    }
+    let fills = |size: &usize| *size <= rows && *size <= tile_rows;
+    if rows >= tile_rows { tile_rows } else { [8, 4, 2].into_iter().find(fills).unwrap_or(1) }
 }
 
 /// A column-major operand: element (k, m) at `start + k * stride + m`.
@@ -230,22 +227,28 @@ pub struct Tile<'a, const N: usize> {
 }
 
 impl<const N: usize> Tile<'_, N> {
-    /// Computes `rows` (1, 2, 4, 6, 8 or 14) rows into `c`, whose rows are `stride` apart.
+    /// Computes `rows` rows into `c`, whose rows are `stride` apart. `rows` comes from [`register_rows`].
     ///
     /// # Safety
     /// `a`, `b` and `c` are valid for the extents that the fields name; `V`'s instruction set exists.
     #[inline(always)]
-    pub unsafe fn run<V: Lanes>(&self, rows: usize, c: *mut f32, stride: usize) {
+    pub unsafe fn run<V: Lanes, R: Registers>(&self, rows: usize, c: *mut f32, stride: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match rows {
-                1 => self.rows::<V, 1>(c, stride),
-                2 => self.rows::<V, 2>(c, stride),
-                4 => self.rows::<V, 4>(c, stride),
-                6 => self.rows::<V, 6>(c, stride),
-                8 => self.rows::<V, 8>(c, stride),
-                14 => self.rows::<V, 14>(c, stride),
-                _ => unreachable!("no register tile of {rows} rows"),
+            if rows == 1 {
+                self.rows::<V, 1>(c, stride);
+            } else if R::ROWS > 1 && rows == 2 {
+                self.rows::<V, 2>(c, stride);
+            } else if R::ROWS > 1 && rows == 4 {
+                self.rows::<V, 4>(c, stride);
+            } else if R::ROWS == 6 && rows == 6 {
+                self.rows::<V, 6>(c, stride);
+            } else if R::ROWS == 14 && rows == 8 {
+                self.rows::<V, 8>(c, stride);
+            } else if R::ROWS == 14 && rows == 14 {
+                self.rows::<V, 14>(c, stride);
+            } else {
+                unreachable!("no register tile of {rows} rows");
             }
         }
     }

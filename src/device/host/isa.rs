@@ -31,7 +31,7 @@ pub trait Kernel {
 
 /// How large a matrix product's register tile is on an instruction set.
 pub trait Registers {
-    /// Rows of a full tile: 8 with plain code and 6 or 12 rows otherwise fill the register file.
+    /// Rows of a full tile.
     const ROWS: usize;
     /// Vectors per row.
     const VECTORS: usize;
@@ -42,6 +42,13 @@ pub struct Wide;
 impl Registers for Wide {
     const ROWS: usize = 14;
     const VECTORS: usize = 2;
+}
+
+/// Plain code goes row by row: it is there to be right.
+pub struct Single;
+impl Registers for Single {
+    const ROWS: usize = 1;
+    const VECTORS: usize = 1;
 }
 
 /// Register tile of 256-bit code: 12 accumulators of 16 registers.
@@ -87,7 +94,8 @@ impl Isa {
     pub fn tile_rows(self) -> usize {
         match self {
             Isa::Avx512 => Wide::ROWS,
-            Isa::Avx2 | Isa::Portable => Narrow::ROWS,
+            Isa::Avx2 => Narrow::ROWS,
+            Isa::Portable => Single::ROWS,
         }
     }
 
@@ -96,7 +104,7 @@ impl Isa {
         assert!(self.is_available(), "{self:?} kernels on a processor without it");
         match self {
             // SAFETY: plain code runs everywhere.
-            Isa::Portable => unsafe { kernel.run::<Portable, Narrow>() },
+            Isa::Portable => unsafe { kernel.run::<Portable, Single>() },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: availability was asserted above.
             Isa::Avx2 => unsafe { run_avx2(kernel) },
