@@ -16,6 +16,7 @@
 mod disk;
 mod journal;
 mod lines;
+mod merge;
 mod open;
 mod options;
 mod parse;
@@ -29,6 +30,7 @@ mod state;
 mod writer;
 
 pub use journal::PartialSample;
+pub use merge::merge;
 pub use open::{Job, Opening, open};
 pub use options::{Defaults, Fingerprint, Input, JobOptions, Limits, Output, Shard, Summary};
 pub use reader::{Item, Reader};

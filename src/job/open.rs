@@ -126,7 +126,7 @@ fn open_files(options: &JobOptions, paths: Paths) -> Result<Opening> {
             opening.lock.release()?;
             Ok(Opening::Finished(summary))
         }
-        Decision::Run(state, journal, replay) => opening.run(state, journal, *replay),
+        Decision::Run(begun) => opening.run(*begun),
     }
 }
 
@@ -141,7 +141,14 @@ struct Opener<'a> {
 
 enum Decision {
     Finished(Summary),
-    Run(RunState, Journal, Box<Replay>),
+    Run(Box<Begun>),
+}
+
+/// A job's state and journal, to go on from.
+struct Begun {
+    state: RunState,
+    journal: Journal,
+    replay: Replay,
 }
 
 impl Opener<'_> {
@@ -204,7 +211,7 @@ impl Opener<'_> {
         state.save(&self.paths.state)?;
         Journal::create(&self.paths.journal, &[Record::Header { attempt: 0, digest: self.fingerprint.digest() }])?;
         let (journal, replay) = Journal::open(&self.paths.journal)?;
-        Ok(Decision::Run(state, journal, Box::new(replay)))
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
     fn compare(&self, state: &RunState) -> Result<()> {
@@ -230,7 +237,7 @@ impl Opener<'_> {
         let head = self.retry_head(state.attempt + 1, result.failed_lines, result.output);
         Journal::create(&self.paths.journal, &head)?;
         let (journal, replay) = Journal::open(&self.paths.journal)?;
-        Ok(Decision::Run(state, journal, Box::new(replay)))
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
     fn retry_head(&self, attempt: u32, failed: Runs, extent: Extent) -> [Record<'static>; 2] {
@@ -256,10 +263,11 @@ impl Opener<'_> {
                 _ => false,
             })?;
         }
-        Ok(Decision::Run(state, journal, Box::new(replay)))
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
-    fn run(self, state: RunState, journal: Journal, mut replay: Replay) -> Result<Opening> {
+    fn run(self, begun: Begun) -> Result<Opening> {
+        let Begun { state, journal, mut replay } = begun;
         let partial = std::mem::take(&mut replay.partial);
         let total = self.survey.total();
         let opened = Opened { paths: self.paths, lock: self.lock, state, blank_lines: self.survey.layout, journal };
