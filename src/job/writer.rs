@@ -301,16 +301,19 @@ impl Files {
         if self.next > self.committed.lines {
             let errors = self.errors.as_ref().map_or_else(disk::Extent::empty, Appender::extent);
             self.committed = Commit { lines: self.next, output: self.output.extent(), errors };
+            let before = self.journal.len();
             self.journal.append(&Record::Commit(self.committed.clone()))?;
             self.journal.flush()?;
-            self.dead += std::mem::take(&mut self.dying);
-            if self.dead > self.rewrite_bytes && self.dead > self.journal.len() / 2 {
-                self.rewrite_journal()?;
-            }
+            // The commit before this one is now dead.
+            self.dead += std::mem::take(&mut self.dying) + self.journal.len() - before;
+        }
+        if self.dead > self.rewrite_bytes && self.dead > self.journal.len() / 2 {
+            self.rewrite_journal()?;
         }
         Ok(())
     }
 
+    /// Drops dead records from the journal. All that is in the files is committed.
     fn rewrite_journal(&mut self) -> Result<()> {
         let mut head = vec![Record::Header { attempt: self.attempt, digest: self.digest }];
         head.extend(
@@ -430,5 +433,192 @@ impl OldOutput {
         self.at += 1;
         self.head = self.failed.next();
         Ok(kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::job::request::{Endpoint, PromptAnswer};
+    use crate::job::{Fingerprint, Input, JobOptions, Limits, Opening, Output, open};
+
+    fn options(directory: &Path, lines: usize) -> JobOptions {
+        let input = directory.join("in");
+        std::fs::write(&input, "{\"prompt\":\"x\"}\n".repeat(lines)).unwrap();
+        JobOptions {
+            input: Input::File(input),
+            output: Output::File(directory.join("out")),
+            error_file: None,
+            retry_failed: false,
+            shard: None,
+            fingerprint: Fingerprint::new(),
+            defaults: Default::default(),
+            limits: Limits::new(10, 10),
+            model_name: "m".into(),
+        }
+    }
+
+    fn files(writer: &mut Writer) -> &mut Files {
+        match &mut writer.sink {
+            Sink::Files(files) => files,
+            Sink::Stream(_) => panic!("the test has an output file"),
+        }
+    }
+
+    fn error_of(index: u64) -> LineError {
+        LineError::new("test", format!("{index} {}", "x".repeat(index as usize % 50)))
+    }
+
+    fn header(index: u64) -> ItemHeader {
+        ItemHeader {
+            index,
+            line: index + 1,
+            custom_id: format!("line-{}", index + 1).into(),
+            endpoint: Endpoint::Plain,
+            metadata: None,
+            model: None,
+            return_token_ids: false,
+            return_prompt_logprobs: false,
+        }
+    }
+
+    #[test]
+    fn the_journal_stays_small_whenever_the_kill_comes() {
+        const LINES: u64 = 200;
+        let token = |id| SampledToken { id, logprob: 0.0, top: Vec::new() };
+        for kill_every in [0, 7, 23, 64] {
+            let directory = tempfile::tempdir().unwrap();
+            let options = options(directory.path(), LINES as usize);
+            let mut now = Instant::now();
+            let mut largest = 0;
+            let summary = 'runs: loop {
+                let mut job = match open(options.clone()).unwrap() {
+                    Opening::Finished(summary) => break summary,
+                    Opening::Run(job) => job,
+                };
+                files(&mut job.writer).rewrite_bytes = 2000;
+                let mut items = Vec::new();
+                let mut finished = 0;
+                loop {
+                    while let Some(item) = (items.len() < 10).then(|| job.reader.next().unwrap()).flatten() {
+                        let known = item.partial.first().map_or(0, |sample| sample.tokens.len() as u32);
+                        items.push((item, known));
+                    }
+                    // A fixed but mixed order, with tokens for all that are under way.
+                    for (item, known) in &mut items {
+                        job.writer.tokens(item.index, 0, 0, *known, &[token(*known)]).unwrap();
+                        *known += 1;
+                    }
+                    if items.is_empty() {
+                        break 'runs job.writer.close(true).unwrap();
+                    }
+                    let (item, known) = items.swap_remove(finished * 7 % items.len());
+                    assert!(
+                        item.partial
+                            .iter()
+                            .flat_map(|sample| &sample.tokens)
+                            .map(|token| token.id)
+                            .eq(0..item.partial.first().map_or(0, |sample| sample.tokens.len() as u32))
+                    );
+                    assert!(known > 0);
+                    job.writer.finish(&item.header(), Err(&error_of(item.index))).unwrap();
+                    finished += 1;
+                    now += SYNC_INTERVAL;
+                    job.writer.tick(now).unwrap();
+                    largest = largest.max(files(&mut job.writer).journal.len());
+                    if finished == kill_every {
+                        break;
+                    }
+                }
+            };
+            assert_eq!(summary.failed, LINES);
+            assert!(largest < 12_000, "{largest} bytes");
+            let names = Names::new(&Fingerprint::new(), "m");
+            let expected: Vec<u8> =
+                (0..LINES).flat_map(|index| names.line(&header(index), Err(&error_of(index)))).collect();
+            assert!(std::fs::read(directory.path().join("out")).unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn a_kill_between_the_last_steps_is_made_good() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let mut options = options(directory.path(), 3);
+        let work = |options: &JobOptions, complete| {
+            let Opening::Run(mut job) = open(options.clone()).unwrap() else { panic!("work is left") };
+            while let Some(item) = job.reader.next().unwrap() {
+                job.writer.finish(&item.header(), Err(&error_of(item.index))).unwrap();
+            }
+            job.writer.close(complete).unwrap()
+        };
+        // Everything is committed, nothing is tidied.
+        work(&options, false);
+        let journal = std::fs::read(at("out.journal")).unwrap();
+        assert!(matches!(open(options.clone()).unwrap(), Opening::Finished(Summary { failed: 3, resumed: 3, .. })));
+        // The state tells of the end, the journal is still there.
+        std::fs::write(at("out.journal"), &journal).unwrap();
+        assert!(matches!(open(options.clone()).unwrap(), Opening::Finished(Summary { failed: 3, .. })));
+        assert!(!at("out.journal").exists());
+        // A retry is committed; its output is renamed, the state does not tell of it.
+        options.retry_failed = true;
+        work(&options, false);
+        let journal = std::fs::read(at("out.journal")).unwrap();
+        std::fs::rename(at("out.partial"), at("out")).unwrap();
+        assert!(matches!(open(options.clone()).unwrap(), Opening::Finished(Summary { failed: 3, .. })));
+        // ... and once more with the journal left behind.
+        std::fs::write(at("out.journal"), &journal).unwrap();
+        options.retry_failed = false;
+        assert!(matches!(open(options.clone()).unwrap(), Opening::Finished(Summary { failed: 3, .. })));
+        let mut left: Vec<_> =
+            std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["in", "out", "out.run.json"]);
+    }
+
+    #[test]
+    fn a_stream_gets_lines_at_once_and_a_closed_one_is_an_error() {
+        #[derive(Clone, Default)]
+        struct Pipe(Arc<Mutex<(Vec<u8>, bool)>>);
+        impl Write for Pipe {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                let mut pipe = self.0.lock().unwrap();
+                if pipe.1 {
+                    return Err(std::io::ErrorKind::BrokenPipe.into());
+                }
+                pipe.0.extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let pipe = Pipe::default();
+        let names = Names::new(&Fingerprint::new(), "m");
+        let mut writer = Writer::to_stream(names.clone(), Box::new(pipe.clone()), None);
+        let empty = Answer {
+            prompts: vec![PromptAnswer {
+                prompt_token_ids: vec![1],
+                prompt_text: None,
+                prompt_logprobs: None,
+                choices: vec![crate::job::request::Choice {
+                    text: String::new(),
+                    token_ids: Vec::new(),
+                    finish_reason: crate::job::request::FinishReason::Stop,
+                    stop_reason: None,
+                    logprobs: None,
+                }],
+            }],
+        };
+        for (index, outcome) in [(5, Ok(&empty)), (2, Err(&error_of(2)))] {
+            writer.finish(&header(index), outcome).unwrap();
+            assert!(pipe.0.lock().unwrap().0.ends_with(&names.line(&header(index), outcome)));
+        }
+        pipe.0.lock().unwrap().1 = true;
+        let error = writer.finish(&header(1), Ok(&empty)).unwrap_err();
+        assert!(error.to_string().starts_with("write standard output: "), "{error}");
+        assert_eq!(writer.close(false).unwrap(), Summary { succeeded: 1, failed: 1, resumed: 0 });
     }
 }
