@@ -215,3 +215,64 @@ fn shards_together_hold_the_lines_of_the_whole() {
     parts.sort_unstable();
     assert!(lines == parts);
 }
+
+#[test]
+fn the_order_of_finishing_does_not_matter() {
+    use proptest::prelude::*;
+    let input = mixed_input(40);
+    let (expected, ..) = reference(&input, |_, _| {}, false);
+    let config = ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(seed in any::<u64>(), kills in any::<bool>())| {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), &input);
+        if kills {
+            run_with_kills(&options, seed, seed % 2 == 0, false);
+        } else {
+            run_through(&options, seed, false);
+        }
+        prop_assert!(read(&output(&options)) == expected);
+    });
+}
+
+#[test]
+fn side_files_are_never_ahead_of_what_they_describe() {
+    let input = mixed_input(20);
+    let (expected, errors, _) =
+        reference(&input, |directory, options| options.error_file = Some(directory.join("err")), false);
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let mut options = options(directory.path(), &input);
+    options.error_file = Some(at("err"));
+    // Killed before the output, and before the journal, was there.
+    drop(open(options.clone()).unwrap());
+    fs::remove_file(output(&options)).unwrap();
+    drop(open(options.clone()).unwrap());
+    fs::remove_file(output(&options)).unwrap();
+    fs::remove_file(at("out.jsonl.journal")).unwrap();
+    run_through(&options, 2, false);
+    assert!(read(&output(&options)) == expected);
+    // Only the output was removed: the error file is ours to write again.
+    fs::remove_file(output(&options)).unwrap();
+    run_through(&options, 3, false);
+    assert!(read(&output(&options)) == expected);
+    assert!(Some(read(&at("err"))) == errors);
+    fs::remove_file(output(&options)).unwrap();
+    fs::write(at("err"), "mine\n").unwrap();
+    assert!(open(options.clone()).is_err(), "a changed error file is not");
+    // A journal or a state alone is not enough to go on from.
+    let Opening::Run(job) = open(JobOptions { error_file: None, ..options.clone() }).unwrap() else { panic!("fresh") };
+    let mut chance = Chance(1);
+    Run { chance: &mut chance, kill_after: Some(60), flaky_fails: false, in_flight: 4, after_tick: &mut |_| {} }
+        .work(job)
+        .unwrap();
+    let options = JobOptions { error_file: None, ..options };
+    assert!(length(&output(&options)) > 0);
+    let journal = fs::read(at("out.jsonl.journal")).unwrap();
+    fs::remove_file(at("out.jsonl.journal")).unwrap();
+    assert!(open(options.clone()).err().unwrap().to_string().contains("journal"));
+    fs::write(at("out.jsonl.journal"), "not a journal").unwrap();
+    assert!(open(options.clone()).err().unwrap().to_string().contains("is not a journal"));
+    fs::write(at("out.jsonl.journal"), journal).unwrap();
+    run_through(&options, 4, false);
+    assert_eq!(read(&output(&options)).lines().count(), 20 - 2);
+}

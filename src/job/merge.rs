@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::disk::{self, Appender, Extent, with_suffix};
+use super::disk::{self, Appender, Extent, refuse, with_suffix};
 use super::options::{Fingerprint, Input, Shard, Summary};
 use super::paths::Paths;
 use super::runs::{Runs, Values};
@@ -234,8 +234,4 @@ impl Target {
         self.file.sync()?;
         Ok(self.file.extent())
     }
-}
-
-fn refuse(path: &Path, what: &str, hint: &str) -> Error {
-    Error::Output { path: path.to_owned(), what: what.into(), hint: Some(hint.into()) }
 }

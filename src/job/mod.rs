@@ -14,6 +14,7 @@
 //! whatever order results arrive in, and survives a kill at any moment.
 
 mod disk;
+mod files;
 mod journal;
 mod lines;
 mod merge;
@@ -26,6 +27,7 @@ mod record;
 mod render;
 pub mod request;
 mod runs;
+mod spool;
 mod state;
 mod writer;
 
