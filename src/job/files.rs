@@ -131,7 +131,7 @@ impl Files {
     /// See [`super::Writer::tokens`].
     pub fn tokens(&mut self, index: u64, prompt: u32, sample: u32, start: u32, tokens: &[SampledToken]) -> Result<()> {
         let before = self.journal.len();
-        self.journal.append(&Record::Tokens { index, prompt, sample, start, tokens: tokens.to_vec() })?;
+        self.journal.append(&Record::Tokens { index, prompt, sample, start, tokens: tokens.into() })?;
         *self.token_bytes.entry(index).or_default() += self.journal.len() - before;
         Ok(())
     }
