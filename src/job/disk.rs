@@ -172,3 +172,8 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.push(suffix);
     PathBuf::from(name)
 }
+
+/// The error for an output or side file that cannot be used.
+pub(crate) fn refuse(path: &Path, what: &str, hint: &str) -> Error {
+    Error::Output { path: path.to_owned(), what: what.into(), hint: Some(hint.into()) }
+}

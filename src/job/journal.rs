@@ -260,7 +260,7 @@ impl Replay {
             Record::Outcomes { failed } => self.failed = failed,
             Record::Tokens { index, prompt, sample, start, tokens } => {
                 *self.token_bytes.entry(index).or_default() += size + FRAME_BYTES;
-                self.extend_sample(index, prompt, sample, start as usize, tokens);
+                self.extend_sample(index, prompt, sample, start as usize, tokens.into_owned());
             }
             Record::Finished { index, failed, line } => {
                 self.partial.remove(&index);
@@ -313,10 +313,10 @@ mod tests {
         let mut bytes = Vec::new();
         let records = [
             Record::Header { attempt: 0, digest: [1; 32] },
-            Record::Tokens { index: 0, prompt: 0, sample: 0, start: 0, tokens: vec![token(1), token(2)] },
-            Record::Tokens { index: 1, prompt: 0, sample: 1, start: 0, tokens: vec![token(3)] },
+            Record::Tokens { index: 0, prompt: 0, sample: 0, start: 0, tokens: vec![token(1), token(2)].into() },
+            Record::Tokens { index: 1, prompt: 0, sample: 1, start: 0, tokens: vec![token(3)].into() },
             Record::Finished { index: 2, failed: true, line: b"two\n" },
-            Record::Tokens { index: 1, prompt: 0, sample: 1, start: 1, tokens: vec![token(4)] },
+            Record::Tokens { index: 1, prompt: 0, sample: 1, start: 1, tokens: vec![token(4)].into() },
             Record::Finished { index: 0, failed: false, line: b"zero\n" },
             Record::Commit(Commit { lines: 1, ..Commit::none() }),
         ];

@@ -14,8 +14,10 @@
 //! whatever order results arrive in, and survives a kill at any moment.
 
 mod disk;
+mod files;
 mod journal;
 mod lines;
+mod merge;
 mod open;
 mod options;
 mod parse;
@@ -25,10 +27,12 @@ mod record;
 mod render;
 pub mod request;
 mod runs;
+mod spool;
 mod state;
 mod writer;
 
 pub use journal::PartialSample;
+pub use merge::merge;
 pub use open::{Job, Opening, open};
 pub use options::{Defaults, Fingerprint, Input, JobOptions, Limits, Output, Shard, Summary};
 pub use reader::{Item, Reader};

@@ -3,22 +3,22 @@
 //! **Invariant:** nothing that the user or an earlier run wrote is overwritten unless it provably belongs to this job.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
-use super::disk::{self, Extent, with_suffix};
+use super::disk::{self, Extent, refuse};
+use super::files::{Files, Opened, clear};
 use super::journal::{Journal, Replay};
-use super::lines::{Survey, hex};
+use super::lines::Survey;
 use super::options::{Fingerprint, Input, JobOptions, Output, Shard, Summary};
 use super::paths::{Lock, Paths, is_stream};
 use super::reader::{Reader, Reading};
 use super::record::Record;
 use super::render::Names;
 use super::runs::Runs;
+use super::spool::{Spooled, spool};
 use super::state::{RunResult, RunState};
-use super::writer::{Files, Opened, Writer, clear};
+use super::writer::Writer;
 use crate::error::{Error, Result};
 
 /// What a job needs now.
@@ -106,19 +106,23 @@ fn survey(path: &Path, named: &Path, options: &JobOptions) -> Result<Survey> {
 fn open_files(options: &JobOptions, paths: Paths) -> Result<Opening> {
     let lock = paths.lock()?;
     let state = RunState::load(&paths.state)?;
+    let shard = options.shard.unwrap_or(Shard::WHOLE).to_string();
+    let fingerprint = |input: &str| options.fingerprint.clone().with("input", input).with("shard", shard);
     let (input, named) = match &options.input {
         Input::File(path) if !is_stream(path)? => (path.clone(), path.clone()),
-        stream => match spool(stream, &paths, state.as_ref())? {
+        stream => match spool(stream, &paths, state.as_ref(), options.retry_failed)? {
             Spooled::At(named) => (paths.spool.clone(), named),
-            Spooled::NotNeeded(result) => return lock.release().map(|()| Opening::Finished(result.summary())),
+            Spooled::NotNeeded(finished) => {
+                let (state, result) = *finished;
+                let before = state.fingerprint();
+                compare(&state, &fingerprint(before.get("input").unwrap_or_default()), &paths)?;
+                check_finished(&paths, &result)?;
+                return lock.release().map(|()| Opening::Finished(result.summary()));
+            }
         },
     };
     let survey = survey(&input, &named, options)?;
-    let fingerprint = options
-        .fingerprint
-        .clone()
-        .with("input", survey.sha256.clone())
-        .with("shard", options.shard.unwrap_or(Shard::WHOLE).to_string());
+    let fingerprint = fingerprint(&survey.sha256);
     let opening = Opener { options, paths, lock, fingerprint, survey, input };
     match opening.decide(state)? {
         Decision::Finished(summary) => {
@@ -126,7 +130,7 @@ fn open_files(options: &JobOptions, paths: Paths) -> Result<Opening> {
             opening.lock.release()?;
             Ok(Opening::Finished(summary))
         }
-        Decision::Run(state, journal, replay) => opening.run(state, journal, *replay),
+        Decision::Run(begun) => opening.run(*begun),
     }
 }
 
@@ -141,7 +145,14 @@ struct Opener<'a> {
 
 enum Decision {
     Finished(Summary),
-    Run(RunState, Journal, Box<Replay>),
+    Run(Box<Begun>),
+}
+
+/// A job's state and journal, to go on from.
+struct Begun {
+    state: RunState,
+    journal: Journal,
+    replay: Replay,
 }
 
 impl Opener<'_> {
@@ -150,15 +161,13 @@ impl Opener<'_> {
         let paths = &self.paths;
         let output_bytes = disk::length(&paths.output)?;
         let has_journal = disk::length(&paths.journal)?.is_some();
-        let state = match state {
-            // Whoever removes a finished output wants it made anew.
-            Some(state) if state.result.is_some() && output_bytes.is_none() && !has_journal => None,
-            state => state,
-        };
+        // Whoever removes a finished output wants it made anew.
+        let removed = output_bytes.is_none() && !has_journal && state.as_ref().is_some_and(|s| s.result.is_some());
+        let (state, earlier) = if removed { (None, state) } else { (state, None) };
         let Some(state) = state else {
-            return self.begin(output_bytes.unwrap_or(0), has_journal);
+            return self.begin(output_bytes.unwrap_or(0), has_journal, earlier.as_ref());
         };
-        self.compare(&state)?;
+        compare(&state, &self.fingerprint, paths)?;
         if !has_journal {
             return match state.result.clone() {
                 Some(result) => self.finished(state, result),
@@ -180,21 +189,23 @@ impl Opener<'_> {
         }
     }
 
-    /// A job that was never begun here.
-    fn begin(&self, output_bytes: u64, has_journal: bool) -> Result<Decision> {
-        let (output, errors) = (&self.paths.output, self.paths.errors.as_deref());
+    /// A job that was never begun here, or whose output was removed.
+    fn begin(&self, output_bytes: u64, has_journal: bool, earlier: Option<&RunState>) -> Result<Decision> {
+        let output = &self.paths.output;
+        let ours = |errors: &Path| {
+            let result = earlier.filter(|state| state.error_file.as_deref() == Some(errors))?.result.as_ref()?;
+            disk::verify(errors, &result.errors).ok()
+        };
+        let taken = |errors: &&Path| disk::length(errors).ok().flatten().unwrap_or(0) > 0 && ours(errors).is_none();
         if output_bytes > 0 {
             return Err(refuse(output, "already exists and was not made by this command", "choose another --output"));
         }
         if has_journal {
             return Err(refuse(&self.paths.journal, "lies there without its .run.json", START_AGAIN));
         }
-        if let Some(errors) = errors.filter(|errors| disk::length(errors).ok().flatten().unwrap_or(0) > 0) {
-            return Err(refuse(
-                errors,
-                "already exists and was not made by this command",
-                "choose another --error-file",
-            ));
+        if let Some(errors) = self.paths.errors.as_deref().filter(taken) {
+            let hint = "choose another --error-file";
+            return Err(refuse(errors, "already exists and was not made by this command", hint));
         }
         self.start()
     }
@@ -204,20 +215,7 @@ impl Opener<'_> {
         state.save(&self.paths.state)?;
         Journal::create(&self.paths.journal, &[Record::Header { attempt: 0, digest: self.fingerprint.digest() }])?;
         let (journal, replay) = Journal::open(&self.paths.journal)?;
-        Ok(Decision::Run(state, journal, Box::new(replay)))
-    }
-
-    fn compare(&self, state: &RunState) -> Result<()> {
-        let hint = "rerun with the settings it was started with, or choose another --output";
-        if let Some(difference) = state.fingerprint().difference(&self.fingerprint) {
-            return Err(refuse(&self.paths.output, &difference, hint));
-        }
-        if state.error_file != self.paths.errors {
-            let name = |path: &Option<PathBuf>| path.as_ref().map_or("none".into(), |path| path.display().to_string());
-            let (then, now) = (name(&state.error_file), name(&self.paths.errors));
-            return Err(refuse(&self.paths.output, &format!("was started with error file {then}, now {now}"), hint));
-        }
-        Ok(())
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
     /// The job is finished: nothing to do, unless failed lines are to be retried.
@@ -230,7 +228,7 @@ impl Opener<'_> {
         let head = self.retry_head(state.attempt + 1, result.failed_lines, result.output);
         Journal::create(&self.paths.journal, &head)?;
         let (journal, replay) = Journal::open(&self.paths.journal)?;
-        Ok(Decision::Run(state, journal, Box::new(replay)))
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
     fn retry_head(&self, attempt: u32, failed: Runs, extent: Extent) -> [Record<'static>; 2] {
@@ -256,10 +254,11 @@ impl Opener<'_> {
                 _ => false,
             })?;
         }
-        Ok(Decision::Run(state, journal, Box::new(replay)))
+        Ok(Decision::Run(Box::new(Begun { state, journal, replay })))
     }
 
-    fn run(self, state: RunState, journal: Journal, mut replay: Replay) -> Result<Opening> {
+    fn run(self, begun: Begun) -> Result<Opening> {
+        let Begun { state, journal, mut replay } = begun;
         let partial = std::mem::take(&mut replay.partial);
         let total = self.survey.total();
         let opened = Opened { paths: self.paths, lock: self.lock, state, blank_lines: self.survey.layout, journal };
@@ -292,10 +291,21 @@ impl Opener<'_> {
 
 const START_AGAIN: &str = "to start again, remove the output and the files whose names begin with its name";
 
-fn refuse(path: &Path, what: &str, hint: &str) -> Error {
-    Error::Output { path: path.to_owned(), what: what.into(), hint: Some(hint.into()) }
+/// Refuses an output that another job began.
+fn compare(state: &RunState, fingerprint: &Fingerprint, paths: &Paths) -> Result<()> {
+    let hint = "rerun with the settings it was started with, or choose another --output";
+    if let Some(difference) = state.fingerprint().difference(fingerprint) {
+        return Err(refuse(&paths.output, &difference, hint));
+    }
+    if state.error_file != paths.errors {
+        let name = |path: &Option<PathBuf>| path.as_ref().map_or("none".into(), |path| path.display().to_string());
+        let (then, now) = (name(&state.error_file), name(&paths.errors));
+        return Err(refuse(&paths.output, &format!("was started with error file {then}, now {now}"), hint));
+    }
+    Ok(())
 }
 
+/// Refuses a finished output that is no longer as the job left it.
 fn check_finished(paths: &Paths, result: &RunResult) -> Result<()> {
     let changed = |path: &Path, extent: &Extent| {
         if disk::length(path)? != Some(extent.bytes) {
@@ -305,57 +315,4 @@ fn check_finished(paths: &Paths, result: &RunResult) -> Result<()> {
     };
     changed(&paths.output, &result.output)?;
     paths.errors.as_deref().map_or(Ok(()), |errors| changed(errors, &result.errors))
-}
-
-enum Spooled {
-    /// The whole input lies in the spool; it is to be called so in messages.
-    At(PathBuf),
-    /// The job is finished and no input came.
-    NotNeeded(RunResult),
-}
-
-/// Copies a stream beside the output so that a resumed job can read it again.
-fn spool(input: &Input, paths: &Paths, state: Option<&RunState>) -> Result<Spooled> {
-    let (named, mut source): (PathBuf, Box<dyn Read>) = match input {
-        Input::File(path) => (path.clone(), Box::new(File::open(path).map_err(Error::io("open", path))?)),
-        // Someone who resumes at a terminal has nothing to type in.
-        Input::Stdin if state.is_some() && io::stdin().is_terminal() => {
-            ("standard input".into(), Box::new(io::empty()))
-        }
-        Input::Stdin => ("standard input".into(), Box::new(io::stdin())),
-    };
-    let temporary = with_suffix(&paths.spool, ".tmp");
-    let mut copy = File::create(&temporary).map_err(Error::io("create", &temporary))?;
-    let bytes = io::copy(&mut source, &mut copy).map_err(Error::io("write", &temporary))?;
-    let known = disk::length(&paths.spool)?.is_some();
-    match state.and_then(|state| state.result.clone()) {
-        Some(result) if bytes == 0 && !known => {
-            disk::remove(&temporary)?;
-            check_finished(paths, &result)?;
-            return Ok(Spooled::NotNeeded(result));
-        }
-        _ if bytes == 0 && known => disk::remove(&temporary)?,
-        _ if known && hash_file(&temporary)? != hash_file(&paths.spool)? => {
-            disk::remove(&temporary)?;
-            let hint = "give it the same input or none, or choose another --output";
-            return Err(refuse(&paths.output, "was started with another standard input", hint));
-        }
-        _ => {
-            copy.sync_all().map_err(Error::io("sync", &temporary))?;
-            disk::rename(&temporary, &paths.spool)?;
-        }
-    }
-    Ok(Spooled::At(named))
-}
-
-fn hash_file(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    let mut hasher = Sha256::new();
-    let mut chunk = vec![0; 1 << 18];
-    loop {
-        match file.read(&mut chunk).map_err(Error::io("read", path))? {
-            0 => return Ok(hex(&hasher.finalize())),
-            length => hasher.update(&chunk[..length]),
-        }
-    }
 }

@@ -96,6 +96,7 @@ impl Reader {
     ///
     /// # Errors
     /// `Error::Io` if the input cannot be read, `Error::Input` if it changed since the job began or has no lines.
+    #[allow(clippy::should_implement_trait)] // Errors come first: `?` reads better than `transpose`.
     pub fn next(&mut self) -> Result<Option<Item>> {
         while !self.ended {
             let read = self.lines.next().map_err(Error::io("read", &self.reading.path))?;

@@ -3,6 +3,8 @@
 //! **Invariant:** a record is read back whole or not at all: `length u32 | body | first 8 bytes of SHA-256(body)`,
 //! little endian, the body beginning with its kind.
 
+use std::borrow::Cow;
+
 use sha2::{Digest, Sha256};
 
 use super::disk::Extent;
@@ -44,7 +46,7 @@ pub(crate) enum Record<'a> {
     /// For the lines of the next [`Record::Commit`], which failed: stands for finished records that were dropped.
     Outcomes { failed: Runs },
     /// Tokens of a sample, from its `start`-th generated one.
-    Tokens { index: u64, prompt: u32, sample: u32, start: u32, tokens: Vec<SampledToken> },
+    Tokens { index: u64, prompt: u32, sample: u32, start: u32, tokens: Cow<'a, [SampledToken]> },
     /// A finished line with its line end.
     Finished { index: u64, failed: bool, line: &'a [u8] },
     /// The files were durable up to here.
@@ -114,7 +116,7 @@ impl<'a> Record<'a> {
                 prompt: body.u32()?,
                 sample: body.u32()?,
                 start: body.u32()?,
-                tokens: body.tokens()?,
+                tokens: body.tokens()?.into(),
             },
             4 => Record::Finished { index: body.u64()?, failed: body.u8()? != 0, line: std::mem::take(&mut body.0) },
             5 => Record::Commit(Commit { lines: body.u64()?, output: body.extent()?, errors: body.extent()? }),
@@ -216,7 +218,13 @@ mod tests {
             Record::Header { attempt: 3, digest: [9; 32] },
             Record::Kept { failed: runs.clone(), extent: extent.clone() },
             Record::Outcomes { failed: runs },
-            Record::Tokens { index: 1 << 40, prompt: 1, sample: 2, start: 3, tokens: vec![token.clone(), token] },
+            Record::Tokens {
+                index: 1 << 40,
+                prompt: 1,
+                sample: 2,
+                start: 3,
+                tokens: vec![token.clone(), token].into(),
+            },
             Record::Finished { index: 8, failed: true, line: b"{}\n" },
             Record::Commit(Commit { lines: 4, output: extent, errors: Extent::empty() }),
         ];

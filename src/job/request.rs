@@ -58,6 +58,8 @@ pub enum Endpoint {
 }
 
 /// What to complete.
+// Conversations are few in memory at a time: no need for a box.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Prompt {
     /// Text; the tokenizer adds its special tokens unless `add_special_tokens` is false.

@@ -166,12 +166,12 @@ impl Run<'_> {
                 let (item, work) = &mut active[at];
                 let Ok(work) = work else {
                     writer.finish(&item.header(), Err(item.request.as_ref().unwrap_err()))?;
-                    active.swap_remove(at);
+                    drop(active.swap_remove(at));
                     continue;
                 };
                 if self.flaky_fails && format!("{:?}", work.request.prompts).contains("flaky") {
                     writer.finish(&item.header(), Err(&LineError::new("flaky", "failed this time")))?;
-                    active.swap_remove(at);
+                    drop(active.swap_remove(at));
                     continue;
                 }
                 let unfinished = work.samples.iter_mut().find_map(|(prompt, sample, tokens)| {
@@ -187,7 +187,7 @@ impl Run<'_> {
                     }
                     None => {
                         writer.finish(&item.header(), Ok(&work.answer()))?;
-                        active.swap_remove(at);
+                        drop(active.swap_remove(at));
                     }
                 }
             }

@@ -63,6 +63,7 @@ impl Envelope {
         let mut body = match endpoint {
             Endpoint::Plain => {
                 metadata = fields.take("metadata");
+                metadata.as_deref().map_or(Ok(()), check_depth)?;
                 fields
             }
             Endpoint::Completions | Endpoint::Chat => take_body(fields)?,
@@ -159,8 +160,23 @@ fn take_body(mut fields: Fields) -> Result<Fields, LineError> {
         .map_err(|error| LineError::new("invalid_value", shorten_error(&format!("`body` is not usable: {error}"))))
 }
 
-/// Fields that cannot be honoured, with the values (besides null) that ask for nothing special.
+/// Copied values must not make an output line that common parsers refuse.
+fn check_depth(metadata: &RawValue) -> Result<(), LineError> {
+    let parsed = serde_json::from_str::<serde_json::Value>(&format!("[{}]", metadata.get()));
+    parsed.map(drop).map_err(|_| fields::invalid("metadata", "nested less deeply", metadata.get()))
+}
+
+/// Fields that cannot be honoured (the first few: on this kind of line), with the values (besides null) that ask for nothing special.
 const NEUTRAL: &[(&str, &[&str])] = &[
+    ("add_generation_prompt", &["true"]),
+    ("chat_template", &[]),
+    ("chat_template_kwargs", &["{}"]),
+    ("continue_final_message", &["false"]),
+    ("documents", &["[]"]),
+    ("messages", &[]),
+    ("prompt", &[]),
+    ("tools", &["[]"]),
+    ("top_logprobs", &["0"]),
     ("audio", &[]),
     ("bad_words", &["[]"]),
     ("cache_salt", &[]),
