@@ -34,6 +34,7 @@ use self::files::Files;
 use self::fingerprint::Fingerprint;
 use self::generation::GenerationConfig;
 use self::hub::{EmbeddedFiles, HubCache, Location};
+use self::names::WithConstants;
 use self::safetensors::SafetensorsFile;
 use self::source::{ModelSource, TensorSource};
 use self::synth::SyntheticWeights;
@@ -128,6 +129,7 @@ impl Model {
         weights: Box<dyn TensorSource>,
         fingerprint: Fingerprint,
     ) -> Result<Model> {
+        let weights = WithConstants::new(&config, weights);
         let source = names::model_source(&config, weights.as_ref())?;
         let tokenizer = Tokenizer::load(files)?;
         let chat = ChatTemplate::load(files, tokenizer.special_texts())?;
