@@ -108,7 +108,7 @@ pub struct WithConstants {
 
 impl WithConstants {
     /// `inner`, with constants added if `config` needs them.
-    pub fn new(config: &ModelConfig, inner: Box<dyn TensorSource>) -> Box<dyn TensorSource> {
+    pub fn wrap(config: &ModelConfig, inner: Box<dyn TensorSource>) -> Box<dyn TensorSource> {
         if config.norm_affine {
             return inner;
         }
