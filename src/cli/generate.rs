@@ -139,7 +139,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     arguments.check_paths()?;
     if let Some(threads) = arguments.threads {
         if !(1..=1024).contains(&threads) {
-            return Err(Error::usage(format!("--threads {threads} is not between 1 and 1024"), "leave it out for all cores"));
+            return Err(Error::usage(
+                format!("--threads {threads} is not between 1 and 1024"),
+                "leave it out for all cores",
+            ));
         }
         // Fails only when the pool exists already, which nothing before this line makes.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
@@ -150,10 +153,16 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let options = arguments.job_options(input, output, &model, &resolved)?;
     match job::open(options)? {
         Opening::Finished(summary) => {
-            say::line(&format!("already finished: {} lines, {} failed", summary.succeeded + summary.failed, summary.failed));
+            say::line(&format!(
+                "already finished: {} lines, {} failed",
+                summary.succeeded + summary.failed,
+                summary.failed
+            ));
             Ok(summary.exit_code())
         }
-        Opening::Run(job) => Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job),
+        Opening::Run(job) => {
+            Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job)
+        }
     }
 }
 
@@ -173,7 +182,10 @@ impl Arguments {
         let Some(stats) = &self.stats else { return Ok(()) };
         let others = [&self.input, &self.output, &self.error_file, &self.policy, &self.config];
         if others.into_iter().flatten().any(|other| other == stats) {
-            return Err(Error::usage(format!("--stats {} is another file of the job", stats.display()), "name a file of its own"));
+            return Err(Error::usage(
+                format!("--stats {} is another file of the job", stats.display()),
+                "name a file of its own",
+            ));
         }
         let parent = stats.parent().filter(|parent| !parent.as_os_str().is_empty());
         match parent {
@@ -221,7 +233,9 @@ impl Arguments {
     fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
         let shard = match &self.shard {
             None => None,
-            Some(text) => Some(text.parse::<Shard>().map_err(|what| Error::usage(format!("--shard {what}"), "write it as i/n with i from 0, such as 0/4"))?),
+            Some(text) => Some(text.parse::<Shard>().map_err(|what| {
+                Error::usage(format!("--shard {what}"), "write it as i/n with i from 0, such as 0/4")
+            })?),
         };
         let flags = Defaults {
             max_tokens: self.max_tokens,

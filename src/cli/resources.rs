@@ -61,7 +61,11 @@ pub fn fit(model: &Model, wishes: &Wishes) -> Result<(Batch, Shape)> {
         // Activations are what can shrink, unless the user fixed them.
         let smaller = Batch {
             sequences: if wishes.sequences.is_none() { batch.sequences.div_ceil(2) } else { batch.sequences },
-            chunk_tokens: if wishes.chunk_tokens.is_none() { batch.chunk_tokens.div_ceil(2) } else { batch.chunk_tokens },
+            chunk_tokens: if wishes.chunk_tokens.is_none() {
+                batch.chunk_tokens.div_ceil(2)
+            } else {
+                batch.chunk_tokens
+            },
         };
         if smaller == batch {
             let need = needed(batch, least);

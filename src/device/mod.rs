@@ -95,7 +95,14 @@ pub trait Device: Send + Sync {
     fn gather(&self, x: &Self::Buffer, indices: &[usize], width: usize, out: &mut Self::Buffer);
 
     /// Normalises rows of `width`.
-    fn norm(&self, x: &Self::Buffer, rows: usize, width: usize, parameters: &NormParameters<Self::Buffer>, out: &mut Self::Buffer);
+    fn norm(
+        &self,
+        x: &Self::Buffer,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
 
     /// `y = x w^T + bias`; `scratch` holds at least as many elements as x.
     fn linear(

@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 
+use super::Engine;
 use super::prepare::{Prepared, Work};
 use super::sample::{Rules, Sample};
 use super::sequence::{Begin, Job, PromptState, Sequence, prompt_scores};
-use super::Engine;
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;

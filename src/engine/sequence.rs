@@ -4,9 +4,7 @@
 //! holder) and has reserved what it may still need, so a sequence that was admitted never runs out.
 
 use crate::error::Result;
-use crate::job::request::{
-    Answer, Choice, ItemHeader, LineError, PromptAnswer, SampledToken, TokenLogprob, TokenText,
-};
+use crate::job::request::{Answer, Choice, ItemHeader, LineError, PromptAnswer, SampledToken, TokenLogprob, TokenText};
 use crate::kv::layout::pages_for;
 use crate::kv::pages::PageId;
 use crate::model::Model;

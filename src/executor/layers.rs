@@ -87,8 +87,7 @@ impl<D: Device> Executor<D> {
             device.rotate(&mut buffers.qkv, rows, heads, &rotation);
         }
         device.append_kv(kv, index, &pass.segments, &buffers.qkv, heads);
-        let span =
-            AttentionSpan { layer: index, window: config.sliding_window[index], scale: config.attention_scale };
+        let span = AttentionSpan { layer: index, window: config.sliding_window[index], scale: config.attention_scale };
         device.attend(kv, span, &pass.segments, &buffers.qkv, heads, &mut buffers.attended);
         let Linear { weight, bias } = &layer.o;
         device.linear(&buffers.attended, rows, weight, bias.as_ref(), &mut buffers.scratch, &mut buffers.update);

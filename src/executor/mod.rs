@@ -10,7 +10,6 @@ pub mod size;
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn};
 use crate::error::Result;
-use crate::kv::layout::KvLayout;
 use crate::kv::pages::PageId;
 use crate::model::Model;
 use crate::model::config::ModelConfig;

@@ -83,12 +83,10 @@ mod tests {
     #[test]
     fn elements_fill_their_ranges_without_overlap() {
         let layout = KvLayout { num_layers: 3, num_kv_heads: 2, head_dim: 20, dtype: DType::Bf16 };
-        let mut keys: Vec<usize> =
-            (0..64).flat_map(|s| (0..20).map(move |d| layout.key_element(s, d))).collect();
+        let mut keys: Vec<usize> = (0..64).flat_map(|s| (0..20).map(move |d| layout.key_element(s, d))).collect();
         keys.sort_unstable();
         assert!(keys.iter().copied().eq(0..64 * 20));
-        let mut values: Vec<usize> =
-            (0..64).flat_map(|s| (0..20).map(move |d| layout.value_element(s, d))).collect();
+        let mut values: Vec<usize> = (0..64).flat_map(|s| (0..20).map(move |d| layout.value_element(s, d))).collect();
         values.sort_unstable();
         values.dedup();
         assert_eq!(values.len(), 64 * 20);

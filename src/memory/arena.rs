@@ -47,16 +47,15 @@ impl Arena {
     pub fn new(what: &str, tier: Tier, bytes: usize) -> Result<Arena> {
         let len = bytes.max(1).next_multiple_of(1 << 21);
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
-        let start = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
-        }
-        .map_err(|_| Error::OverBudget {
-            what: what.to_owned(),
-            tier,
-            need: Bytes(len as u64),
-            have: Bytes(super::limits::available_memory()),
-            hint: Some("free some memory, or lower --cpu-memory".into()),
-        })?;
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
+                .map_err(|_| Error::OverBudget {
+                    what: what.to_owned(),
+                    tier,
+                    need: Bytes(len as u64),
+                    have: Bytes(super::limits::available_memory()),
+                    hint: Some("free some memory, or lower --cpu-memory".into()),
+                })?;
         // SAFETY: the range is the mapping made above; huge pages are a hint that changes no contents.
         let _ = unsafe { madvise(start, len, Advice::LinuxHugepage) };
         let start = NonNull::new(start.cast()).expect("mmap returned null");

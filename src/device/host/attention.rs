@@ -326,13 +326,7 @@ unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: std::ops::Range<us
 }
 
 /// Lays probabilities out as the product's left operand: groups of `tile_rows` rows, each (64, rows).
-fn pack_probabilities(
-    scores: &[f32],
-    rows: usize,
-    tile_rows: usize,
-    keys: std::ops::Range<usize>,
-    packed: &mut [f32],
-) {
+fn pack_probabilities(scores: &[f32], rows: usize, tile_rows: usize, keys: std::ops::Range<usize>, packed: &mut [f32]) {
     for first in (0..rows).step_by(tile_rows) {
         let count = tile_rows.min(rows - first);
         let group = &mut packed[first * PAGE_POSITIONS..];

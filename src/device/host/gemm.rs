@@ -155,13 +155,7 @@ impl Kernel for Linear<'_> {
 impl Linear<'_> {
     /// All rows against `N` widened panels, inputs `k .. k + depth`.
     #[inline(always)]
-    unsafe fn block<V: Lanes, const N: usize>(
-        &self,
-        panel: usize,
-        k: usize,
-        depth: usize,
-        widened: &[f32],
-    ) {
+    unsafe fn block<V: Lanes, const N: usize>(&self, panel: usize, k: usize, depth: usize, widened: &[f32]) {
         let tile_rows = self.x.tile_rows;
         let outputs = self.w.outputs;
         let column = panel * LANES;
