@@ -1,6 +1,7 @@
 //! Chat templates: conversations to text, as transformers renders them (formats, section 4.4).
 //!
-//! **Invariant:** a template runs in a sandbox without files, with bounded steps, depth and output.
+//! **Invariant:** a template runs in a sandbox without files, with bounded steps, depth and output. (Memory is bounded
+//! only by the steps: a template that keeps doubling a text can exhaust it.)
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -52,7 +53,7 @@ pub struct ChatError {
 
 const MAX_TEMPLATE_BYTES: usize = 4 << 20;
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
-const MAX_STEPS: u64 = 50_000_000;
+const MAX_STEPS: u64 = 10_000_000;
 const MAX_DEPTH: usize = 200;
 const NAME: &str = "chat";
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
@@ -263,9 +264,8 @@ fn render(
 ) -> std::result::Result<String, ChatError> {
     let (messages, last) = prepare(input, source)?;
     let template = environment.get_template(NAME).map_err(|error| describe(&error))?;
-    let special: BTreeMap<&String, &String> = special_texts.iter().collect();
-    let mut variables = Map::new();
-    variables.extend(special.into_iter().map(|(key, text)| (key.clone(), Value::from(text.clone()))));
+    let mut variables: Map<String, Value> =
+        special_texts.iter().map(|(key, text)| (key.clone(), text.as_str().into())).collect();
     variables.extend(input.kwargs.clone());
     for fixed in ["messages", "tools", "documents", "add_generation_prompt"] {
         variables.remove(fixed);

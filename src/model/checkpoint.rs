@@ -70,6 +70,13 @@ impl Checkpoint {
         let mut names = vec![""; numbers.len()];
         numbers.iter().for_each(|(name, &number)| names[number] = name);
         let files: Vec<PathBuf> = names.iter().map(|name| directory.join(name)).collect();
+        if let Some(missing) = files.iter().find(|file| !file.exists()) {
+            return Err(Error::Model {
+                path: missing.clone(),
+                what: "is missing, but the index lists it".into(),
+                hint: Some("download the model again, with all its files".into()),
+            });
+        }
         let shards = files.iter().map(|file| open_file(file)).collect::<Result<_>>()?;
         Ok(Checkpoint { shards, files, index: Some(index) })
     }

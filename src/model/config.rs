@@ -37,6 +37,8 @@ pub struct ModelConfig {
     pub context_len: usize,
     /// Which normalisation, and its epsilon.
     pub norm: Norm,
+    /// Normalisations have stored weights; without (Galactica), the scale is 1 and the shift 0.
+    pub norm_affine: bool,
     /// The MLP's activation.
     pub activation: Activation,
     /// `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
@@ -292,9 +294,6 @@ fn opt(fields: Fields<'_>) -> Result<ModelConfig> {
     if sizes.num_heads * sizes.head_dim != sizes.hidden_size {
         return Err(fields.error("`head_dim` must be `hidden_size` / `num_attention_heads` for OPT"));
     }
-    if !fields.flag("layer_norm_elementwise_affine", true)? {
-        return Err(fields.error("`layer_norm_elementwise_affine` false is not supported"));
-    }
     let norm_first = fields.flag("do_layer_norm_before", true)?;
     let bias = fields.flag("enable_bias", true)?;
     Ok(ModelConfig {
@@ -309,6 +308,7 @@ fn opt(fields: Fields<'_>) -> Result<ModelConfig> {
         intermediate_size: fields.required_size("ffn_dim", 1..=limit::WIDTH)?,
         context_len: context(fields, 2048)?,
         norm: Norm::Layer { eps: 1e-5 },
+        norm_affine: fields.flag("layer_norm_elementwise_affine", true)?,
         activation: activation(fields, "activation_function", "relu")?,
         gated_mlp: false,
         positions: Positions::Learned { offset: 2 },
@@ -365,6 +365,7 @@ fn llama(fields: Fields<'_>, family: Family) -> Result<ModelConfig> {
         intermediate_size: fields.required_size("intermediate_size", 1..=limit::WIDTH)?,
         context_len,
         norm: Norm::Rms { eps: epsilon(fields, "rms_norm_eps", 1e-6)? },
+        norm_affine: true,
         activation: activation(fields, "hidden_act", "silu")?,
         gated_mlp: true,
         positions,
@@ -404,6 +405,7 @@ fn gpt_neox(fields: Fields<'_>) -> Result<ModelConfig> {
         intermediate_size: fields.required_size("intermediate_size", 1..=limit::WIDTH)?,
         context_len,
         norm: Norm::Layer { eps: epsilon(fields, "layer_norm_eps", 1e-5)? },
+        norm_affine: true,
         activation: activation(fields, "hidden_act", "gelu")?,
         gated_mlp: false,
         positions,
@@ -455,14 +457,15 @@ fn rotary(fields: Fields<'_>, family: Family, sizes: &Sizes, max_len: usize) -> 
         return Err(fields.error(format!("`partial_rotary_factor` is not supported for {}", family.model_type())));
     }
     let fraction = fraction.unwrap_or(if neox { 0.25 } else { 1.0 });
-    let rotary_dim = (sizes.head_dim as f64 * fraction) as usize;
-    if rotary_dim == 0 || rotary_dim % 2 != 0 {
-        return Err(fields.error(format!("the rotary dimension must be even and positive, not {rotary_dim}")));
+    let exponent_dim = (sizes.head_dim as f64 * fraction) as usize;
+    let rotary_dim = exponent_dim.next_multiple_of(2);
+    if rotary_dim == 0 || rotary_dim > sizes.head_dim {
+        return Err(fields.error(format!("{exponent_dim} rotary dimensions do not fit heads of {}", sizes.head_dim)));
     }
     let outer_original_len = fields.size("original_max_position_embeddings", 2..=limit::CONTEXT)?;
     let scaling = scaling(parameters, RopeContext { rotary_dim, max_len, outer_original_len })?;
     let context_len = stretched_context(&scaling, max_len);
-    Ok((Positions::Rotary(Rope { rotary_dim, theta, scaling }), context_len))
+    Ok((Positions::Rotary(Rope { rotary_dim, exponent_dim, theta, scaling }), context_len))
 }
 
 /// `max_position_embeddings` is the stretched context by most accounts; not so for dynamic scaling, which begins
@@ -486,8 +489,8 @@ fn sliding_window(fields: Fields<'_>, family: Family, num_layers: usize) -> Resu
         Family::Qwen2 | Family::Qwen3 => {
             // transformers' default, for a config that leaves the key out.
             let window = if fields.has("sliding_window") { window } else { Some(4096) };
-            let window = window.filter(|_| fields.flag("use_sliding_window", false).unwrap_or(false));
-            fields.flag("use_sliding_window", false)?;
+            let used = fields.flag("use_sliding_window", false)?;
+            let window = window.filter(|_| used);
             match fields.get("layer_types") {
                 Some(value) => layer_types(fields, value, window, num_layers),
                 None => {

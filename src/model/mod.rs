@@ -34,6 +34,7 @@ use self::files::Files;
 use self::fingerprint::Fingerprint;
 use self::generation::GenerationConfig;
 use self::hub::{EmbeddedFiles, HubCache, Location};
+use self::names::WithConstants;
 use self::safetensors::SafetensorsFile;
 use self::source::{ModelSource, TensorSource};
 use self::synth::SyntheticWeights;
@@ -113,8 +114,7 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn synthetic(name: &str, path: &Path, seed: u64) -> Result<Model> {
-        let (mut config, files) = synth_files::describe(path)?;
-        config.synthetic = true;
+        let (config, files) = synth_files::describe(path)?;
         let mut fingerprint = Fingerprint::of_files(&files)?;
         fingerprint.add_bytes("seed", &seed.to_le_bytes());
         let weights = SyntheticWeights::new(&config, seed, path.to_owned());
@@ -128,6 +128,7 @@ impl Model {
         weights: Box<dyn TensorSource>,
         fingerprint: Fingerprint,
     ) -> Result<Model> {
+        let weights = WithConstants::wrap(&config, weights);
         let source = names::model_source(&config, weights.as_ref())?;
         let tokenizer = Tokenizer::load(files)?;
         let chat = ChatTemplate::load(files, tokenizer.special_texts())?;

@@ -2,9 +2,18 @@
 //!
 //! **Invariant:** a [`ModelSource`] from [`model_source`] names only tensors that exist with the expected shape.
 
+use std::ops::Range;
+use std::path::PathBuf;
+
 use super::config::{Family, ModelConfig, Norm, Positions};
-use super::source::{LayerSource, LinearSource, ModelSource, NormSource, Rows, TensorSource};
+use super::dtype::DType;
+use super::source::{LayerSource, LinearSource, ModelSource, NormSource, Rows, TensorSource, TensorView};
 use crate::error::{Error, Result};
+
+/// The name of `hidden_size` ones, for normalisations without stored weights; see [`WithConstants`].
+const ONES: &str = "constant.ones";
+/// The name of `hidden_size` zeros.
+const ZEROS: &str = "constant.zeros";
 
 /// A weight by name, with its shape and part.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +78,12 @@ pub fn model_source(config: &ModelConfig, source: &dyn TensorSource) -> Result<M
             break;
         }
     }
-    let (model, shapes) = Builder::new(config, Spelling { prefix, head }).build();
+    let (model, mut shapes) = Builder::new(config, Spelling { prefix, head }).build();
+    if !config.norm_affine {
+        let constant =
+            |name: &str| WeightShape { name: name.into(), shape: vec![config.hidden_size], part: Part::Norm };
+        shapes.extend([constant(ONES), constant(ZEROS)]);
+    }
     shapes.iter().try_for_each(|weight| check(weight, source))?;
     Ok(model)
 }
@@ -83,6 +97,57 @@ fn check(weight: &WeightShape, source: &dyn TensorSource) -> Result<()> {
             format!("tensor `{name}` has shape {found:?}, config.json asks for {shape:?}"),
         )),
         None => Err(Error::model(source.origin(name), format!("tensor `{name}` {shape:?} is missing"))),
+    }
+}
+
+/// A source with the constants that stand for the weights of normalisations that have none.
+pub struct WithConstants {
+    inner: Box<dyn TensorSource>,
+    hidden_size: usize,
+}
+
+impl WithConstants {
+    /// `inner`, with constants added if `config` needs them.
+    pub fn wrap(config: &ModelConfig, inner: Box<dyn TensorSource>) -> Box<dyn TensorSource> {
+        if config.norm_affine {
+            return inner;
+        }
+        Box::new(WithConstants { inner, hidden_size: config.hidden_size })
+    }
+
+    fn constant(&self, name: &str) -> Option<f32> {
+        match name {
+            ONES => Some(1.0),
+            ZEROS => Some(0.0),
+            _ => None,
+        }
+    }
+}
+
+impl TensorSource for WithConstants {
+    fn tensor(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        let Some(value) = self.constant(name) else { return self.inner.tensor(name) };
+        let data = value.to_le_bytes().repeat(self.hidden_size).into();
+        Ok(Some(TensorView { dtype: DType::F32, shape: vec![self.hidden_size], data }))
+    }
+
+    fn dtype(&self, name: &str) -> Option<DType> {
+        self.constant(name).map_or_else(|| self.inner.dtype(name), |_| Some(DType::F32))
+    }
+
+    fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        self.constant(name).map_or_else(|| self.inner.shape(name), |_| Ok(Some(vec![self.hidden_size])))
+    }
+
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<Option<TensorView<'_>>> {
+        match self.constant(name) {
+            Some(_) => Ok(self.tensor(name)?.map(|tensor| tensor.slice(rows))),
+            None => self.inner.rows(name, rows),
+        }
+    }
+
+    fn origin(&self, name: &str) -> PathBuf {
+        self.inner.origin(name)
     }
 }
 
@@ -233,6 +298,9 @@ impl<'a> Builder<'a> {
     }
 
     fn norm(&mut self, name: String) -> NormSource {
+        if !self.config.norm_affine {
+            return NormSource { weight: ONES.into(), bias: Some(ZEROS.into()) };
+        }
         let shape = vec![self.config.hidden_size];
         let weight = self.tensor(format!("{name}.weight"), shape.clone(), Part::Norm);
         let bias = match self.config.norm {

@@ -356,3 +356,50 @@ fn underflow() -> Problem {
 fn cut_short() -> Problem {
     "the pickle is cut short".into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nesting_and_cycles_cost_no_stack() {
+        // A million lists, each inside the one before, and the innermost holding the outermost.
+        let mut stream = b"\x80\x02}(X\x01\0\0\0a]q\x00".to_vec();
+        stream.extend(b"]".repeat(1_000_000));
+        stream.extend(b"h\x00a");
+        stream.extend(b"a".repeat(1_000_000));
+        stream.extend(b"u.");
+        assert_eq!(state_dict(&stream), Ok(Vec::new()));
+        let tuples = [&b"\x80\x02)"[..], &b"\x85".repeat(1_000_000), b"."].concat();
+        assert!(state_dict(&tuples).unwrap_err().contains("not a dictionary"));
+    }
+
+    #[test]
+    fn work_is_bounded() {
+        let stream = b"]0".repeat(MAX_OPERATIONS);
+        assert!(state_dict(&stream).unwrap_err().contains("operations"));
+    }
+
+    #[test]
+    fn broken_streams_are_errors() {
+        let broken: [&[u8]; 14] = [
+            b"",
+            b".",
+            b"\x80\x09}.",
+            b"(.",
+            b"}(K\x01u.",
+            b"}(a.",
+            b"h\x07.",
+            b"q\x00.",
+            b"X\xff\xff\xff\xffabc.",
+            b"\x8d\xff\xff\xff\xff\xff\xff\xff\xffabc.",
+            b"\x8a\xff.",
+            b"K\x01Q.",
+            b")K\x01R.",
+            b"ccollections\nOrderedDict\nK\x01\x85R.",
+        ];
+        for stream in broken {
+            assert!(state_dict(stream).is_err(), "{stream:?}");
+        }
+    }
+}

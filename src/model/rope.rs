@@ -15,6 +15,8 @@ use crate::error::Result;
 pub struct Rope {
     /// Leading dimensions of a head that rotate (rotate_half pairing: i with i + rotary_dim/2); even.
     pub rotary_dim: usize,
+    /// Denominator of the exponents: `rotary_dim`, or one less where a fraction of a head is odd and was rounded up.
+    pub exponent_dim: usize,
     /// Base of the frequencies.
     pub theta: f64,
     /// How frequencies are stretched for long contexts.
@@ -136,9 +138,9 @@ impl Rope {
         }
     }
 
-    /// `theta ^ (2i / rotary_dim)`, the exponent rounded to f32 as in a float tensor.
+    /// `theta ^ (2i / exponent_dim)`, the exponent rounded to f32 as in a float tensor.
     fn powers(&self, theta: f64) -> impl Iterator<Item = f32> {
-        let dim = self.rotary_dim as f32;
+        let dim = self.exponent_dim as f32;
         (0..self.rotary_dim / 2).map(move |i| {
             let exponent = (2 * i) as f32 / dim;
             libm::pow(theta, f64::from(exponent)) as f32
@@ -151,14 +153,14 @@ impl Rope {
             return self.theta;
         }
         let stretch = factor as f32 * len as f32 / original_len as f32 - (factor - 1.0) as f32;
-        let dim = self.rotary_dim as f64;
+        let dim = self.exponent_dim as f64;
         let power = libm::pow(f64::from(stretch), f64::from((dim / (dim - 2.0)) as f32)) as f32;
         f64::from(self.theta as f32 * power)
     }
 
     /// The dimensions between which yarn goes over from keeping to dividing.
     fn yarn_range(&self, beta_fast: f64, beta_slow: f64, original_len: usize, truncate: bool) -> (f64, f64) {
-        let dim = self.rotary_dim as f64;
+        let dim = self.exponent_dim as f64;
         let correction = |rotations: f64| {
             dim * libm::log(original_len as f64 / (rotations * 2.0 * PI)) / (2.0 * libm::log(self.theta))
         };
@@ -218,7 +220,7 @@ pub(super) fn scaling(fields: Option<Fields<'_>>, context: RopeContext) -> Resul
     match kind {
         "default" => Ok(RopeScaling::Default),
         "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
-        // A rotary dimension of 2 has the exponent 2/0: transformers divides by zero.
+        // Two rotary dimensions have the exponent 2/0: transformers divides by zero.
         "dynamic" if context.rotary_dim < 4 => Err(fields.error("dynamic rope scaling needs 4 rotary dimensions")),
         "dynamic" => Ok(RopeScaling::Dynamic { factor: factor()?, original_len: context.max_len }),
         "llama3" => llama3(fields, context),
@@ -316,7 +318,7 @@ mod tests {
     fn llama3_frequencies() {
         let scaling =
             RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_len: 8192 };
-        let inv = Rope { rotary_dim: 128, theta: 5e5, scaling }.inv_freq(1);
+        let inv = Rope { rotary_dim: 128, exponent_dim: 128, theta: 5e5, scaling }.inv_freq(1);
         for (i, wanted) in [(28, 3.211446e-3), (29, 2.166571e-3), (32, 5.248462e-4), (36, 7.784655e-5)] {
             close(inv[i], wanted);
         }
@@ -330,7 +332,7 @@ mod tests {
         let path = std::path::Path::new("config.json");
         let context = RopeContext { rotary_dim: 64, max_len: 131072, outer_original_len: None };
         let scaling = scaling(Some(Fields::new(&value, path).unwrap()), context).unwrap();
-        let rope = Rope { rotary_dim: 64, theta: 150_000.0, scaling };
+        let rope = Rope { rotary_dim: 64, exponent_dim: 64, theta: 150_000.0, scaling };
         close(rope.inv_freq(1)[12], 6.794959e-3);
         close(rope.inv_freq(1)[17], 1.293187e-4);
         close(rope.attention_factor(), 1.3465736);
@@ -342,7 +344,7 @@ mod tests {
         let long =
             RopeScaling::LongRope { short: vec![1.0; 4], long: vec![2.0; 4], original_len: 64, attention_factor: 1.2 };
         for scaling in [RopeScaling::Default, RopeScaling::Linear { factor: 4.0 }, dynamic, long] {
-            let rope = Rope { rotary_dim: 8, theta: 1e4, scaling };
+            let rope = Rope { rotary_dim: 8, exponent_dim: 8, theta: 1e4, scaling };
             for (a, b) in [(1, 64), (10, 65), (64, 65), (65, 66), (100, 200)] {
                 let same_class = rope.length_class(a) == rope.length_class(b);
                 assert!(!same_class || rope.inv_freq(a) == rope.inv_freq(b), "{rope:?} {a} {b}");

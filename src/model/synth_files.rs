@@ -31,7 +31,8 @@ const TEMPLATE: &str = "{% for message in messages %}{{ message['role'] }}: {{ m
 pub fn describe(path: &Path) -> Result<(ModelConfig, Files)> {
     let text = read_bounded(path, MAX_CONFIG_BYTES)?;
     let mut value: Value = serde_json::from_slice(&text).map_err(|error| Error::model(path, error.to_string()))?;
-    let config = ModelConfig::from_json(&value, path)?;
+    let mut config = ModelConfig::from_json(&value, path)?;
+    config.synthetic = true;
     if let Value::Object(map) = &mut value {
         map.insert("tidemill_synthetic".into(), true.into());
         map.entry("dtype").or_insert_with(|| "bfloat16".into());
@@ -55,8 +56,6 @@ pub fn describe(path: &Path) -> Result<(ModelConfig, Files)> {
         ("tokenizer.json", vocabulary.tokenizer_json().to_string().into_bytes()),
     ];
     let files = files.into_iter().map(|(name, bytes)| (name.to_owned(), Cow::Owned(bytes))).collect();
-    let mut config = config;
-    config.synthetic = true;
     Ok((config, Files::Memory(path.display().to_string(), files)))
 }
 
@@ -138,15 +137,15 @@ impl Vocabulary {
 /// supported, `Error::Io` when writing fails; what was written so far stays in `<output>.partial`.
 pub fn write_directory(config_path: &Path, seed: u64, output: &Path) -> Result<()> {
     let (config, files) = describe(config_path)?;
+    let Files::Memory(_, small) = &files else { unreachable!("`describe` makes files in memory") };
     let weights = SyntheticWeights::new(&config, seed, config_path.to_owned());
     let size = weights.element_type().size() as u64;
     let shards = shards(weight_shapes(&config), size);
     let total: u64 = shards.iter().flatten().map(|weight| bytes_of(weight, size)).sum();
     let partial = begin(output, total)?;
-    let Files::Memory(_, small) = &files else { unreachable!("`describe` makes files in memory") };
     for (name, bytes) in small {
         let path = partial.join(name);
-        fs::write(&path, bytes).map_err(Error::io("write", &path))?;
+        write_durably(&path, bytes)?;
     }
     let mut index = Map::new();
     for (number, shard) in shards.iter().enumerate() {
@@ -160,12 +159,21 @@ pub fn write_directory(config_path: &Path, seed: u64, output: &Path) -> Result<(
     if shards.len() > 1 {
         let path = partial.join("model.safetensors.index.json");
         let index = json!({"metadata": {"total_size": total}, "weight_map": index});
-        fs::write(&path, pretty(&index)).map_err(Error::io("write", &path))?;
+        write_durably(&path, &pretty(&index))?;
     }
     if output.is_dir() {
         fs::remove_dir(output).map_err(Error::io("replace", output))?;
     }
     fs::rename(&partial, output).map_err(Error::io("create", output))
+}
+
+fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(Error::io("write", path))
 }
 
 fn bytes_of(weight: &WeightShape, size: u64) -> u64 {

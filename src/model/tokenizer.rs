@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
+    len: usize,
     special: HashSet<u32>,
     special_texts: BTreeMap<String, String>,
     form: TextForm,
@@ -80,7 +81,8 @@ impl Tokenizer {
             .iter()
             .map(|pattern| fancy_regex::Regex::new(pattern).map_err(|error| fail(error.to_string())))
             .collect::<Result<_>>()?;
-        Ok(Tokenizer { inner, path, special, special_texts, form, patterns })
+        let len = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        Ok(Tokenizer { inner, path, len, special, special_texts, form, patterns })
     }
 
     /// The tokens of `text`; `add_special_tokens` adds what the model expects around a text (such as BOS).
@@ -124,12 +126,12 @@ impl Tokenizer {
 
     /// One more than the greatest id.
     pub fn len(&self) -> usize {
-        self.inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
+        self.len
     }
 
     /// Whether there are no tokens at all.
     pub fn is_empty(&self) -> bool {
-        self.inner.get_vocab_size(true) == 0
+        self.len == 0
     }
 
     /// Named special tokens, such as `bos_token`, as chat templates see them.
@@ -196,7 +198,8 @@ fn special_texts(files: &Files) -> Result<BTreeMap<String, String>> {
     let mut texts = BTreeMap::new();
     for name in ["special_tokens_map.json", "tokenizer_config.json"] {
         let Some(Value::Object(map)) = files.json(name)? else { continue };
-        for (key, value) in map.iter().filter(|(key, _)| key.ends_with("_token")) {
+        let extra = map.get("extra_special_tokens").and_then(Value::as_object);
+        for (key, value) in map.iter().filter(|(key, _)| key.ends_with("_token")).chain(extra.into_iter().flatten()) {
             if let Some(text) = value.as_str().or_else(|| value.get("content")?.as_str()) {
                 texts.insert(key.clone(), text.to_owned());
             }

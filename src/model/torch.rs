@@ -20,10 +20,12 @@ pub struct TorchFile {
     tensors: HashMap<String, Stored>,
 }
 
-struct Stored {
-    /// None for element types that weights cannot have; `kind` names them.
-    dtype: Option<DType>,
-    kind: String,
+/// A tensor that can be read, or why not: files hold buffers (masks, positions) that nobody asks for.
+type Stored = std::result::Result<Located, String>;
+
+#[derive(Debug)]
+struct Located {
+    dtype: DType,
     shape: Vec<usize>,
     extent: Range<usize>,
 }
@@ -32,8 +34,8 @@ impl TorchFile {
     /// Maps the file at `path` and reads its pickle.
     ///
     /// # Errors
-    /// `Error::Io` when it cannot be mapped, `Error::Model` when it is of the old format, malformed, asks for
-    /// anything but tensors, or describes tensors outside their storage.
+    /// `Error::Io` when it cannot be mapped, `Error::Model` when it is of the old format, malformed, or asks for
+    /// anything but tensors. A tensor that does not fit its storage is an error once it is asked for.
     pub fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let tensors = read(file.bytes()?, path)?;
@@ -45,12 +47,10 @@ impl TorchFile {
         self.tensors.keys().map(String::as_str)
     }
 
-    fn supported(&self, name: &str, stored: &Stored) -> Result<DType> {
-        stored.dtype.ok_or_else(|| {
-            let kind = &stored.kind;
-            let what = format!("tensor `{name}` is a {kind} (Float, Half and BFloat16 storages are supported)");
-            Error::model(self.file.path(), what)
-        })
+    fn find(&self, name: &str) -> Result<Option<&Located>> {
+        let Some(stored) = self.tensors.get(name) else { return Ok(None) };
+        let problem = |what: &String| Error::model(self.file.path(), format!("tensor `{name}` {what}"));
+        stored.as_ref().map(Some).map_err(problem)
     }
 }
 
@@ -70,23 +70,24 @@ fn read(bytes: &[u8], path: &Path) -> Result<HashMap<String, Stored>> {
     let entries = zip::entries(bytes).map_err(fail)?;
     let pickle = entries.keys().find(|name| name.split_once('/').is_some_and(|(_, file)| file == "data.pkl"));
     let pickle = pickle.ok_or_else(|| Error::model(path, "has no `data.pkl` in its archive"))?;
-    let root = pickle.trim_end_matches("data.pkl");
+    let root = pickle.strip_suffix("data.pkl").unwrap_or_default();
     if let Some(order) = entries.get(&format!("{root}byteorder"))
         && &bytes[order.clone()] != b"little"
     {
         return Err(Error::model(path, "holds big-endian numbers"));
     }
     let pickled = state_dict(&bytes[entries[pickle].clone()]).map_err(fail)?;
-    let mut tensors = HashMap::with_capacity(pickled.len());
-    for (name, tensor) in pickled {
-        let stored = locate(&tensor, &entries, root).map_err(|what| fail(format!("tensor `{name}` {what}")))?;
-        tensors.insert(name.to_owned(), stored);
-    }
-    Ok(tensors)
+    Ok(pickled.into_iter().map(|(name, tensor)| (name.to_owned(), locate(&tensor, &entries, root))).collect())
 }
 
 /// Checks a described tensor against its storage.
-fn locate(tensor: &PickledTensor<'_>, entries: &Entries, root: &str) -> Result<Stored, String> {
+fn locate(tensor: &PickledTensor<'_>, entries: &Entries, root: &str) -> Stored {
+    let dtype = match tensor.storage_type {
+        "FloatStorage" => DType::F32,
+        "HalfStorage" => DType::F16,
+        "BFloat16Storage" => DType::Bf16,
+        other => return Err(format!("is a {other} (Float, Half and BFloat16 storages are supported)")),
+    };
     let element = element_size(tensor.storage_type).ok_or("has an unknown storage type")?;
     let key = format!("{root}data/{}", tensor.storage_key);
     let entry = entries.get(&key).ok_or_else(|| format!("refers to `{key}`, which is not in the archive"))?;
@@ -105,13 +106,7 @@ fn locate(tensor: &PickledTensor<'_>, entries: &Entries, root: &str) -> Result<S
     let extent = entry.start + (tensor.offset * element) as usize..entry.start + (end * element) as usize;
     let shape =
         tensor.shape.iter().map(|&size| usize::try_from(size).map_err(|_| outside())).collect::<Result<_, _>>()?;
-    let dtype = match tensor.storage_type {
-        "FloatStorage" => Some(DType::F32),
-        "HalfStorage" => Some(DType::F16),
-        "BFloat16Storage" => Some(DType::Bf16),
-        _ => None,
-    };
-    Ok(Stored { dtype, kind: tensor.storage_type.to_owned(), shape, extent })
+    Ok(Located { dtype, shape, extent })
 }
 
 /// Whether strides are those of row-major order, where they matter.
@@ -131,20 +126,17 @@ fn contiguous(shape: &[u64], strides: &[u64]) -> bool {
 
 impl TensorSource for TorchFile {
     fn tensor(&self, name: &str) -> Result<Option<TensorView<'_>>> {
-        let Some(stored) = self.tensors.get(name) else { return Ok(None) };
-        let dtype = self.supported(name, stored)?;
-        let data = Cow::Borrowed(&self.file.bytes()?[stored.extent.clone()]);
-        Ok(Some(TensorView { dtype, shape: stored.shape.clone(), data }))
+        let Some(Located { dtype, shape, extent }) = self.find(name)? else { return Ok(None) };
+        let data = Cow::Borrowed(&self.file.bytes()?[extent.clone()]);
+        Ok(Some(TensorView { dtype: *dtype, shape: shape.clone(), data }))
     }
 
     fn dtype(&self, name: &str) -> Option<DType> {
-        self.tensors.get(name)?.dtype
+        self.tensors.get(name)?.as_ref().ok().map(|located| located.dtype)
     }
 
     fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
-        let Some(stored) = self.tensors.get(name) else { return Ok(None) };
-        self.supported(name, stored)?;
-        Ok(Some(stored.shape.clone()))
+        Ok(self.find(name)?.map(|located| located.shape.clone()))
     }
 
     fn origin(&self, _: &str) -> PathBuf {
@@ -189,17 +181,22 @@ mod tests {
     #[test]
     fn a_tensor_is_a_view_of_its_storage() {
         let tensors = open(&pickle(&[2, 3], &[3, 1], 2, 8), &[0; 32]).unwrap();
-        let stored = &tensors["weight"];
-        assert_eq!((stored.dtype, &stored.shape[..], stored.extent.len()), (Some(DType::F32), &[2, 3][..], 24));
+        let stored = tensors["weight"].as_ref().unwrap();
+        assert_eq!((stored.dtype, &stored.shape[..], stored.extent.len()), (DType::F32, &[2, 3][..], 24));
     }
 
     #[test]
     fn extents_and_strides_are_checked() {
-        let error = |pickle: &[u8], storage: &[u8]| open(pickle, storage).err().unwrap().to_string();
+        let error = |pickle: &[u8], storage: &[u8]| match open(pickle, storage) {
+            Ok(tensors) => tensors["weight"].as_ref().unwrap_err().clone(),
+            Err(error) => error.to_string(),
+        };
         assert!(error(&pickle(&[2, 3], &[3, 1], 3, 8), &[0; 32]).contains("outside its storage"));
         assert!(error(&pickle(&[2, 3], &[3, 1], 0, 9), &[0; 32]).contains("has 32 bytes"));
         assert!(error(&pickle(&[2, 3], &[1, 2], 0, 8), &[0; 32]).contains("row-major"));
-        assert!(error(b"PK", &[]).contains("cut short") || error(b"PK", &[]).contains("not supported"));
+        assert!(error(&pickle(&[255; 15], &[0; 15], 0, 8), &[0; 32]).contains("row-major"));
+        assert!(error(b"\x80\x02", &[]).contains("cut short"));
+        assert!(error(b"P", &[]).contains("not supported"));
     }
 
     #[test]
