@@ -43,7 +43,13 @@ use crate::error::{Error, Result};
 
 /// The files of the model inside the program, by name: config.json, model.safetensors, tokenizer.json,
 /// tokenizer_config.json, generation_config.json.
-const DEMO: EmbeddedFiles = &[];
+const DEMO: EmbeddedFiles = &[
+    ("config.json", include_bytes!("../../demo/config.json")),
+    ("model.safetensors", include_bytes!("../../demo/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../../demo/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../../demo/tokenizer_config.json")),
+    ("generation_config.json", include_bytes!("../../demo/generation_config.json")),
+];
 
 /// A model, ready to be packed and run.
 pub struct Model {
