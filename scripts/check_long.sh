@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What is too heavy for scripts/check.sh: the tests marked `#[ignore]`, optimised, and the dependencies once more.
+# Ignored tests today: model::synth::tests::speed (generating weights reaches 300 MB/s on a core).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/parts.sh
+
+part "cargo-deny install" install_cargo_deny
+part "licences, sources" cargo_deny check bans licenses sources
+part "advisories" advisories
+part "long tests" cargo test --locked --release -- --ignored
+summary
