@@ -33,6 +33,6 @@ part "documentation" documentation
 part "cargo-deny install" install_cargo_deny
 part "licences, sources" cargo_deny check bans licenses sources
 part "advisories" advisories
-part "tests" cargo test --locked
+part "tests" cargo test --locked --no-fail-fast
 part "examples" examples
 summary

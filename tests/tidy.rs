@@ -618,8 +618,8 @@ mod checker {
 
     #[test]
     fn what_is_no_import_is_not_seen() {
-        let text = "use crate::low::part;\n// crate::up\n/* crate::up /* */ crate::up */\nconst A: &str = \"crate::up \\\" \
-                    crate::up\";\nconst B: &str = r#\"crate::up\"#;\n";
+        let text = "use crate::low::part;\n// crate::up\n/* crate::up /* */ crate::up */\n\
+                    const A: &str = \"crate::up \\\" crate::up\";\nconst B: &str = r#\"crate::up\"#;\n";
         assert_eq!(imports(&[("src/high/deep.rs", text)]), []);
         assert_eq!(whats(&imports(&[("src/high/deep.rs", "use super::super::low;")])).len(), 2);
     }
