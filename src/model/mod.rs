@@ -129,12 +129,13 @@ impl Model {
 
     fn assemble(
         name: &str,
-        config: ModelConfig,
+        mut config: ModelConfig,
         files: &Files,
         weights: Box<dyn TensorSource>,
         fingerprint: Fingerprint,
     ) -> Result<Model> {
         let weights = WithConstants::wrap(&config, weights);
+        config.tied_head &= !names::stored_head_differs(&config, weights.as_ref())?;
         let source = names::model_source(&config, weights.as_ref())?;
         let tokenizer = Tokenizer::load(files)?;
         let chat = ChatTemplate::load(files, tokenizer.special_texts())?;
