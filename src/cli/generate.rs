@@ -148,7 +148,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
     let started = Instant::now();
-    let model = Model::open(&model_spec)?;
+    let mut model = Model::open(&model_spec)?;
     let resolved = arguments.resolve(&model)?;
     let options = arguments.job_options(input, output, &model, &resolved)?;
     match job::open(options)? {
@@ -161,6 +161,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             Ok(summary.exit_code())
         }
         Opening::Run(job) => {
+            model.set_time(job.started_secs);
             Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job)
         }
     }

@@ -119,7 +119,8 @@ impl<'m, D: Device> Engine<'m, D> {
         signal: &AtomicUsize,
         observe: Observer<'_>,
     ) -> Result<Counts> {
-        let room = Room { context_len: self.model.config.context_len, pages: self.pool.len() };
+        let config = &self.model.config;
+        let room = Room { context_len: config.context_len, vocab_size: config.vocab_size, pages: self.pool.len() };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);

@@ -85,6 +85,13 @@ impl Model {
         }
     }
 
+    /// Sets the time that chat templates see, in seconds since 1970: a job's prompts must not change overnight.
+    pub fn set_time(&mut self, secs: u64) {
+        let secs = i64::try_from(secs).unwrap_or(i64::MAX);
+        let at = |chat: ChatTemplate| chat.at_time(secs).expect("the templates have parsed before");
+        self.chat = self.chat.take().map(at);
+    }
+
     /// Opens a Hugging Face directory.
     ///
     /// # Errors

@@ -9,11 +9,13 @@ pub mod gemm;
 pub mod isa;
 mod lanes;
 mod math;
+mod raw;
 mod rows;
 mod sample;
 mod shared;
 mod softmax;
 
+pub use raw::raw_fma_gflops;
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
