@@ -326,9 +326,12 @@ impl Running<'_> {
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
-        let result = engine.run(reader, &mut writer, &self.signal, &mut |now| {
-            counts = *now;
-            progress.show(now);
+        // On a thread of the pool, so that a parallel loop begins without waking another thread first.
+        let result = rayon::scope(|_| {
+            engine.run(reader, &mut writer, &self.signal, &mut |now| {
+                counts = *now;
+                progress.show(now);
+            })
         });
         progress.finish();
         let wall_secs = began.elapsed().as_secs_f64();

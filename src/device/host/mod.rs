@@ -65,6 +65,11 @@ impl Host {
         Host { isa, arena }
     }
 
+    /// Bytes of the arena that have been handed out.
+    pub fn used_bytes(&self) -> usize {
+        self.arena.used()
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
