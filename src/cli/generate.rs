@@ -339,7 +339,7 @@ impl Running<'_> {
         let closed = writer.close(result.is_ok());
         let counts = result.as_ref().copied().unwrap_or(counts);
         if let (Some(path), Ok(summary)) = (&arguments.stats, &closed) {
-            let times = stats::Times { load_secs, wall_secs, busy_secs: engine.busy().as_secs_f64() };
+            let times = stats::Times { load_secs, wall_secs };
             stats::write(path, resolved, &counts, summary, &times)?;
         }
         result?;
