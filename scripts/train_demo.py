@@ -159,6 +159,13 @@ def train(model, tokenizer, args):
             optim.load_state_dict(saved)
         done, clock = state["done"], state["clock"]
         print(f"going on after {done} tokens", flush=True)
+    started = time.time()
+    peak = learning_rate(done, total)
+
+    def spent():
+        """Share of --minutes used by this process; 0 without that limit."""
+        return (time.time() - started) / (60 * args.minutes) if args.minutes else 0.0
+
     forward = torch.compile(model.model, dynamic=False) if args.compile else model.model
     begun, saved_at, step = time.time() - clock, time.time(), 0
 
@@ -170,8 +177,10 @@ def train(model, tokenizer, args):
 
     model.train()
     stage_start = 0
-    for length, stage_tokens in plan:
+    for number, (length, stage_tokens) in enumerate(plan):
         stage_end = stage_start + stage_tokens
+        # With --minutes the last stage gets what is left of the time, an eighth at least.
+        time_end = 1.0 if number + 1 == len(plan) else 0.875
         if done >= stage_end:
             stage_start = stage_end
             continue
@@ -181,13 +190,15 @@ def train(model, tokenizer, args):
         tokens, weights = torch.load(cache)
         batch = max(1, args.batch_tokens // length)
         print(f"rows of {length}: {len(tokens) * length} tokens, {stage_tokens} wanted", flush=True)
-        while done < stage_end:
+        stage_done = done
+        while done < stage_end and spent() < time_end:
             index = (done - stage_start) // length
             pick = [(index + offset) % len(tokens) for offset in range(batch)]
             ids, weight = tokens[pick].long(), weights[pick].float()[:, 1:]
+            rate = max(0.01, peak * (1 - spent())) if args.minutes else learning_rate(done, total)
             for optim in optims:
                 for group in optim.param_groups:
-                    group["lr"] = group["initial_lr"] * learning_rate(done, total)
+                    group["lr"] = group["initial_lr"] * rate
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
                 hidden = forward(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
                 logits = F.linear(hidden, model.model.embed_tokens.weight)
@@ -208,7 +219,8 @@ def train(model, tokenizer, args):
             if time.time() - saved_at > args.save_every:
                 save()
                 saved_at = time.time()
-        stage_start = stage_end
+        print(f"rows of {length}: {done - stage_done} tokens by this process", flush=True)
+        stage_start, stage_end = done, done
     save()
     return done, time.time() - begun
 
@@ -344,6 +356,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--ffn", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--minutes", type=float, help="finish within, the learning rate falling to zero on the way")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
@@ -374,7 +387,7 @@ def main():
     print(json.dumps(table, indent=2))
     flags = [f"--stages {args.stages} --batch-tokens {args.batch_tokens} --lr {args.lr} --hidden {args.hidden} "
              f"--ffn {args.ffn} --layers {args.layers} --seed {args.seed}" + " --bf16" * args.bf16
-             + " --compile" * args.compile]
+             + " --compile" * args.compile + (f" --minutes {args.minutes:g}" if args.minutes else "")]
     commands = ["python scripts/demo_corpus.py --out CORPUS", "python scripts/train_demo.py --corpus CORPUS --work WORK \\",
                 *[f"    {flag}" for flag in flags]]
     write_readme(model, table, {"commands": commands, "tokens": done, "seconds": seconds}, args)

@@ -148,7 +148,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
     let started = Instant::now();
-    let model = Model::open(&model_spec)?;
+    let mut model = Model::open(&model_spec)?;
     let resolved = arguments.resolve(&model)?;
     let options = arguments.job_options(input, output, &model, &resolved)?;
     match job::open(options)? {
@@ -161,6 +161,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             Ok(summary.exit_code())
         }
         Opening::Run(job) => {
+            model.set_time(job.started_secs);
             Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job)
         }
     }
@@ -325,9 +326,12 @@ impl Running<'_> {
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
-        let result = engine.run(reader, &mut writer, &self.signal, &mut |now| {
-            counts = *now;
-            progress.show(now);
+        // On a thread of the pool, so that a parallel loop begins without waking another thread first.
+        let result = rayon::scope(|_| {
+            engine.run(reader, &mut writer, &self.signal, &mut |now| {
+                counts = *now;
+                progress.show(now);
+            })
         });
         progress.finish();
         let wall_secs = began.elapsed().as_secs_f64();
@@ -335,7 +339,7 @@ impl Running<'_> {
         let closed = writer.close(result.is_ok());
         let counts = result.as_ref().copied().unwrap_or(counts);
         if let (Some(path), Ok(summary)) = (&arguments.stats, &closed) {
-            let times = stats::Times { load_secs, wall_secs, busy_secs: engine.busy().as_secs_f64() };
+            let times = stats::Times { load_secs, wall_secs };
             stats::write(path, resolved, &counts, summary, &times)?;
         }
         result?;

@@ -70,7 +70,8 @@ impl Progress {
     fn rates(&self, counts: &Counts) -> String {
         let secs = self.elapsed_secs();
         let (input, output) = (counts.prompt_tokens as f64 / secs, counts.generated_tokens as f64 / secs);
-        format!("in {input:.1} tok/s, out {output:.1} tok/s, {} in flight", counts.in_flight)
+        let busy = 100.0 * counts.busy.as_secs_f64() / secs;
+        format!("in {input:.1} tok/s, out {output:.1} tok/s, {} in flight, cpu {busy:.0} %", counts.in_flight)
     }
 
     fn text(&self, done: u64, counts: &Counts) -> String {
@@ -86,6 +87,7 @@ impl Progress {
             "total": self.total,
             "failed": counts.failed,
             "in_flight": counts.in_flight,
+            "lanes": {"cpu": {"busy_s": counts.busy.as_secs_f64()}},
             "elapsed_s": secs,
             "eta_s": self.eta_secs(done),
             "prompt_tokens_per_s": counts.prompt_tokens as f64 / secs,

@@ -19,8 +19,6 @@ pub struct Times {
     pub load_secs: f64,
     /// From the first prompt to the last completion, in seconds.
     pub wall_secs: f64,
-    /// Within passes, in seconds.
-    pub busy_secs: f64,
 }
 
 /// Writes the statistics of this process.
@@ -46,7 +44,7 @@ pub fn write(path: &Path, resolved: &Resolved, counts: &Counts, summary: &Summar
         "passes": counts.passes,
         "peak_bytes": {"gpu": 0, "cpu": peak_resident(), "disk": 0},
         "budget_bytes": {"gpu": 0, "cpu": resolved.cpu_memory, "disk": 0},
-        "lanes": {"cpu": {"busy_s": times.busy_secs, "bytes": 0}},
+        "lanes": {"cpu": {"busy_s": counts.busy.as_secs_f64(), "bytes": 0}},
         "policy": {
             "sequences": resolved.batch.sequences,
             "chunk_tokens": resolved.batch.chunk_tokens,

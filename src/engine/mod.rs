@@ -53,6 +53,8 @@ pub struct Counts {
     pub passes: u64,
     /// Sequences in flight now.
     pub in_flight: u64,
+    /// Time spent within passes.
+    pub busy: Duration,
 }
 
 /// Called after every pass.
@@ -78,7 +80,6 @@ pub struct Engine<'m, D: Device> {
     pass: Pass,
     counts: Counts,
     journalled: Instant,
-    busy: Duration,
 }
 
 impl<'m, D: Device> Engine<'m, D> {
@@ -99,13 +100,7 @@ impl<'m, D: Device> Engine<'m, D> {
             pass: Pass::default(),
             counts: Counts::default(),
             journalled: Instant::now(),
-            busy: Duration::ZERO,
         }
-    }
-
-    /// Time spent within passes.
-    pub fn busy(&self) -> Duration {
-        self.busy
     }
 
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
@@ -119,7 +114,8 @@ impl<'m, D: Device> Engine<'m, D> {
         signal: &AtomicUsize,
         observe: Observer<'_>,
     ) -> Result<Counts> {
-        let room = Room { context_len: self.model.config.context_len, pages: self.pool.len() };
+        let config = &self.model.config;
+        let room = Room { context_len: config.context_len, vocab_size: config.vocab_size, pages: self.pool.len() };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);

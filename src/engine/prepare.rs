@@ -12,7 +12,7 @@ use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Item, PartialSample, Reader};
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::model::Model;
-use crate::model::chat::ChatInput;
+use crate::model::chat::{self, ChatInput};
 
 /// Lines that wait between the reader and the engine.
 const WINDOW: usize = 256;
@@ -50,6 +50,8 @@ pub struct PreparedPrompt {
 pub struct Room {
     /// Tokens of prompt and completion.
     pub context_len: usize,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
     /// Pages of the KV cache.
     pub pages: usize,
 }
@@ -122,7 +124,12 @@ fn render(conversation: &Conversation, model: &Model) -> Result<String, LineErro
         chat_template: conversation.chat_template.as_deref(),
         kwargs: &conversation.chat_template_kwargs,
     };
-    model.chat.as_ref().ok_or_else(no_template)?.render(&input).map_err(|error| failed(error.to_string()))
+    let rendered = match (&model.chat, input.chat_template) {
+        (Some(chat), _) => chat.render(&input),
+        (None, Some(source)) => chat::render_with(source, model.tokenizer.special_texts(), &input),
+        (None, None) => return Err(no_template()),
+    };
+    rendered.map_err(|error| failed(error.to_string()))
 }
 
 /// Clips `max_tokens` to the context and turns away what has no room.
@@ -136,6 +143,11 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<Prep
         let context = room.context_len;
         let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
         return Err(LineError::new("context_length_exceeded", what));
+    }
+    // A tokenizer may know more tokens than the embedding table has rows.
+    if let Some(id) = prompt.tokens.iter().find(|&&id| id as usize >= room.vocab_size) {
+        let what = format!("the prompt has token {id}, the model's vocabulary has {} tokens", room.vocab_size);
+        return Err(LineError::new("token_out_of_vocabulary", what));
     }
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     let pages = pages_needed(len, prompt.max_tokens, request.sampling.n as usize);

@@ -31,7 +31,7 @@ impl<D: Device> Engine<'_, D> {
         let (draws, askers) = self.compose();
         let started = Instant::now();
         let drawn = self.executor.run(&self.pass, &draws);
-        self.busy += started.elapsed();
+        self.counts.busy += started.elapsed();
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
         self.take_in(askers, drawn)?;

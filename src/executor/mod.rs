@@ -75,6 +75,11 @@ impl<D: Device> Executor<D> {
         &self.capacity
     }
 
+    /// The device that it runs on.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
     /// Copies a page, all layers.
     pub fn copy_page(&mut self, from: PageId, to: PageId) {
         self.device.copy_page(&mut self.kv, from, to);

@@ -17,7 +17,7 @@ use super::record::Record;
 use super::render::Names;
 use super::runs::Runs;
 use super::spool::{Spooled, spool};
-use super::state::{RunResult, RunState};
+use super::state::{RunResult, RunState, now_secs};
 use super::writer::Writer;
 use crate::error::{Error, Result};
 
@@ -41,6 +41,8 @@ pub struct Job {
     pub total: Option<u64>,
     /// Lines that an earlier process finished.
     pub resumed: u64,
+    /// When the job was first started, in seconds since 1970.
+    pub started_secs: u64,
 }
 
 /// Opens a job: begins it, or finds where an earlier process left it.
@@ -90,6 +92,7 @@ fn open_stream(options: &JobOptions) -> Result<Opening> {
         writer: Writer::to_stream(names, Box::new(io::stdout()), errors.transpose()?),
         total: survey.map(|survey| survey.total()),
         resumed: 0,
+        started_secs: now_secs(),
     }))
 }
 
@@ -261,6 +264,7 @@ impl Opener<'_> {
         let Begun { state, journal, mut replay } = begun;
         let partial = std::mem::take(&mut replay.partial);
         let total = self.survey.total();
+        let started_secs = state.started_secs;
         let opened = Opened { paths: self.paths, lock: self.lock, state, blank_lines: self.survey.layout, journal };
         let mut files = Files::resume(opened, replay)?;
         let done = files.done();
@@ -285,6 +289,7 @@ impl Opener<'_> {
             writer: Writer::to_files(names, files),
             total: Some(total),
             resumed,
+            started_secs,
         }))
     }
 }

@@ -30,17 +30,21 @@ impl Names {
         Names { seed: fingerprint.digest(), model: model.to_owned() }
     }
 
-    fn id(&self, header: &ItemHeader) -> String {
+    /// An answer's id goes by its line's name, so that the order of lines changes nothing; an error's by its place
+    /// too, as names may be given twice.
+    fn id(&self, header: &ItemHeader, failed: bool) -> String {
         let mut hasher = Sha256::new();
         hasher.update(self.seed);
-        hasher.update(header.line.to_le_bytes());
+        if failed {
+            hasher.update(header.line.to_le_bytes());
+        }
         hasher.update(header.custom_id.as_bytes());
         hex(&hasher.finalize()[..12])
     }
 
     /// The output line, with its line end.
     pub fn line(&self, header: &ItemHeader, outcome: Result<&Answer, &LineError>) -> Vec<u8> {
-        let id = self.id(header);
+        let id = self.id(header, outcome.is_err());
         let mut line = match (header.endpoint, outcome) {
             (Endpoint::Plain, Ok(answer)) => to_json(&plain(header, answer)),
             (Endpoint::Plain, Err(error)) => {

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -25,6 +26,9 @@ pub(crate) struct RunState {
     fingerprint: Map<String, Value>,
     /// Where failed lines are split off to.
     pub error_file: Option<PathBuf>,
+    /// When the job was first started, in seconds since 1970: what templates take for now, however often it is
+    /// resumed.
+    pub started_secs: u64,
     /// Given once the job is finished.
     pub result: Option<RunResult>,
 }
@@ -54,11 +58,23 @@ impl RunResult {
     }
 }
 
+/// Seconds since 1970.
+pub(crate) fn now_secs() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
 impl RunState {
     /// The state of a job that begins.
     pub fn new(fingerprint: &Fingerprint, error_file: Option<&Path>) -> Self {
         let fingerprint = fingerprint.iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
-        RunState { version: VERSION, attempt: 0, fingerprint, error_file: error_file.map(Path::to_owned), result: None }
+        RunState {
+            version: VERSION,
+            attempt: 0,
+            fingerprint,
+            error_file: error_file.map(Path::to_owned),
+            started_secs: now_secs(),
+            result: None,
+        }
     }
 
     /// The state of the job once it has ended.

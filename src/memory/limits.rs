@@ -74,7 +74,8 @@ fn reclaimable(directory: &Path) -> u64 {
         let value = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.and_then(|value| value.trim().parse::<u64>().ok()).unwrap_or(0)
     };
-    field("inactive_file")
+    // Version 1 counts children under a name of its own.
+    field("total_inactive_file").max(field("inactive_file"))
 }
 
 fn number(path: &Path) -> Option<u64> {

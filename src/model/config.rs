@@ -471,8 +471,9 @@ fn rotary(fields: Fields<'_>, family: Family, sizes: &Sizes, max_len: usize) -> 
 /// `max_position_embeddings` is the stretched context by most accounts; not so for dynamic scaling, which begins
 /// beyond it, and for the common way to switch yarn on by hand.
 fn stretched_context(scaling: &super::rope::RopeScaling, max_len: usize) -> usize {
-    use super::rope::RopeScaling::{Dynamic, Yarn};
+    use super::rope::RopeScaling::{Dynamic, Linear, Yarn};
     match scaling {
+        Linear { factor } => (max_len as f64 * factor).min(limit::CONTEXT as f64) as usize,
         Dynamic { factor, original_len } | Yarn { factor, original_len, .. } => {
             let stretched = (*original_len as f64 * factor).min(limit::CONTEXT as f64) as usize;
             stretched.max(max_len)

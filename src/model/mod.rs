@@ -85,6 +85,13 @@ impl Model {
         }
     }
 
+    /// Sets the time that chat templates see, in seconds since 1970: a job's prompts must not change overnight.
+    pub fn set_time(&mut self, secs: u64) {
+        let secs = i64::try_from(secs).unwrap_or(i64::MAX);
+        let at = |chat: ChatTemplate| chat.at_time(secs).expect("the templates have parsed before");
+        self.chat = self.chat.take().map(at);
+    }
+
     /// Opens a Hugging Face directory.
     ///
     /// # Errors
@@ -129,12 +136,13 @@ impl Model {
 
     fn assemble(
         name: &str,
-        config: ModelConfig,
+        mut config: ModelConfig,
         files: &Files,
         weights: Box<dyn TensorSource>,
         fingerprint: Fingerprint,
     ) -> Result<Model> {
         let weights = WithConstants::wrap(&config, weights);
+        config.tied_head &= !names::stored_head_differs(&config, weights.as_ref())?;
         let source = names::model_source(&config, weights.as_ref())?;
         let tokenizer = Tokenizer::load(files)?;
         let chat = ChatTemplate::load(files, tokenizer.special_texts())?;

@@ -58,27 +58,7 @@ pub fn weight_shapes(config: &ModelConfig) -> Vec<WeightShape> {
 /// # Errors
 /// `Error::Model` naming the tensor that is missing or has another shape, with both shapes.
 pub fn model_source(config: &ModelConfig, source: &dyn TensorSource) -> Result<ModelSource> {
-    let (prefixes, embed, heads): (&[&'static str], &str, &[&'static str]) = match config.family {
-        Family::Opt => (&["model.decoder.", "decoder.", ""], "embed_tokens", &["lm_head"]),
-        Family::GptNeoX => (&["gpt_neox.", "model.", ""], "embed_in", &["embed_out", "lm_head"]),
-        _ => (&["model.", ""], "embed_tokens", &["lm_head"]),
-    };
-    let there = |name: &str| source.shape(name).map(|shape| shape.is_some());
-    let mut prefix = prefixes[0];
-    for candidate in prefixes {
-        if there(&format!("{candidate}{embed}.weight"))? {
-            prefix = candidate;
-            break;
-        }
-    }
-    let mut head = heads[0];
-    for candidate in heads {
-        if there(&format!("{candidate}.weight"))? {
-            head = candidate;
-            break;
-        }
-    }
-    let (model, mut shapes) = Builder::new(config, Spelling { prefix, head }).build();
+    let (model, mut shapes) = Builder::new(config, spelling(config, source)?).build();
     if !config.norm_affine {
         let constant =
             |name: &str| WeightShape { name: name.into(), shape: vec![config.hidden_size], part: Part::Norm };
@@ -86,6 +66,44 @@ pub fn model_source(config: &ModelConfig, source: &dyn TensorSource) -> Result<M
     }
     shapes.iter().try_for_each(|weight| check(weight, source))?;
     Ok(model)
+}
+
+/// Whether a configuration that ties the head to the embedding comes with a stored head of other values. The stored
+/// head counts then, as in transformers 5 (4 ignored it). Torch files always hold both names, for one storage.
+pub fn stored_head_differs(config: &ModelConfig, source: &dyn TensorSource) -> Result<bool> {
+    if !config.tied_head {
+        return Ok(false);
+    }
+    let spelling = spelling(config, source)?;
+    let Some(head) = source.tensor(&format!("{}.weight", spelling.head))? else { return Ok(false) };
+    let Some(embed) = source.tensor(&spelling.embed(config.family))? else { return Ok(false) };
+    let one = embed.data.as_ptr() == head.data.as_ptr() && embed.data.len() == head.data.len();
+    Ok(!one && (embed.dtype != head.dtype || embed.shape != head.shape || embed.data != head.data))
+}
+
+/// Looks for the prefix and the head's name that `source` uses; the usual ones if it has neither.
+fn spelling(config: &ModelConfig, source: &dyn TensorSource) -> Result<Spelling> {
+    let (prefixes, heads): (&[&'static str], &[&'static str]) = match config.family {
+        Family::Opt => (&["model.decoder.", "decoder.", ""], &["lm_head"]),
+        Family::GptNeoX => (&["gpt_neox.", "model.", ""], &["embed_out", "lm_head"]),
+        _ => (&["model.", ""], &["lm_head"]),
+    };
+    let mut found = Spelling { prefix: prefixes[0], head: heads[0] };
+    let there = |name: &str| source.shape(name).map(|shape| shape.is_some());
+    for prefix in prefixes {
+        let candidate = Spelling { prefix, ..found };
+        if there(&candidate.embed(config.family))? {
+            found = candidate;
+            break;
+        }
+    }
+    for head in heads {
+        if there(&format!("{head}.weight"))? {
+            found.head = head;
+            break;
+        }
+    }
+    Ok(found)
 }
 
 fn check(weight: &WeightShape, source: &dyn TensorSource) -> Result<()> {
@@ -158,6 +176,13 @@ struct Spelling {
     head: &'static str,
 }
 
+impl Spelling {
+    fn embed(&self, family: Family) -> String {
+        let name = if family == Family::GptNeoX { "embed_in" } else { "embed_tokens" };
+        format!("{}{name}.weight", self.prefix)
+    }
+}
+
 /// Names weights in the order of a forward pass and notes the shape of each.
 struct Builder<'a> {
     config: &'a ModelConfig,
@@ -174,8 +199,7 @@ impl<'a> Builder<'a> {
         let config = self.config;
         let prefix = self.spelling.prefix;
         let (vocab, hidden, embed_size) = (config.vocab_size, config.hidden_size, config.embed_size);
-        let embed_name = if config.family == Family::GptNeoX { "embed_in" } else { "embed_tokens" };
-        let embed = self.tensor(format!("{prefix}{embed_name}.weight"), vec![vocab, embed_size], Part::Embedding);
+        let embed = self.tensor(self.spelling.embed(config.family), vec![vocab, embed_size], Part::Embedding);
         let positions = match config.positions {
             Positions::Learned { offset } => {
                 let shape = vec![config.context_len + offset, hidden];

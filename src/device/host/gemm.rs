@@ -258,18 +258,19 @@ impl<const N: usize> Tile<'_, N> {
         // SAFETY: passed on from the caller; partial vectors go through a buffer of full width.
         unsafe {
             let full = self.width == N * LANES;
+            // Beyond a partial tile's width there may be no memory: such an address is formed, never used.
+            let at = |m: usize, v: usize| c.wrapping_add(m * stride + v * LANES);
+            let count = |v: usize| self.width.saturating_sub(v * LANES).min(LANES);
             let mut sums = [[V::splat(0.0); N]; M];
-            for m in 0..M {
-                for v in 0..N {
-                    let at = c.add(m * stride + v * LANES);
-                    sums[m][v] = if !self.from_memory {
+            for (m, row) in sums.iter_mut().enumerate() {
+                for (v, sum) in row.iter_mut().enumerate() {
+                    *sum = if !self.from_memory {
                         V::load(self.start.as_ptr().add(v * LANES))
                     } else if full {
-                        V::load(at)
+                        V::load(at(m, v))
                     } else {
                         let mut buffer = [0f32; LANES];
-                        let count = self.width.saturating_sub(v * LANES).min(LANES);
-                        std::ptr::copy_nonoverlapping(at, buffer.as_mut_ptr(), count);
+                        std::ptr::copy_nonoverlapping(at(m, v), buffer.as_mut_ptr(), count(v));
                         V::load(buffer.as_ptr())
                     };
                 }
@@ -278,27 +279,25 @@ impl<const N: usize> Tile<'_, N> {
             let mut b = self.b;
             for _ in 0..self.depth {
                 let mut w = [V::splat(0.0); N];
-                for v in 0..N {
-                    w[v] = V::load(b[v]);
-                    b[v] = b[v].add(LANES);
+                for (w, b) in w.iter_mut().zip(&mut b) {
+                    *w = V::load(*b);
+                    *b = b.wrapping_add(LANES);
                 }
-                for m in 0..M {
+                for (m, row) in sums.iter_mut().enumerate() {
                     let x = V::splat(*a.add(m));
-                    for v in 0..N {
-                        sums[m][v] = x.fma(w[v], sums[m][v]);
+                    for (sum, w) in row.iter_mut().zip(w) {
+                        *sum = x.fma(w, *sum);
                     }
                 }
-                a = a.add(self.a.stride);
+                a = a.wrapping_add(self.a.stride);
             }
-            for m in 0..M {
-                for v in 0..N {
-                    let at = c.add(m * stride + v * LANES);
+            for (m, row) in sums.iter().enumerate() {
+                for (v, sum) in row.iter().enumerate() {
                     if full {
-                        sums[m][v].store(at);
+                        sum.store(at(m, v));
                     } else {
-                        let buffer = sums[m][v].to_array();
-                        let count = self.width.saturating_sub(v * LANES).min(LANES);
-                        std::ptr::copy_nonoverlapping(buffer.as_ptr(), at, count);
+                        let buffer = sum.to_array();
+                        std::ptr::copy_nonoverlapping(buffer.as_ptr(), at(m, v), count(v));
                     }
                 }
             }

@@ -9,11 +9,13 @@ pub mod gemm;
 pub mod isa;
 mod lanes;
 mod math;
+mod raw;
 mod rows;
 mod sample;
 mod shared;
 mod softmax;
 
+pub use raw::raw_fma_gflops;
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
@@ -61,6 +63,11 @@ impl Host {
     /// The CPU restricted to an instruction set, for tests.
     pub fn with_isa(arena: Arena, isa: Isa) -> Self {
         Host { isa, arena }
+    }
+
+    /// Bytes of the arena that have been handed out.
+    pub fn used_bytes(&self) -> usize {
+        self.arena.used()
     }
 
     /// The instruction set in use.

@@ -1,0 +1,98 @@
+//! Every instruction set, chunking and mixture of sequences gives the same bits: the executor is driven directly.
+#![allow(missing_docs)]
+
+mod support;
+
+use tidemill::device::host::Host;
+use tidemill::device::host::isa::Isa;
+use tidemill::device::sampling::{Draw, Drawn, Target};
+use tidemill::error::Tier;
+use tidemill::executor::Executor;
+use tidemill::executor::size::{Capacity, Shape, total_bytes};
+use tidemill::kv::layout::{KvLayout, pages_for};
+use tidemill::memory::arena::Arena;
+use tidemill::model::Model;
+use tidemill::model::dtype::DType;
+use tidemill::schedule::{Pass, Run};
+
+const PAGES: usize = 16;
+
+fn executor(model: &Model, isa: Isa, kv: DType) -> Executor<Host> {
+    let config = &model.config;
+    let layout = KvLayout {
+        num_layers: config.num_layers,
+        num_kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        dtype: kv,
+    };
+    let capacity = Capacity { rows: 400, logit_rows: 7, pages: PAGES };
+    let shape = Shape { weights: None, layout, capacity };
+    let arena = Arena::new("test", Tier::Cpu, total_bytes(model, &shape)).unwrap();
+    let executor = Executor::new(Host::with_isa(arena, isa), model, shape, &|_| {}).unwrap();
+    // What was summed beforehand is what was taken, to the byte.
+    assert_eq!(executor.device().used_bytes(), total_bytes(model, &shape));
+    executor
+}
+
+fn tokens(len: usize, salt: usize, vocab: usize) -> Vec<u32> {
+    (0..len).map(|i| ((i * 7919 + salt * 104_729 + 3) % vocab) as u32).collect()
+}
+
+/// Scores of every token of two sequences, run in chunks of these sizes, side by side or one after the other.
+fn scores(model: &Model, isa: Isa, kv: DType, chunk: usize, together: bool) -> Vec<Vec<Drawn>> {
+    let mut executor = executor(model, isa, kv);
+    let sequences = [tokens(150, 1, model.config.vocab_size), tokens(67, 2, model.config.vocab_size)];
+    let mut scores = vec![Vec::new(), Vec::new()];
+    let mut first_page = 0;
+    let pages: Vec<Vec<u32>> = sequences
+        .iter()
+        .map(|tokens| {
+            let pages = (first_page..first_page + pages_for(tokens.len()) as u32).rev().collect();
+            first_page += pages_for(tokens.len()) as u32;
+            pages
+        })
+        .collect();
+    let groups: Vec<Vec<usize>> = if together { vec![vec![0, 1]] } else { vec![vec![1], vec![0]] };
+    for group in groups {
+        let longest = group.iter().map(|&s| sequences[s].len()).max().unwrap();
+        for start in (0..longest).step_by(chunk) {
+            let mut pass = Pass::default();
+            let (mut draws, mut owners) = (Vec::new(), Vec::new());
+            for &s in &group {
+                let tokens = &sequences[s];
+                let range = start.min(tokens.len())..(start + chunk).min(tokens.len());
+                if range.is_empty() {
+                    continue;
+                }
+                let run = Run { tokens, range: range.clone(), prompt_len: tokens.len() - 20, pages: &pages[s] };
+                let first_row = pass.push(&run);
+                for position in range.clone() {
+                    let next = tokens.get(position + 1).copied().unwrap_or(0);
+                    draws.push(Draw { row: first_row + position - range.start, target: Target::Score(next), top: 2 });
+                    owners.push(s);
+                }
+            }
+            for (owner, drawn) in owners.into_iter().zip(executor.run(&pass, &draws)) {
+                scores[owner].push(drawn);
+            }
+        }
+    }
+    scores
+}
+
+#[test]
+fn one_set_of_bits_for_all() {
+    for name in ["llama-head20", "mistral-w23", "opt-postln", "qwen3-mixed", "neox-parallel", "llama-dynamic"] {
+        let model = Model::from_directory(name, &support::golden(name)).unwrap();
+        for kv in [DType::F32, DType::Bf16, DType::F16] {
+            let expected = scores(&model, Isa::Portable, kv, 400, false);
+            assert!(expected.iter().flatten().all(|drawn| drawn.logprob.is_finite()));
+            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                for (chunk, together) in [(400, true), (64, false), (37, true), (1, true)] {
+                    let same = scores(&model, isa, kv, chunk, together) == expected;
+                    assert!(same, "{name}, KV {kv}, {isa:?}, chunks of {chunk}, together {together}");
+                }
+            }
+        }
+    }
+}
