@@ -1,6 +1,9 @@
 //! What several integration tests share: running the binary in a directory of its own.
 #![allow(dead_code, missing_docs)]
 
+pub mod jobs;
+pub mod process;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
