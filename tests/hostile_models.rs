@@ -192,8 +192,8 @@ fn removing(pattern: &str, scratch: &Scratch) -> std::path::PathBuf {
     copy
 }
 
-/// `(a|b|ab)*` tries every way to read a run of `ab` before it fails for want of a `c`.
-const SLOW: &str = "(?i)(a|b|ab)+(?=c)";
+/// Tries every way to read a run of `ab` before it fails for want of a `c`.
+const SLOW: &str = "(?:(?:a|b|ab)(?!z))+(?=c)";
 /// The same matches, found at once on the texts below.
 const FAST: &str = "[ab]+(?=c)";
 
@@ -208,9 +208,8 @@ fn a_pattern_that_never_ends_fails_its_line() {
     generate_ok(text(&model), &input, &output, &[], 3);
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     let answers = read_jsonl(&output);
-    let code = answers[0]["error"]["code"].as_str().unwrap();
-    assert!(["tokenizer_error", "context_length_exceeded"].contains(&code), "{}", answers[0]);
-    assert_eq!(answers[1]["usage"]["prompt_tokens"].as_u64().is_some(), true, "{}", answers[1]);
+    assert_eq!(answers[0]["error"]["code"], "tokenizer_error");
+    assert_eq!(answers[1]["usage"]["completion_tokens"], 2, "{}", answers[1]);
 }
 
 #[test]
