@@ -1,6 +1,9 @@
 //! What several integration tests share: running the binary in a directory of its own.
 #![allow(dead_code, missing_docs)]
 
+pub mod jobs;
+pub mod process;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -67,4 +70,45 @@ pub fn read_jsonl(path: &Path) -> Vec<Value> {
 /// A directory below tests/goldens.
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// A copy of a golden model that a test may damage.
+pub fn copy_model(name: &str, scratch: &Scratch) -> PathBuf {
+    let copy = scratch.path(name);
+    fs::create_dir_all(&copy).expect("create");
+    for entry in fs::read_dir(golden(name)).expect("a golden model") {
+        let entry = entry.expect("entry");
+        fs::copy(entry.path(), copy.join(entry.file_name())).expect("copy");
+    }
+    copy
+}
+
+/// Changes a JSON file.
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value = serde_json::from_str(&fs::read_to_string(path).expect("read")).expect("JSON");
+    edit(&mut value);
+    fs::write(path, value.to_string()).expect("write");
+}
+
+/// What a refusal said on standard error. It comes with this exit code, `error:` first, nothing on standard output
+/// and no panic.
+pub fn refused(result: &Output, code: i32) -> String {
+    let said = String::from_utf8_lossy(&result.stderr).into_owned();
+    assert_eq!(result.status.code(), Some(code), "{said}");
+    assert!(result.stdout.is_empty(), "{}", String::from_utf8_lossy(&result.stdout));
+    assert!(said.lines().any(|line| line.starts_with("error: ")), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    said
+}
+
+/// The text after `hint: `.
+pub fn hint(said: &str) -> String {
+    let hint = said.lines().find_map(|line| line.strip_prefix("hint: "));
+    hint.unwrap_or_else(|| panic!("no hint: {said}")).to_owned()
+}
+
+/// Tells that a test cannot run here.
+pub fn skip(why: &str) {
+    use std::io::Write;
+    writeln!(std::io::stderr(), "SKIPPED: {why}").expect("standard error");
 }
