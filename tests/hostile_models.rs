@@ -7,7 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use support::process::{command, signal, start, wait};
 use support::{Scratch, copy_model, edit_json, generate, generate_ok, golden, hint, read_jsonl, refused};
 
 fn text(path: &Path) -> &str {
@@ -230,6 +232,26 @@ fn a_pattern_that_gives_up_changes_no_token() {
             assert_eq!(slow["error"]["code"], "tokenizer_error");
         }
     }
+}
+
+/// Every `a` looks through the rest of the text before it is found to stand alone: quadratic, but each search alone
+/// stays below any limit on steps.
+#[test]
+fn a_pattern_that_takes_quadratic_time_holds_up_neither_the_job_nor_a_signal() {
+    let scratch = Scratch::new();
+    let model = removing("(?:a(?!z))+(?=c)|a", &scratch);
+    let lines = [json!({"prompt": "a".repeat(200_000)}), json!({"prompt": "d", "max_tokens": 2})];
+    let (input, output, said) = (scratch.jsonl("in.jsonl", &lines), scratch.path("out.jsonl"), scratch.path("said"));
+    let mut child = start(command(text(&model), &input, &output, &[]), &said);
+    if let Some(status) = wait(&mut child, Duration::from_secs(15)) {
+        assert_eq!(status.code(), Some(3));
+        return;
+    }
+    signal(&child, Signal::INT);
+    let stopped = wait(&mut child, Duration::from_secs(5));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    panic!("the job hangs; five seconds after SIGINT: {stopped:?}");
 }
 
 #[test]
