@@ -153,15 +153,13 @@ fn messages_are_their_rendered_text() {
     assert_eq!(chat["prompt_token_ids"].as_array().unwrap().first(), Some(&json!(0)), "one beginning of sequence");
     assert_eq!(chat["prompt_token_ids"][1], 2);
     assert_eq!(chat, line(json!({"prompt": chat["prompt_token_ids"]})));
-    let own = json!({"messages": messages, "chat_template": "{{ messages | length }}: {{ messages[1].content }}"});
-    let text = line(json!({"prompt": "2: Tell me a story.", "add_special_tokens": false}));
-    assert_eq!(line(own), text);
+    assert_eq!(chat, line(json!({"messages": messages, "chat_template": "default"})), "templates have names");
     let open = line(json!({"messages": [{"role": "user", "content": "A fox"}], "add_generation_prompt": false}));
     assert_eq!(open, line(json!({"prompt": "<s><|user|>A fox", "add_special_tokens": false})));
 }
 
 #[test]
-fn a_model_without_template_takes_one_from_the_line() {
+fn templates_are_not_taken_from_lines() {
     let messages = json!([{"role": "user", "content": "hi"}]);
     let lines = [
         json!({"messages": messages}),
@@ -169,7 +167,9 @@ fn a_model_without_template_takes_one_from_the_line() {
     ];
     let answers = run_coded(&model("opt-preln"), &lines, &[], 3);
     assert_eq!(answers[0]["error"]["code"], "chat_template_error");
-    assert_eq!(answers[1]["finish_reason"], "length", "{}", answers[1]);
+    assert_eq!(answers[1]["error"]["code"], "chat_template_error");
+    let lines = [json!({"messages": messages, "chat_template": "{{ messages[0].content }}"})];
+    assert_eq!(run_coded("demo", &lines, &[], 3)[0]["error"]["code"], "chat_template_error");
 }
 
 #[test]

@@ -168,8 +168,9 @@ fn a_finished_job_is_left_alone() {
     assert!(refused(&generate("demo", &input, &output, &flags), 1).contains("input"));
 }
 
+/// A budget must not decide an answer: a line that needs more memory waits for a run that has it.
 #[test]
-fn failed_lines_are_retried_on_request() {
+fn lines_that_need_more_memory_are_postponed() {
     let scratch = Scratch::new();
     let model = copy_model("llama-mha", &scratch);
     edit_json(&model.join("config.json"), |config| config["max_position_embeddings"] = json!(4096));
@@ -183,19 +184,19 @@ fn failed_lines_are_retried_on_request() {
             json!({"prompt": [9], "max_tokens": 4}),
         ],
     );
-    let output = scratch.path("out.jsonl");
+    let (output, whole) = (scratch.path("out.jsonl"), scratch.path("whole.jsonl"));
+    generate_ok(&model, &input, &whole, &["--cpu-memory", "512MiB"], 0);
     let said = refused(&generate(&model, &input, &output, &["--cpu-memory", "64KiB"]), 1);
     // The hint's budget holds a short cache only.
     let size = hint(&said).split_whitespace().find(|word| word.ends_with("MiB")).unwrap().to_owned();
-    generate_ok(&model, &input, &output, &["--cpu-memory", &size], 3);
-    let before = read_jsonl(&output);
-    assert_eq!(before[1]["error"]["code"], "kv_capacity_exceeded", "{}", before[1]);
-    generate_ok(&model, &input, &output, &["--cpu-memory", "512MiB"], 3);
-    assert_eq!(read_jsonl(&output), before, "nothing is done again unasked");
-    generate_ok(&model, &input, &output, &["--cpu-memory", "512MiB", "--retry-failed"], 0);
-    let after = read_jsonl(&output);
-    assert_eq!((&after[0], &after[2]), (&before[0], &before[2]));
-    assert_eq!(after[1]["usage"]["completion_tokens"], 4);
+    let said = refused(&generate(&model, &input, &output, &["--cpu-memory", &size]), 1);
+    assert!(said.contains("1 postponed") && hint(&said).contains("--cpu-memory"), "{said}");
+    assert_eq!(read_jsonl(&output).len(), 1, "the output is a prefix");
+    let stats = scratch.path("stats.json");
+    generate_ok(&model, &input, &output, &["--cpu-memory", "512MiB", "--stats", stats.to_str().unwrap()], 0);
+    assert_eq!(fs::read(&output).unwrap(), fs::read(&whole).unwrap());
+    let stats: Value = serde_json::from_str(&fs::read_to_string(&stats).unwrap()).unwrap();
+    assert_eq!((&stats["requests"], &stats["resumed"]), (&json!(1), &json!(2)));
 }
 
 fn piped(mut command: Command, input: &[u8]) -> Output {

@@ -234,10 +234,11 @@ fn kill_when_counts_are_shown(input: &Path, output: &Path, said: &Path) -> Optio
     loop {
         let ended = wait(&mut child, Duration::from_millis(1)).is_some();
         let text = std::fs::read_to_string(said).unwrap();
-        if let Some((line, _)) = text.lines().find(|line| line.contains("elapsed_s")).and_then(|l| l.split_once('}')) {
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        if let Some(line) = whole.lines().find(|line| line.contains("elapsed_s")) {
             child.kill().unwrap();
             child.wait().unwrap();
-            return (!ended).then(|| serde_json::from_str(&format!("{line}}}")).unwrap());
+            return (!ended).then(|| serde_json::from_str(line).unwrap());
         }
         if ended {
             return None;

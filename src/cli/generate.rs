@@ -4,7 +4,7 @@
 //! that changes a completion and nothing that does not.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
@@ -178,23 +178,23 @@ impl Arguments {
         Ok((model, input, output))
     }
 
-    /// The files that are written beside the output must not be any of the others.
+    /// Statistics must not replace another file of the job, by whatever name.
     fn check_paths(&self) -> Result<()> {
         let Some(stats) = &self.stats else { return Ok(()) };
+        let place = real_path(stats).ok_or_else(|| {
+            Error::usage(format!("--stats {}: no such directory", stats.display()), "create it first")
+        })?;
         let others = [&self.input, &self.output, &self.error_file, &self.policy, &self.config];
-        if others.into_iter().flatten().any(|other| other == stats) {
-            return Err(Error::usage(
-                format!("--stats {} is another file of the job", stats.display()),
-                "name a file of its own",
-            ));
+        let mut others: Vec<PathBuf> = others.into_iter().flatten().filter_map(|path| real_path(path)).collect();
+        if let Some(output) = self.output.as_deref().and_then(real_path) {
+            let side_file = |suffix: &&str| PathBuf::from(format!("{}.{suffix}", output.display()));
+            others.extend(["journal", "run.json", "lock", "input", "partial"].iter().map(side_file));
         }
-        let parent = stats.parent().filter(|parent| !parent.as_os_str().is_empty());
-        match parent {
-            Some(parent) if !parent.is_dir() => {
-                Err(Error::usage(format!("--stats: {} is no directory", parent.display()), "create it first"))
-            }
-            _ => Ok(()),
+        if others.contains(&place) {
+            let what = format!("--stats {} is another file of the job", stats.display());
+            return Err(Error::usage(what, "name a file of its own"));
         }
+        Ok(())
     }
 
     fn resolve(&self, model: &Model) -> Result<Resolved> {
@@ -235,7 +235,7 @@ impl Arguments {
         let shard = match &self.shard {
             None => None,
             Some(text) => Some(text.parse::<Shard>().map_err(|what| {
-                Error::usage(format!("--shard {what}"), "write it as i/n with i from 0, such as 0/4")
+                Error::usage(format!("--shard: {what}"), "write it as i/n with i from 0, such as 0/4")
             })?),
         };
         let flags = Defaults {
@@ -268,6 +268,12 @@ impl Arguments {
             ..Defaults::default()
         };
         let limits = Limits::new(model.config.vocab_size as u32, model.config.context_len as u32);
+        job::check_defaults(&flags, &limits).map_err(|(name, what)| {
+            let flag = name.replace('_', "-");
+            Error::usage(format!("--{flag}: {what}"), "run `tidemill generate --help`")
+        })?;
+        job::check_defaults(&lower, &limits)
+            .map_err(|(_, what)| Error::model(&model.name, format!("generation_config.json: {what}")))?;
         Ok(JobOptions {
             input,
             output,
@@ -286,6 +292,15 @@ impl Arguments {
         let default = if std::io::stderr().is_terminal() { ProgressChoice::Bar } else { ProgressChoice::Line };
         self.progress.unwrap_or(default)
     }
+}
+
+/// A path without links and detours; the file itself need not exist. None without its directory.
+fn real_path(path: &Path) -> Option<PathBuf> {
+    if let Ok(path) = path.canonicalize() {
+        return Some(path);
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Some(parent.canonicalize().ok()?.join(path.file_name()?))
 }
 
 /// The sampling flags that were given, by name.

@@ -75,8 +75,7 @@ fn run(command: Command) -> Result<u8> {
             Ok(0)
         }
         Command::Merge { output, shards } => {
-            let (_, _) = (output, shards);
-            let summary = crate::job::Summary::default();
+            let summary = crate::job::merge(&output, &shards)?;
             say::line(&format!("merged {} lines, {} failed", summary.succeeded + summary.failed, summary.failed));
             Ok(summary.exit_code())
         }

@@ -68,10 +68,21 @@ pub struct TokenCount {
 pub struct Drawn {
     /// The token sampled or scored.
     pub token: u32,
-    /// Its log-probability under the unmodified logits; NaN when a logit is not finite.
+    /// Its log-probability under the unmodified logits.
     pub logprob: f32,
     /// The most probable tokens under the unmodified logits, best first, ties by id.
     pub top: Vec<(u32, f32)>,
+    /// Why the rest means nothing.
+    pub problem: Option<Problem>,
+}
+
+/// Why a row gives no token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Problem {
+    /// A logit is not a finite number.
+    NotFinite,
+    /// The rule excludes every token.
+    NoneAllowed,
 }
 
 /// Temperatures below this mean greedy.

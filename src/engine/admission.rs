@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::Engine;
-use super::prepare::{Prepared, Work};
+use super::prepare::{Prepared, Unfit, Work};
 use super::sample::{Rules, Sample};
 use super::sequence::{Begin, Job, PromptState, Sequence, prompt_scores};
 use crate::device::Device;
@@ -22,7 +22,12 @@ impl<D: Device> Engine<'_, D> {
         let Prepared { header, work } = prepared;
         let work = match work {
             Ok(work) => work,
-            Err(error) => return self.fail(&header, &error, writer),
+            Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),
+            Err(Unfit::Pages(pages)) => {
+                self.postponed += 1;
+                self.pages_wanted = self.pages_wanted.max(pages);
+                return Ok(());
+            }
         };
         let Work { request, prompts, partial } = work;
         let rules = Rules::new(request.clone(), &self.model.generation.eos_token_ids);

@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::Executor;
 use crate::job::request::{LineError, SampledToken};
 use crate::job::{Reader, Writer};
@@ -79,6 +79,10 @@ pub struct Engine<'m, D: Device> {
     promised_places: usize,
     pass: Pass,
     counts: Counts,
+    /// Lines that need a larger cache than there is.
+    postponed: u64,
+    /// Pages that the most demanding of them needs.
+    pages_wanted: usize,
     journalled: Instant,
 }
 
@@ -99,6 +103,8 @@ impl<'m, D: Device> Engine<'m, D> {
             promised_places: 0,
             pass: Pass::default(),
             counts: Counts::default(),
+            postponed: 0,
+            pages_wanted: 0,
             journalled: Instant::now(),
         }
     }
@@ -149,7 +155,7 @@ impl<'m, D: Device> Engine<'m, D> {
             }
             if self.active.is_empty() {
                 if !more && self.pending.is_empty() {
-                    return Ok(());
+                    return self.check_postponed();
                 }
                 writer.tick(Instant::now())?;
                 continue;
@@ -159,6 +165,26 @@ impl<'m, D: Device> Engine<'m, D> {
             observe(&self.counts);
             self.save(writer)?;
         }
+    }
+
+    /// Everything that fits is done; what does not is told with the memory that would do.
+    fn check_postponed(&self) -> Result<()> {
+        if self.postponed == 0 {
+            return Ok(());
+        }
+        let capacity = self.executor.capacity();
+        let page_bytes = self.executor.page_bytes() as u64;
+        let (need, have) = (self.pages_wanted as u64 * page_bytes, capacity.pages as u64 * page_bytes);
+        Err(Error::OverBudget {
+            what: format!("the KV cache for the longest of {} postponed lines", self.postponed),
+            tier: Tier::Cpu,
+            need: Bytes(need),
+            have: Bytes(have),
+            hint: Some(format!(
+                "all other lines are done; run the same command with {}MiB more of --cpu-memory, or fewer sequences",
+                (need - have).div_ceil(1 << 20),
+            )),
+        })
     }
 
     /// Whether new prompts could be admitted if there were any.

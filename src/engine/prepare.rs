@@ -10,9 +10,9 @@ use std::thread::Scope;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Item, PartialSample, Reader};
-use crate::kv::layout::{PAGE_POSITIONS, pages_for};
+use crate::kv::layout::pages_for;
 use crate::model::Model;
-use crate::model::chat::{self, ChatInput};
+use crate::model::chat::ChatInput;
 
 /// Lines that wait between the reader and the engine.
 const WINDOW: usize = 256;
@@ -22,7 +22,16 @@ pub struct Prepared {
     /// Names the line in the output.
     pub header: ItemHeader,
     /// The work.
-    pub work: Result<Work, LineError>,
+    pub work: Result<Work, Unfit>,
+}
+
+/// Why a line cannot run.
+pub enum Unfit {
+    /// It never will: the answer is this error.
+    Line(LineError),
+    /// It needs a cache of this many pages. What a budget holds must not decide an answer, so it waits for another
+    /// run with more memory.
+    Pages(usize),
 }
 
 /// The prompts of a request as tokens.
@@ -83,9 +92,11 @@ pub fn spawn<'scope>(
 
 fn prepare(item: Item, model: &Model, room: Room) -> Prepared {
     let header = item.header();
-    let work = item.request.and_then(|request| {
-        let prompts = request.prompts.iter().map(|prompt| tokenize(prompt, &request, model));
-        let prompts = prompts.map(|prompt| prompt.and_then(|prompt| fit(prompt, &request, room)));
+    let work = item.request.map_err(Unfit::Line).and_then(|request| {
+        let prompts = request.prompts.iter().map(|prompt| {
+            let prompt = tokenize(prompt, &request, model).map_err(Unfit::Line)?;
+            fit(prompt, &request, room)
+        });
         let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
         Ok(Work { request: Arc::new(request), prompts, partial: item.partial })
     });
@@ -114,7 +125,7 @@ fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<Prepare
 
 fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
     let failed = |what: String| LineError::new("chat_template_error", what);
-    let no_template = || failed("the model has no chat template; give one as chat_template, or use `prompt`".into());
+    let no_template = || failed("the model has no chat template; use `prompt`".into());
     let input = ChatInput {
         messages: &conversation.messages,
         tools: conversation.tools.as_ref(),
@@ -124,42 +135,30 @@ fn render(conversation: &Conversation, model: &Model) -> Result<String, LineErro
         chat_template: conversation.chat_template.as_deref(),
         kwargs: &conversation.chat_template_kwargs,
     };
-    let rendered = match (&model.chat, input.chat_template) {
-        (Some(chat), _) => chat.render(&input),
-        (None, Some(source)) => chat::render_with(source, model.tokenizer.special_texts(), &input),
-        (None, None) => return Err(no_template()),
-    };
-    rendered.map_err(|error| failed(error.to_string()))
+    model.chat.as_ref().ok_or_else(no_template)?.render(&input).map_err(|error| failed(error.to_string()))
 }
 
 /// Clips `max_tokens` to the context and turns away what has no room.
-fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<PreparedPrompt, LineError> {
+fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<PreparedPrompt, Unfit> {
+    let refused = |code: &str, what: String| Err(Unfit::Line(LineError::new(code, what)));
     let len = prompt.tokens.len();
-    let scoring = prompt.max_tokens == 0;
     if len == 0 {
-        return Err(LineError::new("empty_prompt", "the prompt has no tokens"));
+        return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    if len > room.context_len || (len == room.context_len && !scoring) {
+    if len >= room.context_len {
         let context = room.context_len;
         let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
-        return Err(LineError::new("context_length_exceeded", what));
+        return refused("context_length_exceeded", what);
     }
     // A tokenizer may know more tokens than the embedding table has rows.
     if let Some(id) = prompt.tokens.iter().find(|&&id| id as usize >= room.vocab_size) {
         let what = format!("the prompt has token {id}, the model's vocabulary has {} tokens", room.vocab_size);
-        return Err(LineError::new("token_out_of_vocabulary", what));
+        return refused("token_out_of_vocabulary", what);
     }
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     let pages = pages_needed(len, prompt.max_tokens, request.sampling.n as usize);
     if pages > room.pages {
-        let what = format!(
-            "the prompt of {len} tokens and up to {} more need a KV cache of {} positions, the memory budget holds {}; \
-             a greater --cpu-memory or a smaller max_tokens helps",
-            prompt.max_tokens,
-            pages * PAGE_POSITIONS,
-            room.pages * PAGE_POSITIONS,
-        );
-        return Err(LineError::new("kv_capacity_exceeded", what));
+        return Err(Unfit::Pages(pages));
     }
     Ok(prompt)
 }

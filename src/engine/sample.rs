@@ -161,7 +161,7 @@ fn find_stop<'a>(text: &str, new: usize, stops: &'a [String]) -> Option<(usize, 
     let found = stops.iter().filter_map(|stop| {
         let mut from = (new + 1).saturating_sub(stop.len()).min(new);
         while !text.is_char_boundary(from) {
-            from -= 1;
+            from += 1;
         }
         text[from..].find(stop.as_str()).map(|at| (from + at, stop))
     });

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::sequence::{self, Job, Sequence, prompt_scores};
 use super::{Engine, journal_sample};
 use crate::device::Device;
-use crate::device::sampling::{Draw, Drawn, Target};
+use crate::device::sampling::{Draw, Drawn, Problem, Target};
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::{LineError, SampledToken};
@@ -86,10 +86,9 @@ impl<D: Device> Engine<'_, D> {
             };
             let sequence = &mut self.active[index];
             let job = self.jobs.get_mut(&sequence.job).expect("an active sequence belongs to a job");
-            if token.logprob.is_nan() {
-                job.error.get_or_insert_with(|| {
-                    LineError::new("not_finite", "the model computed a logit that is not a finite number")
-                });
+            if let Some(problem) = drawn.problem {
+                job.error.get_or_insert_with(|| problem_error(problem));
+                continue;
             }
             match asker {
                 Asker::Prompt { position, .. } => job.prompts[sequence.prompt].scores[position] = Some(token),
@@ -175,6 +174,13 @@ impl<D: Device> Engine<'_, D> {
         let answer = sequence::answer(job, self.model)?;
         self.counts.succeeded += 1;
         writer.finish(&header, Ok(&answer))
+    }
+}
+
+fn problem_error(problem: Problem) -> LineError {
+    match problem {
+        Problem::NotFinite => LineError::new("not_finite", "the model computed a logit that is not a finite number"),
+        Problem::NoneAllowed => LineError::new("no_token_allowed", "the sampling rules exclude every token"),
     }
 }
 

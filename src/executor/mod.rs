@@ -27,6 +27,7 @@ pub struct Executor<D: Device> {
     buffers: Buffers<D::Buffer>,
     rotary: RotaryTables,
     capacity: Capacity,
+    page_bytes: usize,
 }
 
 /// Activations; extents in [`Sizes`].
@@ -67,12 +68,18 @@ impl<D: Device> Executor<D> {
             logits: buffer(sizes.logits)?,
         };
         let rotary = RotaryTables::new(&config);
-        Ok(Executor { device, config, weights, kv, buffers, rotary, capacity })
+        let page_bytes = layout.page_bytes();
+        Ok(Executor { device, config, weights, kv, buffers, rotary, capacity, page_bytes })
     }
 
     /// What one pass and the cache can hold.
     pub fn capacity(&self) -> &Capacity {
         &self.capacity
+    }
+
+    /// Bytes of a page of the KV cache.
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
     }
 
     /// The device that it runs on.

@@ -35,6 +35,7 @@ pub use journal::PartialSample;
 pub use merge::merge;
 pub use open::{Job, Opening, open};
 pub use options::{Defaults, Fingerprint, Input, JobOptions, Limits, Output, Shard, Summary};
+pub use parse::check_defaults;
 pub use reader::{Item, Reader};
 pub use request::ItemHeader;
 pub use writer::Writer;

@@ -90,7 +90,7 @@ pub struct Conversation {
     pub continue_final_message: bool,
     /// Whether the tokenizer's own special tokens are added to the rendered text.
     pub add_special_tokens: bool,
-    /// A template that replaces the model's own.
+    /// The name of one of the model's templates.
     pub chat_template: Option<String>,
     /// More template variables.
     pub chat_template_kwargs: serde_json::Map<String, serde_json::Value>,

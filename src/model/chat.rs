@@ -21,7 +21,6 @@ pub struct ChatTemplate {
     templates: BTreeMap<String, Environment<'static>>,
     sources: BTreeMap<String, String>,
     special_texts: BTreeMap<String, String>,
-    now_secs: i64,
 }
 
 /// What a template is given.
@@ -37,7 +36,8 @@ pub struct ChatInput<'a> {
     pub add_generation_prompt: bool,
     /// Leave the last message open.
     pub continue_final_message: bool,
-    /// A template that replaces the model's own.
+    /// The name of one of the model's templates. A template itself is refused, as vLLM does by default: nothing can
+    /// bound the memory that one takes.
     pub chat_template: Option<&'a str>,
     /// More template variables.
     pub kwargs: &'a Map<String, Value>,
@@ -108,7 +108,7 @@ impl ChatTemplate {
             .iter()
             .map(|(name, source)| Ok((name.clone(), environment(source, now_secs)?)))
             .collect::<std::result::Result<_, ChatError>>()?;
-        Ok(ChatTemplate { templates, sources, special_texts, now_secs })
+        Ok(ChatTemplate { templates, sources, special_texts })
     }
 
     /// The same with another time (UTC) for `strftime_now`, so that a run can be repeated.
@@ -118,7 +118,7 @@ impl ChatTemplate {
     pub fn at_time(self, now_secs: i64) -> std::result::Result<Self, ChatError> {
         let templates = self.sources.iter().map(|(name, source)| Ok((name.clone(), environment(source, now_secs)?)));
         let templates = templates.collect::<std::result::Result<_, ChatError>>()?;
-        Ok(ChatTemplate { templates, now_secs, ..self })
+        Ok(ChatTemplate { templates, ..self })
     }
 
     /// The template sources by name.
@@ -135,7 +135,7 @@ impl ChatTemplate {
             Some(name) if self.templates.contains_key(name) => {
                 render(&self.templates[name], &self.sources[name], &self.special_texts, input)
             }
-            Some(source) => render(&environment(source, self.now_secs)?, source, &self.special_texts, input),
+            Some(_) => Err(failed("`chat_template` is none of the model's templates; lines bring none of their own")),
             None => {
                 let tool_use = input.tools.is_some() && self.templates.contains_key("tool_use");
                 let name = if tool_use { "tool_use" } else { "default" };
@@ -147,19 +147,6 @@ impl ChatTemplate {
             }
         }
     }
-}
-
-/// Renders with a template given by the request, for a model that has none.
-///
-/// # Errors
-/// As [`ChatTemplate::render`].
-pub fn render_with(
-    source: &str,
-    special_texts: &BTreeMap<String, String>,
-    input: &ChatInput<'_>,
-) -> std::result::Result<String, ChatError> {
-    ChatTemplate::new(BTreeMap::from([("default".into(), source.into())]), special_texts.clone())?
-        .render(&ChatInput { chat_template: None, ..*input })
 }
 
 /// `chat_template`: a text, or a list of `{name, template}`.

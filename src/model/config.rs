@@ -202,7 +202,7 @@ fn refuse_unsupported(fields: Fields<'_>) -> Result<()> {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
         let mut error = fields.error(format!("`quantization_config` ({method}) is not supported"));
         if let Error::Model { hint, .. } = &mut error {
-            *hint = Some("use the unquantised checkpoint; `--weights int4` quantises it".into());
+            *hint = Some("use the unquantised checkpoint".into());
         }
         return Err(error);
     }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -26,13 +27,25 @@ pub struct Tokenizer {
     special_texts: BTreeMap<String, String>,
     form: TextForm,
     patterns: Vec<fancy_regex::Regex>,
+    /// Texts shorter than this cannot exhaust the patterns' limits and are not checked.
+    checked_len: usize,
 }
 
 /// The pattern that a ByteLevel pre-tokenizer splits with.
 const GPT2_PATTERN: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// Texts shorter than this cannot exhaust a linear pattern's limits (a million steps) and are not checked.
-const CHECKED_LEN: usize = 32 << 10;
+/// Patterns of well-known tokenizers, whose steps are linear but for runs of spaces: GPT-2, Llama 3, Qwen2.
+const KNOWN_PATTERNS: [&str; 3] = [
+    GPT2_PATTERN,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+
+/// Texts shorter than this cannot exhaust a known pattern's limits (a million steps a match).
+const KNOWN_LEN: usize = 32 << 10;
+
+/// A text whose patterns take longer fails: each match has a limit of its own, but there can be many.
+const MAX_PATTERN_TIME: Duration = Duration::from_secs(5);
 
 impl Tokenizer {
     /// Reads `tokenizer.json`, or `vocab.json` and `merges.txt` (OPT).
@@ -77,12 +90,14 @@ impl Tokenizer {
         for part in parts {
             collect_patterns(&part.map_err(|error| fail(error.to_string()))?, &mut patterns);
         }
+        let known = patterns.iter().all(|pattern| KNOWN_PATTERNS.contains(&pattern.as_str()));
+        let checked_len = if known { KNOWN_LEN } else { 0 };
         let patterns = patterns
             .iter()
             .map(|pattern| fancy_regex::Regex::new(pattern).map_err(|error| fail(error.to_string())))
             .collect::<Result<_>>()?;
         let len = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Ok(Tokenizer { inner, path, len, special, special_texts, form, patterns })
+        Ok(Tokenizer { inner, path, len, special, special_texts, form, patterns, checked_len })
     }
 
     /// The tokens of `text`; `add_special_tokens` adds what the model expects around a text (such as BOS).
@@ -147,7 +162,7 @@ impl Tokenizer {
     /// The tokenizers crate takes a pattern that gives up for one that no longer matches, which would silently change
     /// tokens: so patterns are tried on long texts first.
     fn check_patterns(&self, text: &str) -> Result<()> {
-        if text.len() < CHECKED_LEN || self.patterns.is_empty() {
+        if text.len() < self.checked_len || self.patterns.is_empty() {
             return Ok(());
         }
         let mut normalized = NormalizedString::from(text);
@@ -155,9 +170,14 @@ impl Tokenizer {
             guarded(|| normalizer.normalize(&mut normalized))
                 .map_err(|error| self.error(format!("cannot encode a text: {error}")))?;
         }
+        let started = Instant::now();
         for pattern in &self.patterns {
-            if let Some(error) = pattern.find_iter(normalized.get()).find_map(|found| found.err()) {
-                return Err(self.error(format!("cannot encode a text of {} bytes: {error}", text.len())));
+            for found in pattern.find_iter(normalized.get()) {
+                let failed = |what: &str| self.error(format!("cannot encode a text of {} bytes: {what}", text.len()));
+                found.map_err(|error| failed(&error.to_string()))?;
+                if started.elapsed() > MAX_PATTERN_TIME {
+                    return Err(failed("its patterns take too long"));
+                }
             }
         }
         Ok(())

@@ -6,8 +6,8 @@
 //! x, its column of w and the bias alone: not on how many rows are computed, on blocking, threads or the
 //! instruction set.
 //!
-//! Limit: 2 * rows * inputs * outputs operations at the processor's fused multiply-add rate. `examples` of the
-//! reached fraction: `scripts/bench.sh`.
+//! Limit: 2 * rows * inputs * outputs operations at the processor's fused multiply-add rate; the reached fraction is
+//! what `cargo bench --bench job` prints.
 use rayon::prelude::*;
 
 use super::isa::{Isa, Kernel, Registers};

@@ -7,18 +7,21 @@ use std::cmp::Ordering;
 
 use super::isa::Isa;
 use super::softmax::{exponentials, log_normalizer};
-use crate::device::sampling::{Draw, Drawn, GREEDY_BELOW, SampleRule, Target};
+use crate::device::sampling::{Draw, Drawn, GREEDY_BELOW, Problem, SampleRule, Target};
 
 /// Answers one question to one row.
 pub fn draw(isa: Isa, logits: &[f32], draw: &Draw) -> Drawn {
     let normalizer = log_normalizer(isa, logits);
     let token = match &draw.target {
-        Target::Score(token) => *token,
+        Target::Score(token) => Some(*token),
         Target::Sample(rule) => sample(isa, logits, rule),
     };
+    let problem =
+        if normalizer.is_nan() { Some(Problem::NotFinite) } else { token.is_none().then_some(Problem::NoneAllowed) };
+    let token = token.unwrap_or(0);
     let logprob = |token: u32| (f64::from(logits[token as usize]) - normalizer) as f32;
     let top = most_probable(logits, draw.top).into_iter().map(|token| (token, logprob(token))).collect();
-    Drawn { token, logprob: logprob(token), top }
+    Drawn { token, logprob: logprob(token), top, problem }
 }
 
 /// Descending by value, then ascending by id.
@@ -52,13 +55,17 @@ fn greedy(logits: &[f32]) -> u32 {
     best as u32
 }
 
-fn sample(isa: Isa, logits: &[f32], rule: &SampleRule) -> u32 {
+/// The token drawn; none when the rule excludes all.
+fn sample(isa: Isa, logits: &[f32], rule: &SampleRule) -> Option<u32> {
     let adjusted = adjust(logits, rule);
     let logits = adjusted.as_deref().unwrap_or(logits);
     let best = greedy(logits);
     let max = logits[best as usize];
+    if max == f32::NEG_INFINITY {
+        return None;
+    }
     if rule.temperature < GREEDY_BELOW || !max.is_finite() {
-        return best;
+        return Some(best);
     }
     let mut weights = vec![0f32; logits.len()];
     exponentials(isa, logits, max, 1.0 / rule.temperature, &mut weights);
@@ -72,7 +79,7 @@ fn sample(isa: Isa, logits: &[f32], rule: &SampleRule) -> u32 {
     if rule.top_p < 1.0 {
         keep_top_p(&mut weights, f64::from(rule.top_p));
     }
-    pick(&weights, rule.uniform).unwrap_or(best)
+    pick(&weights, rule.uniform).or(Some(best))
 }
 
 /// Logits after masks, bias and penalties; none when the rule changes nothing.
@@ -253,7 +260,7 @@ mod tests {
             let stream = Philox::new(11, index as u64);
             for i in 0..draws {
                 let rule = SampleRule { uniform: stream.uniform(i), ..rule.clone() };
-                seen[sample(Isa::detect(), &LOGITS, &rule) as usize] += 1;
+                seen[sample(Isa::detect(), &LOGITS, &rule).unwrap() as usize] += 1;
             }
             let mut chi_square = 0.0;
             let mut kinds = 0;
@@ -281,7 +288,10 @@ mod tests {
         let ids: Vec<u32> = drawn.top.iter().map(|top| top.0).collect();
         assert_eq!(ids, [2, 6, 9, 3]);
         let greedy = SampleRule { temperature: 0.0, banned: Arc::from([2, 6, 9]), ..rule() };
-        assert_eq!(sample(isa, &LOGITS, &greedy), 3);
+        assert_eq!(sample(isa, &LOGITS, &greedy), Some(3));
+        let nothing = SampleRule { allowed: Some(Arc::from([1])), banned: Arc::from([1]), ..rule() };
+        let drawn = draw(isa, &LOGITS, &Draw { row: 0, target: Target::Sample(nothing), top: 0 });
+        assert_eq!(drawn.problem, Some(Problem::NoneAllowed));
     }
 
     #[test]
@@ -289,7 +299,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let logits = [0.0, bad, 1.0];
             let drawn = draw(Isa::detect(), &logits, &Draw { row: 0, target: Target::Sample(rule()), top: 0 });
-            assert!(drawn.logprob.is_nan());
+            assert_eq!(drawn.problem, Some(Problem::NotFinite));
         }
     }
 }

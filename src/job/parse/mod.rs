@@ -7,6 +7,8 @@ mod fields;
 mod prompt;
 mod sampling;
 
+pub use sampling::check_defaults;
+
 use std::sync::Arc;
 
 use serde_json::value::RawValue;

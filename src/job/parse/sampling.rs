@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+
 use super::fields::{Fields, invalid};
 use crate::job::options::{Defaults, Limits};
 use crate::job::request::{Endpoint, LineError, Prompt, Sampling};
@@ -58,6 +60,35 @@ pub(super) fn take(
         echo,
         skip_special_tokens: body.flag("skip_special_tokens", true)?,
     })
+}
+
+/// Checks values given for all lines against the ranges of a line's own.
+///
+/// # Errors
+/// The name of the first value out of range, and what is wrong with it.
+pub fn check_defaults(defaults: &Defaults, limits: &Limits) -> Result<(), (&'static str, String)> {
+    let number = |value: Option<f32>| {
+        // JSON has no NaN: a text in its place is out of range as well.
+        value.map(|value| if value.is_finite() { json!(value) } else { json!(value.to_string()) })
+    };
+    let given = [
+        ("max_tokens", defaults.max_tokens.map(|value| json!(value))),
+        ("temperature", number(defaults.temperature)),
+        ("top_p", number(defaults.top_p)),
+        ("top_k", defaults.top_k.map(|value| json!(value))),
+        ("min_p", number(defaults.min_p)),
+        ("repetition_penalty", number(defaults.repetition_penalty)),
+        ("n", defaults.n.map(|value| json!(value))),
+        ("stop", defaults.stop.as_ref().map(|value| json!(value))),
+        ("logprobs", defaults.logprobs.map(|value| json!(value))),
+    ];
+    for (name, value) in given {
+        let Some(value) = value else { continue };
+        let mut body: Fields = serde_json::from_value(json!({ name: value })).expect("an object of one field");
+        let endpoint = Endpoint::Completions;
+        take(&mut body, endpoint, &[], &Defaults::default(), limits).map_err(|error| (name, error.message))?;
+    }
+    Ok(())
 }
 
 /// Very small temperatures overflow the logits; from 1e-5 down the meaning is greedy.
