@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use tidemill::device::host::gemm::{PackedRows, Panels, linear};
 use tidemill::device::host::isa::Isa;
 use tidemill::device::host::raw_fma_gflops;
+use tidemill::device::packing::packed_bytes;
 use tidemill::model::dtype::DType;
 
 const SIDE: usize = 2048;
@@ -63,7 +64,7 @@ fn gemm_crate_gflops(threads: usize) -> f64 {
 fn ours_gflops(dtype: DType, rows: usize) -> f64 {
     let isa = Isa::detect();
     let x = vec![0.5f32; rows * SIDE];
-    let data = vec![0u8; Panels::packed_bytes(SIDE, SIDE, dtype)];
+    let data = vec![0u8; packed_bytes(SIDE, SIDE, dtype)];
     let mut scratch = vec![0f32; rows * SIDE];
     let mut y = vec![0f32; rows * SIDE];
     let repeat = (SIDE / rows).max(1);

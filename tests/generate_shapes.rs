@@ -154,6 +154,9 @@ fn messages_are_their_rendered_text() {
     assert_eq!(chat["prompt_token_ids"][1], 2);
     assert_eq!(chat, line(json!({"prompt": chat["prompt_token_ids"]})));
     assert_eq!(chat, line(json!({"messages": messages, "chat_template": "default"})), "templates have names");
+    let parts = json!([{"type": "text", "text": "A"}, {"type": "text", "text": "fox"}]);
+    let parts = line(json!({"messages": [{"role": "user", "content": parts}]}));
+    assert_eq!(parts, line(json!({"messages": [{"role": "user", "content": "A\nfox"}]})), "parts become one text");
     let open = line(json!({"messages": [{"role": "user", "content": "A fox"}], "add_generation_prompt": false}));
     assert_eq!(open, line(json!({"prompt": "<s><|user|>A fox", "add_special_tokens": false})));
 }

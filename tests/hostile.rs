@@ -206,6 +206,22 @@ fn piped(mut command: Command, input: &[u8]) -> Output {
     child.wait_with_output().unwrap()
 }
 
+/// A reader that goes away ends the job with an error, whatever is in flight.
+#[test]
+fn a_closed_pipe_is_an_error() {
+    let scratch = Scratch::new();
+    let lines: Vec<Value> =
+        (0..40).map(|_| json!({"prompt": "Ben", "max_tokens": 60, "n": 2, "ignore_eos": true})).collect();
+    let input = scratch.jsonl("in.jsonl", &lines);
+    let mut command = tidemill(&["generate", "--model", "demo", "--output", "-", "--input", input.to_str().unwrap()]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let result = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&result.stderr);
+    assert_eq!(result.status.code(), Some(1), "{said}");
+    assert!(said.contains("error: write standard output"), "{said}");
+}
+
 #[test]
 fn streams_go_in_and_out() {
     let lines = b"{\"prompt\": \"Ben\", \"max_tokens\": 30}\n{\"prompt\": \"A\", \"max_tokens\": 2}\nwrong\n";

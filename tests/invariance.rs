@@ -76,6 +76,15 @@ fn any_batch_and_chunk_with_learned_positions() {
 }
 
 #[test]
+fn sharing_prompts_changes_nothing() {
+    let scratch = Scratch::new();
+    let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 30, 8)));
+    let shared = bytes(&DEMO, &input, "shared", &scratch, &[]);
+    let own = bytes(&DEMO, &input, "own", &scratch, &["--prefix-sharing", "off"]);
+    assert!(shared == own, "{}", first_difference(&shared, &own));
+}
+
+#[test]
 fn a_small_cache_changes_nothing() {
     let scratch = Scratch::new();
     let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 24, 5)));

@@ -319,8 +319,12 @@ fn templates_are_found_in_order() {
     };
     assert_eq!(chat.render(&input).unwrap(), "plain");
     assert_eq!(chat.render(&ChatInput { tools: Some(&tools), ..input }).unwrap(), "with 1");
-    assert_eq!(chat.render(&ChatInput { chat_template: Some("tool_use"), ..input }).unwrap(), "with 0");
-    assert!(chat.render(&ChatInput { chat_template: Some("{{ 1 + 1 }}"), ..input }).is_err(), "lines bring no templates");
+    let by_name = ChatInput { tools: Some(&tools), chat_template: Some("default"), ..input };
+    assert_eq!(chat.render(&by_name).unwrap(), "plain");
+    assert!(
+        chat.render(&ChatInput { chat_template: Some("{{ 1 + 1 }}"), ..input }).is_err(),
+        "lines bring no templates"
+    );
     let chat = load(&[
         ("tokenizer_config.json", named.to_string()),
         ("chat_template.jinja", "file".into()),

@@ -119,6 +119,32 @@ impl KvChoice {
     }
 }
 
+/// `--kv-policy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KvPolicyChoice {
+    /// Every position is kept.
+    Full,
+}
+
+/// `--activations`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ActivationsChoice {
+    /// Products take activations in IEEE single.
+    F32,
+}
+
+/// `--prefix-sharing`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// Samples of a prompt share its computation and its KV cache.
+    On,
+    /// Each sample computes the prompt for itself.
+    Off,
+}
+
 /// `--progress`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -12,7 +12,9 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::config::{self, Policy};
-use super::flags::{DeviceChoice, KvChoice, ProgressChoice, Size, WeightsChoice};
+use super::flags::{
+    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, WeightsChoice,
+};
 use super::progress::Progress;
 use super::resources::{self, Wishes};
 use super::{say, signals, stats};
@@ -20,7 +22,7 @@ use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::Executor;
-use crate::executor::size::{Shape, total_bytes};
+use crate::executor::size::{Shape, total_bytes, weight_bytes};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
 use crate::memory::arena::Arena;
 use crate::memory::limits;
@@ -106,6 +108,15 @@ pub struct Arguments {
     /// Dtype that weights are computed from [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<WeightsChoice>,
+    /// Which positions the KV cache keeps [default: full].
+    #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
+    kv_policy: Option<KvPolicyChoice>,
+    /// Precision of activations in products [default: f32].
+    #[arg(long, env = "TIDEMILL_ACTIVATIONS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    activations: Option<ActivationsChoice>,
+    /// Whether samples of a prompt share it [default: on]; changes no token.
+    #[arg(long, env = "TIDEMILL_PREFIX_SHARING", value_name = "SWITCH", help_heading = "Budgets and numerics")]
+    prefix_sharing: Option<Switch>,
     /// Dtype of the KV cache [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<KvChoice>,
@@ -121,6 +132,8 @@ pub struct Resolved {
     pub shape: Shape,
     /// What changes completions, by name.
     pub numerics: BTreeMap<&'static str, String>,
+    /// Bytes of the weights, all of which a pass reads.
+    pub weight_bytes: u64,
     /// Weights were generated from a seed.
     pub synthetic: bool,
 }
@@ -219,16 +232,18 @@ impl Arguments {
             weights: weights.dtype(),
             kv,
             cpu_memory,
+            share_prompts: self.prefix_sharing != Some(Switch::Off),
         };
         let (batch, shape) = resources::fit(model, &wishes)?;
         let numerics = BTreeMap::from([
             ("weights", weights.dtype().unwrap_or(stored).to_string()),
             ("kv_dtype", kv.to_string()),
-            ("kv_policy", "full".to_owned()),
-            ("activations", "f32".to_owned()),
+            ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
+            ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
             ("arithmetic", ARITHMETIC.to_owned()),
         ]);
-        Ok(Resolved { cpu_memory, batch, shape, numerics, synthetic: model.config.synthetic })
+        let weight_bytes = weight_bytes(model, shape.weights) as u64;
+        Ok(Resolved { cpu_memory, batch, shape, numerics, weight_bytes, synthetic: model.config.synthetic })
     }
 
     fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
@@ -292,6 +307,11 @@ impl Arguments {
         let default = if std::io::stderr().is_terminal() { ProgressChoice::Bar } else { ProgressChoice::Line };
         self.progress.unwrap_or(default)
     }
+}
+
+/// The name that a choice has on the command line.
+fn choice_name(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().expect("no choice is hidden").get_name().to_owned()
 }
 
 /// A path without links and detours; the file itself need not exist. None without its directory.
@@ -373,7 +393,7 @@ impl Running<'_> {
 
     /// The resolved configuration, in one line.
     fn summary(&self, job: &job::Job) -> String {
-        let Resolved { cpu_memory, batch, shape, numerics, synthetic } = self.resolved;
+        let Resolved { cpu_memory, batch, shape, numerics, synthetic, .. } = self.resolved;
         let lines = job.total.map_or("lines as they come".to_owned(), |total| format!("{total} lines"));
         let resumed = if job.resumed > 0 { format!(", {} done before", job.resumed) } else { String::new() };
         let synthetic = if *synthetic { " (synthetic weights)" } else { "" };

@@ -31,6 +31,8 @@ pub struct Wishes {
     pub kv: DType,
     /// Bytes of main memory.
     pub cpu_memory: u64,
+    /// Samples of a prompt share its computation.
+    pub share_prompts: bool,
 }
 
 /// The batch and the memory layout for `model`.
@@ -48,6 +50,7 @@ pub fn fit(model: &Model, wishes: &Wishes) -> Result<(Batch, Shape)> {
     let mut batch = Batch {
         sequences: wishes.sequences.unwrap_or(SEQUENCES),
         chunk_tokens: wishes.chunk_tokens.unwrap_or(CHUNK_TOKENS),
+        share_prompts: wishes.share_prompts,
     };
     let shape = |batch: Batch, pages: usize| {
         let rows = batch.sequences + batch.chunk_tokens;
@@ -66,6 +69,7 @@ pub fn fit(model: &Model, wishes: &Wishes) -> Result<(Batch, Shape)> {
             } else {
                 batch.chunk_tokens
             },
+            ..batch
         };
         if smaller == batch {
             let need = needed(batch, least);

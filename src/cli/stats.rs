@@ -44,7 +44,7 @@ pub fn write(path: &Path, resolved: &Resolved, counts: &Counts, summary: &Summar
         "passes": counts.passes,
         "peak_bytes": {"gpu": 0, "cpu": peak_resident(), "disk": 0},
         "budget_bytes": {"gpu": 0, "cpu": resolved.cpu_memory, "disk": 0},
-        "lanes": {"cpu": {"busy_s": counts.busy.as_secs_f64(), "bytes": 0}},
+        "lanes": {"cpu": {"busy_s": counts.busy.as_secs_f64(), "bytes": counts.passes * resolved.weight_bytes}},
         "policy": {
             "sequences": resolved.batch.sequences,
             "chunk_tokens": resolved.batch.chunk_tokens,

@@ -61,8 +61,16 @@ impl<D: Device> Engine<'_, D> {
             job.open += begin.len() + usize::from(scored);
             let scores = vec![None; if scored { prompt.tokens.len() } else { 0 }];
             job.prompts.push(PromptState { prompt, scores, samples });
-            if scored || !begin.is_empty() {
-                self.pending.push_back(Begin { job: index, prompt: prompt_index, samples: begin });
+            let mut groups: Vec<Vec<Sample>> =
+                if self.batch.share_prompts { vec![begin] } else { begin.into_iter().map(|one| vec![one]).collect() };
+            if groups.is_empty() {
+                groups.push(Vec::new());
+            }
+            for (group, samples) in groups.into_iter().enumerate() {
+                let scores = scored && group == 0;
+                if scores || !samples.is_empty() {
+                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scores });
+                }
             }
         }
         if job.open == 0 {
@@ -108,7 +116,7 @@ impl<D: Device> Engine<'_, D> {
     }
 
     fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
-        let Begin { job, prompt, samples } = begin;
+        let Begin { job, prompt, samples, scores } = begin;
         let prompt_tokens = &self.jobs[&job].prompts[prompt].prompt.tokens;
         let mut samples = samples.into_iter();
         let sample = samples.next();
@@ -126,7 +134,7 @@ impl<D: Device> Engine<'_, D> {
             computed: 0,
             pages: Vec::new(),
             reserved,
-            leads: true,
+            scores,
             sample,
             siblings,
             sibling_pages,
@@ -150,7 +158,7 @@ impl<D: Device> Engine<'_, D> {
                 computed: leader.prompt_len,
                 reserved: Sequence::pages_beyond(leader.prompt_len / PAGE_POSITIONS, prompt),
                 pages,
-                leads: false,
+                scores: false,
                 sample: Some(sample),
                 siblings: Vec::new(),
                 sibling_pages: None,

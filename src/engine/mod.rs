@@ -32,6 +32,8 @@ pub struct Batch {
     pub sequences: usize,
     /// Prompt tokens in a pass.
     pub chunk_tokens: usize,
+    /// Samples of a prompt share its computation and its pages.
+    pub share_prompts: bool,
 }
 
 /// What the engine counted.
@@ -125,8 +127,8 @@ impl<'m, D: Device> Engine<'m, D> {
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
-            // Whatever ended the run, what was sampled goes into the journal.
-            let saved = self.journal(writer);
+            // Whatever ended the run, what was sampled goes into the journal, unless that is what failed.
+            let saved = if writer.is_broken() { Ok(()) } else { self.journal(writer) };
             result.and(saved).map(|()| self.counts)
         })
     }
@@ -140,12 +142,12 @@ impl<'m, D: Device> Engine<'m, D> {
     ) -> Result<()> {
         let mut more = true;
         loop {
-            match signal.load(Ordering::Relaxed) {
-                0 => {}
-                number => return Err(Error::Stopped { signal: signal_name(number) }),
-            }
+            check(signal)?;
             self.admit();
             while more && self.wants_lines() {
+                // Lines that fail cost no pass: any number of them may come in a row.
+                check(signal)?;
+                writer.tick(Instant::now())?;
                 match self.next_line(lines) {
                     Next::Line(prepared) => self.accept(prepared?, writer)?,
                     Next::NotYet => break,
@@ -246,6 +248,13 @@ fn journal_sample(writer: &mut Writer, job: u64, prompt: usize, sample: &mut sam
         sample.journalled = sample.tokens.len();
     }
     Ok(())
+}
+
+fn check(signal: &AtomicUsize) -> Result<()> {
+    match signal.load(Ordering::Relaxed) {
+        0 => Ok(()),
+        number => Err(Error::Stopped { signal: signal_name(number) }),
+    }
 }
 
 fn signal_name(number: usize) -> &'static str {

@@ -17,6 +17,9 @@ use crate::model::chat::ChatInput;
 /// Lines that wait between the reader and the engine.
 const WINDOW: usize = 256;
 
+/// Samples of one line, over all its prompts.
+const MAX_SAMPLES: usize = 4096;
+
 /// A line that is ready to run, or to be answered with an error.
 pub struct Prepared {
     /// Names the line in the output.
@@ -93,6 +96,12 @@ pub fn spawn<'scope>(
 fn prepare(item: Item, model: &Model, room: Room) -> Prepared {
     let header = item.header();
     let work = item.request.map_err(Unfit::Line).and_then(|request| {
+        let samples = request.prompts.len() * request.sampling.n as usize;
+        if samples > MAX_SAMPLES {
+            let what =
+                format!("{} prompts with n = {} are {samples} samples", request.prompts.len(), request.sampling.n);
+            return Err(Unfit::Line(LineError::new("too_many_samples", format!("{what}, at most {MAX_SAMPLES}"))));
+        }
         let prompts = request.prompts.iter().map(|prompt| {
             let prompt = tokenize(prompt, &request, model).map_err(Unfit::Line)?;
             fit(prompt, &request, room)

@@ -52,8 +52,8 @@ pub struct Sequence {
     pub pages: Vec<PageId>,
     /// Pages that it may still take.
     pub reserved: usize,
-    /// Whether it computes the prompt (and scores it), rather than sharing it.
-    pub leads: bool,
+    /// Whether it scores the prompt's tokens.
+    pub scores: bool,
     /// The sample that it generates; none when only the prompt is scored.
     pub sample: Option<Sample>,
     /// Further samples, which begin when the prompt is computed.
@@ -68,8 +68,10 @@ pub struct Begin {
     pub job: u64,
     /// The prompt's index within the request.
     pub prompt: usize,
-    /// Its samples that have not ended.
+    /// Samples that have not ended, of which the first computes the prompt.
     pub samples: Vec<Sample>,
+    /// Whether the prompt's tokens are scored on the way.
+    pub scores: bool,
 }
 
 impl Sequence {

@@ -147,8 +147,8 @@ impl<D: Device> Engine<'_, D> {
 
     fn put_away(&mut self, sequence: Sequence, writer: &mut Writer) -> Result<()> {
         let job = self.jobs.get_mut(&sequence.job).expect("an active sequence belongs to a job");
-        let scored = sequence.leads && prompt_scores(&job.rules).is_some();
-        job.open -= usize::from(sequence.sample.is_some()) + usize::from(scored) + sequence.siblings.len();
+        let own = usize::from(sequence.sample.is_some()) + usize::from(sequence.scores);
+        job.open -= own + sequence.siblings.len();
         let finished = job.open == 0;
         if let Some(mut sample) = sequence.sample {
             if !finished {
@@ -194,7 +194,7 @@ fn ask(
     mut push: impl FnMut(Draw, Asker),
 ) {
     let row = |position: usize| first_row + position - range.start;
-    if let (Some(top), true) = (prompt_scores(&job.rules), sequence.leads) {
+    if let (Some(top), true) = (prompt_scores(&job.rules), sequence.scores) {
         // The row at a position predicts the token after it.
         for position in range.start..range.end.min(sequence.prompt_len - 1) {
             let target = Target::Score(sequence.tokens[position + 1]);

@@ -5,16 +5,13 @@
 
 use rayon::prelude::*;
 
-use crate::device::host::gemm::Panels;
+use crate::device::packing::{PANEL_OUTPUTS, packed_bytes, panel_elements};
 use crate::device::{Device, HeadNorms, Matrix, NormParameters};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::{ModelConfig, Norm};
 use crate::model::dtype::DType;
 use crate::model::source::{LinearSource, NormSource, Rows, TensorSource, TensorView};
-
-/// Outputs of a panel.
-const LANES: usize = 16;
 
 /// A linear layer in the device's memory.
 pub struct Linear<B> {
@@ -211,7 +208,7 @@ impl<D: Device> Loader<'_, D> {
     fn matrix(&mut self, linear: &LinearSource) -> Result<Matrix<D::Buffer>> {
         let dtype = self.weights.unwrap_or_else(|| stored_dtype(&*self.model.weights, &linear.weight));
         let (inputs, outputs, model) = (linear.inputs, linear.outputs, self.model);
-        let bytes = Panels::packed_bytes(inputs, outputs, dtype);
+        let bytes = packed_bytes(inputs, outputs, dtype);
         let mut data = self.device.allocate(bytes)?;
         self.device.upload(&mut data, &mut |data| {
             let views = linear.weight.iter().map(|part| tensor(model, &part.tensor)).collect::<Result<Vec<_>>>()?;
@@ -222,8 +219,8 @@ impl<D: Device> Loader<'_, D> {
                 .flat_map(|(part, rows)| rows.ranges.iter().cloned().flatten().map(move |row| (part, row)))
                 .collect();
             assert_eq!(rows.len(), outputs, "{}: parts of {} rows", linear.weight[0].tensor, rows.len());
-            let panel = Panels::panel_elements(inputs) * dtype.size();
-            data[..bytes].par_chunks_exact_mut(panel).zip(rows.par_chunks(LANES)).for_each(|(panel, rows)| {
+            let panel = panel_elements(inputs) * dtype.size();
+            data[..bytes].par_chunks_exact_mut(panel).zip(rows.par_chunks(PANEL_OUTPUTS)).for_each(|(panel, rows)| {
                 for (lane, &(part, row)) in rows.iter().enumerate() {
                     pack_row(&views[part], row, inputs, dtype, lane, panel);
                 }
@@ -250,7 +247,7 @@ fn pack_row(view: &TensorView<'_>, row: usize, inputs: usize, dtype: DType, lane
         _ => {
             for k in 0..inputs {
                 let value = element(view, row * inputs + k);
-                let at = (k * LANES + lane) * dtype.size();
+                let at = (k * PANEL_OUTPUTS + lane) * dtype.size();
                 match dtype {
                     DType::F32 => panel[at..at + 4].copy_from_slice(&value.to_le_bytes()),
                     DType::Bf16 => panel[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
@@ -262,7 +259,7 @@ fn pack_row(view: &TensorView<'_>, row: usize, inputs: usize, dtype: DType, lane
 }
 
 fn copy_lane<const SIZE: usize>(from: &[u8], lane: usize, panel: &mut [u8]) {
-    for (from, to) in from.chunks_exact(SIZE).zip(panel.chunks_exact_mut(SIZE * LANES)) {
+    for (from, to) in from.chunks_exact(SIZE).zip(panel.chunks_exact_mut(SIZE * PANEL_OUTPUTS)) {
         to[lane * SIZE..(lane + 1) * SIZE].copy_from_slice(from);
     }
 }

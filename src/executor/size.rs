@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** [`total_bytes`] is what [`super::Executor::new`] carves, to the byte.
 
-use crate::device::host::gemm::Panels;
+use crate::device::packing::packed_bytes;
 use crate::kv::layout::KvLayout;
 use crate::memory::arena::aligned;
 use crate::model::Model;
@@ -82,7 +82,7 @@ pub fn weight_bytes(model: &Model, weights: Option<DType>) -> usize {
     super::load::matrices(model, weights)
         .iter()
         .map(|matrix| {
-            let packed = Panels::packed_bytes(matrix.linear.inputs, matrix.linear.outputs, matrix.dtype);
+            let packed = packed_bytes(matrix.linear.inputs, matrix.linear.outputs, matrix.dtype);
             let bias = matrix.linear.bias.as_ref().map_or(0, |_| aligned(matrix.linear.outputs * 4));
             aligned(packed) + bias
         })

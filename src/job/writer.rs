@@ -72,6 +72,11 @@ impl Writer {
         })
     }
 
+    /// Whether a write has failed: all that is left to do is [`Writer::close`].
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     #[cfg(test)]
     pub(crate) fn files(&mut self) -> &mut Files {
         match &mut self.sink {

@@ -279,12 +279,29 @@ fn render(
     }
 }
 
+/// Whether a template loops over the parts of a message's content; others expect a text (as vLLM tells them apart).
+fn takes_parts(source: &str) -> bool {
+    let pattern = r#"\bin\s+\w+(\[-?\d+\])?(\.content\b|\[['"]content['"]\])"#;
+    let pattern = fancy_regex::Regex::new(pattern).expect("the pattern is valid");
+    pattern.is_match(source).unwrap_or(true)
+}
+
+/// Joins a content of text parts alone into one text.
+fn flatten(content: &mut Value) {
+    let Value::Array(parts) = content else { return };
+    let texts: Option<Vec<&str>> = parts.iter().map(|part| part.get("text")?.as_str()).collect();
+    if let Some(texts) = texts {
+        *content = Value::String(texts.join("\n"));
+    }
+}
+
 /// The messages as transformers hands them on, and the text to continue, if any.
 fn prepare(input: &ChatInput<'_>, source: &str) -> std::result::Result<(Vec<Value>, Option<String>), ChatError> {
     if input.messages.is_empty() {
         return Err(failed("a conversation needs at least one message"));
     }
     let mut messages = Vec::with_capacity(input.messages.len());
+    let takes_parts = takes_parts(source);
     for message in input.messages {
         let Value::Object(fields) = message else { return Err(failed("a message is not an object")) };
         let mut fields: Map<String, Value> = fields
@@ -295,6 +312,9 @@ fn prepare(input: &ChatInput<'_>, source: &str) -> std::result::Result<(Vec<Valu
         if let Some(reasoning) = REASONING_FIELDS.iter().find_map(|field| fields.get(*field).cloned()) {
             fields.entry("thinking").or_insert_with(|| reasoning.clone());
             fields.insert("reasoning_content".into(), reasoning);
+        }
+        if let (false, Some(content)) = (takes_parts, fields.get_mut("content")) {
+            flatten(content);
         }
         messages.push(Value::Object(fields));
     }

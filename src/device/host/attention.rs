@@ -64,9 +64,14 @@ fn store(to: &mut [u8], dtype: DType, from: &[f32], element: impl Fn(usize) -> u
         }
         DType::F16 => {
             let to: &mut [half::f16] = bytemuck::cast_slice_mut(to);
-            from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = half::f16::from_f32(value));
+            from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = to_f16(value));
         }
     }
+}
+
+/// Saturates: an infinite value would reach other queries of its tile, as zero times infinity.
+fn to_f16(value: f32) -> half::f16 {
+    half::f16::from_f32(value.clamp(-65_504.0, 65_504.0))
 }
 
 /// Attention of every segment's queries; `out` is (rows, num_heads * head_dim).

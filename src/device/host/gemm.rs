@@ -13,10 +13,8 @@ use rayon::prelude::*;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes};
 use super::shared::SharedMut;
+use crate::device::packing::panel_elements;
 use crate::model::dtype::DType;
-
-/// Inputs per weight tile; panels are padded to a multiple of it.
-pub const TILE_INPUTS: usize = 64;
 
 /// Inputs whose weights are widened to f32 at a time: two panels of 16 outputs take 16 KiB of the first cache.
 const BLOCK_INPUTS: usize = 128;
@@ -38,18 +36,8 @@ pub struct Panels<'a> {
 }
 
 impl Panels<'_> {
-    /// Elements of one panel.
-    pub fn panel_elements(inputs: usize) -> usize {
-        inputs.next_multiple_of(TILE_INPUTS) * LANES
-    }
-
-    /// Bytes of a whole packed matrix.
-    pub fn packed_bytes(inputs: usize, outputs: usize, dtype: DType) -> usize {
-        outputs.div_ceil(LANES) * Self::panel_elements(inputs) * dtype.size()
-    }
-
     fn panel(&self, index: usize) -> &[u8] {
-        let bytes = Self::panel_elements(self.inputs) * self.dtype.size();
+        let bytes = panel_elements(self.inputs) * self.dtype.size();
         &self.data[index * bytes..(index + 1) * bytes]
     }
 }
@@ -331,14 +319,15 @@ pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::packing::packed_bytes;
     use crate::rng::Philox;
 
     /// Packs row-major (outputs, inputs) elements into panels.
     pub fn pack(w: &[f32], inputs: usize, outputs: usize, dtype: DType) -> Vec<u8> {
-        let mut data = vec![0u8; Panels::packed_bytes(inputs, outputs, dtype)];
+        let mut data = vec![0u8; packed_bytes(inputs, outputs, dtype)];
         for n in 0..outputs {
             for k in 0..inputs {
-                let at = (n / LANES * Panels::panel_elements(inputs) + k * LANES + n % LANES) * dtype.size();
+                let at = (n / LANES * panel_elements(inputs) + k * LANES + n % LANES) * dtype.size();
                 let value = w[n * inputs + k];
                 match dtype {
                     DType::F32 => data[at..at + 4].copy_from_slice(&value.to_le_bytes()),

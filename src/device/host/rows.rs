@@ -11,6 +11,7 @@ use super::gemm::Panels;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold};
 use super::math;
+use crate::device::packing::panel_elements;
 use crate::device::{Heads, Rotation};
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
@@ -33,7 +34,7 @@ fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + 
 /// `out[r] = table row tokens[r]`.
 pub fn embed(table: Panels<'_>, tokens: &[u32], out: &mut [f32]) {
     let width = table.inputs;
-    let panel = Panels::panel_elements(width);
+    let panel = panel_elements(width);
     for_rows(&mut out[..tokens.len() * width], width, |row, out| {
         let token = tokens[row] as usize;
         assert!(token < table.outputs, "token {token} of a vocabulary of {}", table.outputs);

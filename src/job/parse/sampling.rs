@@ -91,7 +91,7 @@ pub fn check_defaults(defaults: &Defaults, limits: &Limits) -> Result<(), (&'sta
     Ok(())
 }
 
-/// Very small temperatures overflow the logits; from 1e-5 down the meaning is greedy.
+/// Very small temperatures overflow the logits; only 0 itself means greedy (as in vLLM).
 fn raise(temperature: f32) -> f32 {
     if temperature > 0.0 && temperature < 0.01 { 0.01 } else { temperature }
 }
