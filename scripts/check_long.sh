@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is too heavy for scripts/check.sh: the tests marked `#[ignore]`, optimised, and the dependencies once more.
-# Ignored tests today: model::synth::tests::speed (generating weights reaches 300 MB/s on a core).
+# Ignored tests: tests/long.rs (100,000 lines in bounded memory, 50 kills) and model::synth::tests::speed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/parts.sh

@@ -1,7 +1,7 @@
 //! Chat templates: conversations to text, as transformers renders them (formats, section 4.4).
 //!
-//! **Invariant:** a template runs in a sandbox without files, with bounded steps, depth and output. (Memory is bounded
-//! only by the steps: a template that keeps doubling a text can exhaust it.)
+//! **Invariant:** a template runs in a sandbox without files, with bounded steps, depth and output. Memory is bounded
+//! only by the steps, so templates come from the model's files alone, never from a line.
 
 use std::collections::BTreeMap;
 use std::io::Write;
