@@ -242,6 +242,7 @@ impl<const N: usize> Tile<'_, N> {
     }
 
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     unsafe fn rows<V: Lanes, const M: usize>(&self, c: *mut f32, stride: usize) {
         // SAFETY: passed on from the caller; partial vectors go through a buffer of full width.
         unsafe {
@@ -265,16 +266,18 @@ impl<const N: usize> Tile<'_, N> {
             }
             let mut a = self.a.start;
             let mut b = self.b;
+            // Written with indices: as iterators the accumulators of the largest tile leave their registers, and the
+            // rate halves.
             for _ in 0..self.depth {
                 let mut w = [V::splat(0.0); N];
-                for (w, b) in w.iter_mut().zip(&mut b) {
-                    *w = V::load(*b);
-                    *b = b.wrapping_add(LANES);
+                for v in 0..N {
+                    w[v] = V::load(b[v]);
+                    b[v] = b[v].wrapping_add(LANES);
                 }
-                for (m, row) in sums.iter_mut().enumerate() {
+                for m in 0..M {
                     let x = V::splat(*a.add(m));
-                    for (sum, w) in row.iter_mut().zip(w) {
-                        *sum = x.fma(w, *sum);
+                    for v in 0..N {
+                        sums[m][v] = x.fma(w[v], sums[m][v]);
                     }
                 }
                 a = a.wrapping_add(self.a.stride);
