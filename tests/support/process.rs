@@ -65,6 +65,12 @@ pub struct Killed {
 pub fn kill_at_random(make: &dyn Fn(&Path) -> Command, directory: &Path, expected: &[u8], kills: u32) -> Killed {
     let chance = Philox::new(u64::from(kills), 9);
     let mut done = Killed { kills: 0, outputs: 0 };
+    // Moments lie within what an undisturbed run takes here, so that a fast machine is interrupted too.
+    let started = Instant::now();
+    let undisturbed = start(make(&directory.join("undisturbed.jsonl")), &directory.join("said")).wait().expect("wait");
+    assert!(matches!(undisturbed.code(), Some(0 | 3)), "{undisturbed}");
+    let span = started.elapsed().min(Duration::from_secs(2));
+    let mut attempts = 0;
     while done.kills < kills {
         done.outputs += 1;
         let output = directory.join(format!("killed-{}.jsonl", done.outputs));
@@ -73,8 +79,9 @@ pub fn kill_at_random(make: &dyn Fn(&Path) -> Command, directory: &Path, expecte
             let mut child = start(make(&output), &said);
             // With no kills left the last output is finished.
             let left = done.kills < kills;
-            let moment = if left { 0.02 + 1.2 * chance.uniform(u64::from(done.kills)) } else { 600.0 };
-            if let Some(status) = wait(&mut child, Duration::from_secs_f64(moment)) {
+            attempts += 1;
+            let moment = if left { span.mul_f64(chance.uniform(attempts)) } else { Duration::from_secs(600) };
+            if let Some(status) = wait(&mut child, moment) {
                 let text = std::fs::read_to_string(&said).expect("read");
                 assert!(matches!(status.code(), Some(0 | 3)), "{status}: {text}");
                 break;
