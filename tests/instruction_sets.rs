@@ -28,7 +28,7 @@ fn executor(model: &Model, isa: Isa, kv: DType) -> Executor<Host> {
     let capacity = Capacity { rows: 400, logit_rows: 7, pages: PAGES };
     let shape = Shape { weights: None, layout, capacity };
     let arena = Arena::new("test", Tier::Cpu, total_bytes(model, &shape)).unwrap();
-    let executor = Executor::new(Host::with_isa(arena, isa), model, shape, &|_| {}).unwrap();
+    let executor = Executor::new(Host::with_isa(arena, isa), model, shape).unwrap();
     // What was summed beforehand is what was taken, to the byte.
     assert_eq!(executor.device().used_bytes(), total_bytes(model, &shape));
     executor

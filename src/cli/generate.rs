@@ -354,7 +354,7 @@ impl Running<'_> {
         say::line(&self.summary(&job));
         let bytes = total_bytes(model, &resolved.shape);
         let arena = Arena::new(&format!("model `{}`", model.name), Tier::Cpu, bytes)?;
-        let executor = Executor::new(Host::new(arena), model, resolved.shape, &|_| {})?;
+        let executor = Executor::new(Host::new(arena), model, resolved.shape)?;
         let load_secs = self.started.elapsed().as_secs_f64();
         let mut engine = Engine::new(model, executor, resolved.batch);
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);

@@ -116,14 +116,9 @@ fn stored_dtype(source: &dyn TensorSource, parts: &[Rows]) -> DType {
     if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
 }
 
-/// Loads everything; `on_load` is told the bytes of each part as it is done.
-pub fn load<D: Device>(
-    device: &mut D,
-    model: &Model,
-    weights: Option<DType>,
-    on_load: &dyn Fn(u64),
-) -> Result<Weights<D::Buffer>> {
-    let mut loader = Loader { device, model, weights, on_load };
+/// Loads everything.
+pub fn load<D: Device>(device: &mut D, model: &Model, weights: Option<DType>) -> Result<Weights<D::Buffer>> {
+    let mut loader = Loader { device, model, weights };
     let source = &model.source;
     let embed = loader.matrix(&embedding(model))?;
     let positions = match &source.positions {
@@ -142,7 +137,6 @@ struct Loader<'a, D> {
     device: &'a mut D,
     model: &'a Model,
     weights: Option<DType>,
-    on_load: &'a dyn Fn(u64),
 }
 
 impl<D: Device> Loader<'_, D> {
@@ -201,7 +195,6 @@ impl<D: Device> Loader<'_, D> {
             assert_eq!(at, elements, "{}: parts of {at} elements for {elements}", parts[0].tensor);
             Ok(())
         })?;
-        (self.on_load)(elements as u64 * 4);
         Ok(buffer)
     }
 
@@ -227,7 +220,6 @@ impl<D: Device> Loader<'_, D> {
             });
             Ok(())
         })?;
-        (self.on_load)(bytes as u64);
         Ok(Matrix { data, dtype, inputs, outputs })
     }
 }

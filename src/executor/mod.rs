@@ -44,15 +44,15 @@ struct Buffers<B> {
 }
 
 impl<D: Device> Executor<D> {
-    /// Allocates everything of `shape` on `device` and loads the weights, reporting bytes as they are done.
+    /// Allocates everything of `shape` on `device` and loads the weights.
     ///
     /// # Errors
     /// Whatever reading the model's tensors gives.
-    pub fn new(mut device: D, model: &Model, shape: Shape, on_load: &dyn Fn(u64)) -> Result<Self> {
+    pub fn new(mut device: D, model: &Model, shape: Shape) -> Result<Self> {
         let Shape { weights, layout, capacity } = shape;
         let config = model.config.clone();
         let sizes = Sizes::new(&config, &model.source, &capacity);
-        let weights = load::load(&mut device, model, weights, on_load)?;
+        let weights = load::load(&mut device, model, weights)?;
         let memory = device.allocate(capacity.pages * layout.page_bytes())?;
         let kv = device.kv_cache(memory, layout, capacity.pages);
         let mut buffer = |elements: usize| device.allocate(elements * size_of::<f32>());

@@ -69,11 +69,6 @@ impl Host {
     pub fn used_bytes(&self) -> usize {
         self.arena.used()
     }
-
-    /// The instruction set in use.
-    pub fn isa(&self) -> Isa {
-        self.isa
-    }
 }
 
 fn panels(matrix: &Matrix<Region>) -> Panels<'_> {
