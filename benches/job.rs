@@ -15,8 +15,8 @@ use rayon::prelude::*;
 use tidemill::device::host::gemm::{PackedRows, Panels, linear};
 use tidemill::device::host::isa::Isa;
 use tidemill::device::host::raw_fma_gflops;
-use tidemill::device::packing::packed_bytes;
 use tidemill::model::dtype::DType;
+use tidemill::model::packed::panels::packed_bytes;
 
 const SIDE: usize = 2048;
 

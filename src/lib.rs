@@ -11,5 +11,6 @@ pub mod job;
 pub mod kv;
 pub mod memory;
 pub mod model;
+pub mod policy;
 pub mod rng;
 pub mod schedule;

@@ -4,7 +4,6 @@
 //! alone, never on which rows share the call. A device knows no policy and no schedule.
 
 pub mod host;
-pub mod packing;
 pub mod sampling;
 
 use crate::error::Result;

@@ -5,12 +5,12 @@
 
 use rayon::prelude::*;
 
-use crate::device::packing::{PANEL_OUTPUTS, packed_bytes, panel_elements};
 use crate::device::{Device, HeadNorms, Matrix, NormParameters};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::{ModelConfig, Norm};
 use crate::model::dtype::DType;
+use crate::model::packed::panels::{PANEL_OUTPUTS, packed_bytes, panel_elements};
 use crate::model::source::{LinearSource, NormSource, Rows, TensorSource, TensorView};
 
 /// A linear layer in the device's memory.

@@ -2,12 +2,12 @@
 //!
 //! **Invariant:** [`total_bytes`] is what [`super::Executor::new`] carves, to the byte.
 
-use crate::device::packing::packed_bytes;
 use crate::kv::layout::KvLayout;
 use crate::memory::arena::aligned;
 use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
+use crate::model::packed::panels::packed_bytes;
 use crate::model::source::ModelSource;
 
 /// What a pass and the cache can hold.

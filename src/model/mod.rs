@@ -13,6 +13,7 @@ pub mod fingerprint;
 pub mod generation;
 pub mod hub;
 pub mod names;
+pub mod packed;
 pub mod pickle;
 mod python;
 pub mod rope;

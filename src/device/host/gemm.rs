@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes};
 use super::shared::SharedMut;
-use crate::device::packing::panel_elements;
 use crate::model::dtype::DType;
+use crate::model::packed::panels::panel_elements;
 
 /// Inputs whose weights are widened to f32 at a time: two panels of 16 outputs take 16 KiB of the first cache.
 const BLOCK_INPUTS: usize = 128;
@@ -322,7 +322,7 @@ pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::packing::packed_bytes;
+    use crate::model::packed::panels::packed_bytes;
     use crate::rng::Philox;
 
     /// Packs row-major (outputs, inputs) elements into panels.

@@ -11,10 +11,10 @@ use super::gemm::Panels;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold};
 use super::math;
-use crate::device::packing::panel_elements;
 use crate::device::{Heads, Rotation};
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
+use crate::model::packed::panels::panel_elements;
 
 /// Elements below which a loop stays on the calling thread.
 const PARALLEL_ELEMENTS: usize = 1 << 14;

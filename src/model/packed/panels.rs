@@ -22,3 +22,8 @@ pub fn panel_elements(inputs: usize) -> usize {
 pub fn packed_bytes(inputs: usize, outputs: usize, dtype: DType) -> usize {
     outputs.div_ceil(PANEL_OUTPUTS) * panel_elements(inputs) * dtype.size()
 }
+
+/// Bytes of one panel.
+pub fn panel_bytes(inputs: usize, dtype: DType) -> usize {
+    panel_elements(inputs) * dtype.size()
+}

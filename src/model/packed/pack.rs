@@ -1,0 +1,137 @@
+//! Packing on the fly: tensors of a checkpoint into chunks of panels.
+//!
+//! **Invariant:** one tensor at a time is read, and nothing beside the output is allocated but what the source makes.
+
+use rayon::prelude::*;
+
+use super::Packed;
+use super::layout::{ModelLayout, Small, StageId};
+use super::panels::{PANEL_OUTPUTS, panel_bytes};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::dtype::DType;
+use crate::model::source::{LinearSource, Rows, TensorView};
+
+/// A model's own tensors, packed when they are asked for.
+pub struct Packer<'m> {
+    model: &'m Model,
+    layout: ModelLayout,
+}
+
+impl<'m> Packer<'m> {
+    /// Packs `model` with matrices in `weights`, or in the checkpoint's dtype.
+    pub fn new(model: &'m Model, weights: Option<DType>) -> Self {
+        Packer { model, layout: ModelLayout::new(model, weights) }
+    }
+
+    /// Panels `first..` of a matrix, as many as `out` holds.
+    fn panels(&self, linear: &LinearSource, dtype: DType, first: usize, out: &mut [u8]) -> Result<()> {
+        let panel = panel_bytes(linear.inputs, dtype);
+        let from = first * PANEL_OUTPUTS;
+        let to = linear.outputs.min(from + out.len() / panel * PANEL_OUTPUTS);
+        // The rows that these outputs come from, each with the view that holds it.
+        let mut views = Vec::new();
+        let mut rows = Vec::with_capacity(to - from);
+        let mut at = 0;
+        for part in &linear.weight {
+            for range in &part.ranges {
+                let (low, high) = (from.clamp(at, at + range.len()), to.clamp(at, at + range.len()));
+                if low < high {
+                    let wanted = range.start + low - at..range.start + high - at;
+                    rows.extend((0..wanted.len()).map(|row| (views.len(), row)));
+                    views.push(self.rows(&part.tensor, wanted)?);
+                }
+                at += range.len();
+            }
+        }
+        assert_eq!((at, rows.len()), (linear.outputs, to - from), "{}: parts of {at} rows", linear.weight[0].tensor);
+        out.par_chunks_exact_mut(panel).zip(rows.par_chunks(PANEL_OUTPUTS)).for_each(|(panel, rows)| {
+            // Lanes and inputs that pad the panel.
+            panel.fill(0);
+            for (lane, &(view, row)) in rows.iter().enumerate() {
+                pack_row(&views[view], row, linear.inputs, dtype, lane, panel);
+            }
+        });
+        Ok(())
+    }
+
+    fn rows(&self, name: &str, rows: std::ops::Range<usize>) -> Result<TensorView<'_>> {
+        let missing = || Error::model(&self.model.name, format!("tensor {name} is missing"));
+        self.model.weights.rows(name, rows)?.ok_or_else(missing)
+    }
+
+    /// Elements of vectors (or of flattened tables), widened to f32.
+    fn vector(&self, parts: &[Rows], out: &mut [u8]) -> Result<()> {
+        let mut out = out.chunks_exact_mut(4);
+        for part in parts {
+            let missing = || Error::model(&self.model.name, format!("tensor {} is missing", part.tensor));
+            let view = self.model.weights.tensor(&part.tensor)?.ok_or_else(missing)?;
+            for index in part.ranges.iter().cloned().flatten() {
+                let to = out.next().expect("the layout has summed the parts");
+                to.copy_from_slice(&element(&view, index).to_le_bytes());
+            }
+        }
+        assert!(out.next().is_none(), "{}: too few elements", parts[0].tensor);
+        Ok(())
+    }
+}
+
+impl Packed for Packer<'_> {
+    fn layout(&self) -> &ModelLayout {
+        &self.layout
+    }
+
+    fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
+        let stage = self.layout.stage(stage);
+        let chunk = &stage.chunks[chunk];
+        assert_eq!(out.len(), chunk.bytes);
+        let matrix = &stage.matrices[chunk.matrix];
+        self.panels(&matrix.source, matrix.dtype, chunk.panels.start, out)
+    }
+
+    fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
+        assert_eq!(out.len(), self.layout.small[index].bytes);
+        match &self.layout.small[index].what {
+            Small::Vector(parts) => self.vector(parts, out),
+            Small::Matrix(linear, dtype) => self.panels(linear, *dtype, 0, out),
+        }
+    }
+}
+
+/// One output's weights into its lane of a panel.
+fn pack_row(view: &TensorView<'_>, row: usize, inputs: usize, dtype: DType, lane: usize, panel: &mut [u8]) {
+    let size = view.dtype.size();
+    let from = &view.data[row * inputs * size..(row + 1) * inputs * size];
+    match (view.dtype, dtype) {
+        (DType::F32, DType::F32) => copy_lane::<4>(from, lane, panel),
+        (DType::Bf16, DType::Bf16) | (DType::F16, DType::F16) => copy_lane::<2>(from, lane, panel),
+        _ => {
+            for k in 0..inputs {
+                let value = element(view, row * inputs + k);
+                let at = (k * PANEL_OUTPUTS + lane) * dtype.size();
+                match dtype {
+                    DType::F32 => panel[at..at + 4].copy_from_slice(&value.to_le_bytes()),
+                    DType::Bf16 => panel[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+                    DType::F16 => panel[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+                }
+            }
+        }
+    }
+}
+
+fn copy_lane<const SIZE: usize>(from: &[u8], lane: usize, panel: &mut [u8]) {
+    for (from, to) in from.chunks_exact(SIZE).zip(panel.chunks_exact_mut(SIZE * PANEL_OUTPUTS)) {
+        to[lane * SIZE..(lane + 1) * SIZE].copy_from_slice(from);
+    }
+}
+
+/// Element `index` of a tensor, widened.
+fn element(view: &TensorView<'_>, index: usize) -> f32 {
+    let size = view.dtype.size();
+    let bytes = &view.data[index * size..(index + 1) * size];
+    match view.dtype {
+        DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        DType::Bf16 => half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        DType::F16 => half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+    }
+}

@@ -1,0 +1,38 @@
+//! A pass in numbers: what lowering and pricing need of it.
+//!
+//! **Invariant:** two passes of the same shape have the same schedule and the same price.
+
+/// What a block computes and moves, per layer where it says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockShape {
+    /// Rows: new positions of its sequences.
+    pub rows: usize,
+    /// Segments: sequences with new positions.
+    pub segments: usize,
+    /// Keys that its rows attend to, summed over the rows.
+    pub keys: u64,
+    /// KV pages that its segments read, summed over the segments.
+    pub pages: u64,
+    /// Pages of a layer that must come to the device before it computes, from main memory and from disk.
+    pub loads: Pages,
+    /// Pages of a layer that go back after it computed, to main memory and to disk.
+    pub stores: Pages,
+    /// Rows that are asked for logits.
+    pub outputs: usize,
+}
+
+/// Numbers of pages by the tier they live in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pages {
+    /// In main memory (0 where things are computed there).
+    pub cpu: usize,
+    /// On disk.
+    pub disk: usize,
+}
+
+impl Pages {
+    /// All of them.
+    pub fn total(&self) -> usize {
+        self.cpu + self.disk
+    }
+}
