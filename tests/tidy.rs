@@ -17,7 +17,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("durable", &["error"]),
     ("rng", &[]),
     ("memory", &["error"]),
-    ("model", &["error", "memory::mapped_file", "rng"]),
+    ("model", &["durable", "error", "memory", "rng"]),
     ("kv", &["model::dtype"]),
     ("schedule", &["kv::pages"]),
     ("job", &["durable", "error"]),
