@@ -72,7 +72,9 @@ fn features() -> Vec<&'static str> {
 
 fn memory() -> Vec<String> {
     let total = limits::total_memory().map_or("unknown".into(), |bytes| Bytes(bytes).to_string());
-    let group = limits::control_group_room().map_or("no limit".into(), |room| format!("{} left", Bytes(room)));
+    // Version 1 writes no limit as a number beyond all memory.
+    let room = limits::control_group_room().filter(|&room| limits::total_memory().is_none_or(|total| room < total));
+    let group = room.map_or("no limit".into(), |room| format!("{} left", Bytes(room)));
     vec![
         format!("{total}, {} available", Bytes(limits::available_memory())),
         format!("control group: {group}"),

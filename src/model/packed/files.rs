@@ -15,6 +15,9 @@ use super::panels::{PANEL_OUTPUTS, TILE_INPUTS};
 use crate::error::Result;
 use crate::model::dtype::DType;
 
+/// Bytes of a part, unless a single block is larger.
+const PART_BYTES: usize = 32 << 20;
+
 /// A file to be written, or expected.
 pub(super) struct FilePlan {
     /// Its name within the directory.
@@ -47,7 +50,32 @@ pub(super) struct Block {
     pub extent: Range<usize>,
 }
 
+/// Consecutive blocks that are written or read together.
+pub(super) struct Part {
+    /// Which.
+    pub blocks: Range<usize>,
+    /// Their extent in the file, holes included.
+    pub bytes: Range<usize>,
+}
+
 impl FilePlan {
+    /// The blocks in parts of some megabytes, or a block each where they are larger.
+    pub fn parts(&self) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            let start = self.header.len() + block.extent.start;
+            let end = self.header.len() + block.extent.end.next_multiple_of(CHUNK_ALIGNMENT);
+            match parts.last_mut() {
+                Some(part) if end - part.bytes.start <= PART_BYTES => {
+                    part.blocks.end = index + 1;
+                    part.bytes.end = end;
+                }
+                _ => parts.push(Part { blocks: index..index + 1, bytes: start..end }),
+            }
+        }
+        parts
+    }
+
     /// Bytes of the whole file.
     pub fn bytes(&self) -> u64 {
         (self.header.len() + self.data_bytes) as u64

@@ -13,7 +13,9 @@ use super::Packed;
 use super::files::{FilePlan, Holds, plans};
 use super::layout::{ModelLayout, StageId};
 use super::manifest::{FileEntry, Manifest, checksum, damaged};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Tier};
+use crate::memory::arena::Arena;
+use crate::memory::disk::{self, DirectFile, DiskQueue, How, Read};
 use crate::model::dtype::DType;
 
 /// A packed directory.
@@ -173,11 +175,20 @@ impl PackedFile {
     }
 
     fn verify(&self, directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let mut buffer = Vec::new();
-        for (index, block) in self.plan.blocks.iter().enumerate() {
-            buffer.resize(block.extent.len(), 0);
-            self.read(directory, index, &mut buffer)?;
-            progress(buffer.len() as u64);
+        let parts = self.plan.parts();
+        let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
+        let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
+        let mut queue = DiskQueue::new(disk::DEPTH, How::Auto)?;
+        let file = DirectFile::open(&self.path)?;
+        for part in parts {
+            let bytes = &mut buffer.bytes_mut()[..part.bytes.len()];
+            queue.read(&mut [Read { file: &file, offset: part.bytes.start as u64, buffer: bytes }])?;
+            for block in part.blocks {
+                let start = self.plan.file_offset(block) as usize - part.bytes.start;
+                let len = self.plan.blocks[block].extent.len();
+                self.check(directory, block, &buffer.bytes()[start..start + len])?;
+                progress(len as u64);
+            }
         }
         Ok(())
     }

@@ -13,8 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, sync_channel};
 
 use super::Packed;
-use super::files::{FilePlan, plans};
-use super::layout::CHUNK_ALIGNMENT;
+use super::files::{FilePlan, Part, plans};
 use super::manifest::{FileEntry, Identity, JOURNAL, MANIFEST, Manifest, checksum};
 use super::read::is_intact;
 use crate::durable::{self, Lock, with_suffix};
@@ -26,8 +25,6 @@ use crate::model::dtype::DType;
 use crate::model::files::{Files, read_bounded};
 use crate::model::fingerprint::small_files;
 
-/// Bytes written at once, unless a single chunk is larger.
-const BUFFER_BYTES: usize = 32 << 20;
 /// Left free on the disk, for journal, manifest and what the file system itself needs.
 const SLACK_BYTES: u64 = 64 << 20;
 const MAX_JOURNAL_BYTES: u64 = 256 << 20;
@@ -109,6 +106,7 @@ impl Writer<'_> {
         let finished = self.finished(&identity)?;
         let (mut entries, mut missing) = (Vec::new(), Vec::new());
         for plan in plans {
+            durable::remove(&with_suffix(&self.output.join(&plan.name), TEMPORARY))?;
             match finished.get(&plan.name) {
                 Some(entry) => entries.push(entry.clone()),
                 None => missing.push(plan),
@@ -191,7 +189,6 @@ impl Writer<'_> {
     fn check_space(&self, missing: &[FilePlan], copies: &[(String, Vec<u8>)]) -> Result<()> {
         for plan in missing {
             durable::remove(&self.output.join(&plan.name))?;
-            durable::remove(&with_suffix(&self.output.join(&plan.name), TEMPORARY))?;
         }
         let weights: u64 = missing.iter().map(FilePlan::bytes).sum();
         let need = weights + copies.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>() + SLACK_BYTES;
@@ -243,7 +240,7 @@ impl Writer<'_> {
 
     /// Fills one buffer while a thread writes the other; gives the checksum of each block.
     fn write_blocks(&mut self, plan: &FilePlan, file: &DirectFile) -> Result<Vec<String>> {
-        let parts = parts(plan);
+        let parts = plan.parts();
         let buffer_bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
         let mut queue = DiskQueue::new(disk::DEPTH, How::Auto)?;
         let mut arena = Arena::new("packing", Tier::Cpu, 2 * buffer_bytes + plan.header.len())?;
@@ -302,29 +299,6 @@ impl Writer<'_> {
         buffer[at..part.bytes.len()].fill(0);
         Ok(())
     }
-}
-
-/// Consecutive blocks that are written together.
-struct Part {
-    blocks: Range<usize>,
-    /// Their extent in the file, holes included.
-    bytes: Range<usize>,
-}
-
-fn parts(plan: &FilePlan) -> Vec<Part> {
-    let mut parts: Vec<Part> = Vec::new();
-    for (index, block) in plan.blocks.iter().enumerate() {
-        let start = plan.header.len() + block.extent.start;
-        let end = plan.header.len() + block.extent.end.next_multiple_of(CHUNK_ALIGNMENT);
-        match parts.last_mut() {
-            Some(part) if end - part.bytes.start <= BUFFER_BYTES => {
-                part.blocks.end = index + 1;
-                part.bytes.end = end;
-            }
-            _ => parts.push(Part { blocks: index..index + 1, bytes: start..end }),
-        }
-    }
-    parts
 }
 
 /// Whether a directory has anything in it.
