@@ -4,6 +4,7 @@
 
 pub mod cli;
 pub mod device;
+pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod executor;

@@ -4,8 +4,10 @@
 //! this module.
 
 mod config;
+mod doctor;
 mod flags;
 mod generate;
+mod pack;
 mod progress;
 mod resources;
 mod say;
@@ -31,6 +33,10 @@ struct Arguments {
 enum Command {
     /// Complete every prompt of a JSONL file.
     Generate(Box<generate::Arguments>),
+    /// Write a model in the layout that it is computed from, a file per layer.
+    Pack(pack::Arguments),
+    /// Say what this machine offers: CPU, memory, disk, GPU.
+    Doctor(doctor::Arguments),
     /// Write a model with seeded Gaussian weights in the shape of a configuration.
     Synth {
         /// A Hugging Face config.json.
@@ -69,6 +75,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Generate(arguments) => generate::run(*arguments),
+        Command::Pack(arguments) => pack::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Synth { config, seed, output } => {
             crate::model::synth_files::write_directory(&config, seed, &output)?;
             say::line(&format!("synthetic model written to {}", output.display()));

@@ -3,9 +3,14 @@
 //! **Invariant:** the bytes of a chunk are a function of the source's tensors and the layout alone, whether they are
 //! packed on the fly or read from packed files.
 
+pub mod cache;
+mod files;
 pub mod layout;
+pub mod manifest;
 pub mod pack;
 pub mod panels;
+pub mod read;
+pub mod write;
 
 use std::sync::Arc;
 

@@ -1,0 +1,217 @@
+//! Reading a packed directory.
+//!
+//! **Invariant:** an opened directory's files have the lengths and headers that the layout gives; every chunk that is
+//! handed out has its checksum.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::Packed;
+use super::files::{FilePlan, Holds, plans};
+use super::layout::{ModelLayout, StageId};
+use super::manifest::{FileEntry, Manifest, checksum, damaged};
+use crate::error::{Error, Result, Tier};
+use crate::memory::arena::Arena;
+use crate::memory::disk::{self, DirectFile, DiskQueue, How, Read};
+use crate::model::dtype::DType;
+
+/// A packed directory.
+pub struct PackedModel {
+    directory: PathBuf,
+    layout: ModelLayout,
+    stages: HashMap<StageId, PackedFile>,
+    small: PackedFile,
+}
+
+/// Where a stage lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent<'a> {
+    /// The file.
+    pub path: &'a Path,
+    /// Where the stage begins in it; a multiple of the chunks' alignment.
+    pub offset: u64,
+    /// Bytes of the stage.
+    pub bytes: u64,
+}
+
+/// A file, its plan and the checksum of each block.
+struct PackedFile {
+    path: PathBuf,
+    file: File,
+    plan: FilePlan,
+    checksums: Vec<String>,
+}
+
+impl PackedModel {
+    /// Opens `directory`, whose manifest and layout are known.
+    ///
+    /// # Errors
+    /// `Error::Model` when a file is missing, too short or has another header, naming file and offset.
+    pub fn open(directory: &Path, manifest: &Manifest, layout: ModelLayout) -> Result<PackedModel> {
+        let entries: HashMap<&str, &FileEntry> =
+            manifest.files.iter().map(|entry| (entry.name.as_str(), entry)).collect();
+        let mut stages = HashMap::new();
+        let mut small = None;
+        for plan in plans(&layout) {
+            let path = directory.join(&plan.name);
+            let entry = entries.get(plan.name.as_str());
+            let entry = entry.ok_or_else(|| damaged(directory, &path, "is not in the manifest".into()))?;
+            let file = PackedFile::open(directory, plan, entry)?;
+            match file.plan.holds {
+                Holds::Stage(stage) => drop(stages.insert(stage, file)),
+                Holds::Small => small = Some(file),
+            }
+        }
+        let small = small.expect("every layout has a file of small tensors");
+        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small })
+    }
+
+    /// The directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Where `stage` lies: its chunks in one extent, at the layout's offsets.
+    pub fn extent(&self, stage: StageId) -> Extent<'_> {
+        let file = &self.stages[&stage];
+        Extent { path: &file.path, offset: file.plan.header.len() as u64, bytes: file.plan.data_bytes as u64 }
+    }
+
+    /// Compares bytes read from a chunk's extent with what was packed.
+    ///
+    /// # Errors
+    /// `Error::Model` naming file and offset.
+    pub fn check_chunk(&self, stage: StageId, chunk: usize, bytes: &[u8]) -> Result<()> {
+        self.stages[&stage].check(&self.directory, chunk, bytes)
+    }
+
+    /// Reads every block and compares it with what was packed; `progress` gets the bytes of each.
+    ///
+    /// # Errors
+    /// As [`PackedModel::check_chunk`], or `Error::IoAt`.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let mut files: Vec<&PackedFile> = self.stages.values().chain([&self.small]).collect();
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        files.iter().try_for_each(|file| file.verify(&self.directory, progress))
+    }
+
+    /// The weights, if matrices are stored in `weights`; none asks for whatever they are stored in.
+    ///
+    /// # Errors
+    /// `Error::Usage` when they are stored in another dtype.
+    pub fn in_dtype(&self, weights: Option<DType>) -> Result<&PackedModel> {
+        let Some(wanted) = weights else { return Ok(self) };
+        let mut matrices = self.layout.stages().flat_map(|(_, stage)| &stage.matrices);
+        match matrices.find(|matrix| matrix.dtype != wanted) {
+            None => Ok(self),
+            Some(matrix) => Err(Error::usage(
+                format!("{} is packed in {}, not in {wanted}", self.directory.display(), matrix.dtype),
+                "leave --weights out, or pack the original with it",
+            )),
+        }
+    }
+}
+
+impl Packed for &PackedModel {
+    fn layout(&self) -> &ModelLayout {
+        &self.layout
+    }
+
+    fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
+        self.stages[&stage].read(&self.directory, chunk, out)
+    }
+
+    fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
+        self.small.read(&self.directory, index, out)
+    }
+}
+
+impl PackedFile {
+    fn open(directory: &Path, plan: FilePlan, entry: &FileEntry) -> Result<PackedFile> {
+        let path = directory.join(&plan.name);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(damaged(directory, &path, "is missing".into()));
+            }
+            file => file.map_err(Error::io("open", &path))?,
+        };
+        let found = file.metadata().map_err(Error::io("inspect", &path))?.len();
+        if found != plan.bytes() {
+            let what = format!("has {found} bytes instead of {}", plan.bytes());
+            return Err(damaged(directory, &path, what));
+        }
+        let mut header = vec![0; plan.header.len()];
+        file.read_exact_at(&mut header, 0).map_err(at(&path, 0))?;
+        if let Some(offset) = header.iter().zip(&plan.header).position(|(found, expected)| found != expected) {
+            return Err(damaged(directory, &path, format!("has another header than expected from offset {offset}")));
+        }
+        if entry.checksums.len() != plan.blocks.len() {
+            return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
+        }
+        Ok(PackedFile { path, file, plan, checksums: entry.checksums.clone() })
+    }
+
+    fn read(&self, directory: &Path, block: usize, out: &mut [u8]) -> Result<()> {
+        assert_eq!(out.len(), self.plan.blocks[block].extent.len());
+        let offset = self.plan.file_offset(block);
+        self.file.read_exact_at(out, offset).map_err(at(&self.path, offset))?;
+        // What is placed in memory is read once; nothing gains from keeping it in the page cache too.
+        let len = std::num::NonZeroU64::new(out.len() as u64);
+        let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
+        self.check(directory, block, out)
+    }
+
+    fn check(&self, directory: &Path, block: usize, bytes: &[u8]) -> Result<()> {
+        assert_eq!(bytes.len(), self.plan.blocks[block].extent.len());
+        if checksum(bytes) == self.checksums[block] {
+            return Ok(());
+        }
+        let offset = self.plan.file_offset(block);
+        let what = format!("the {} bytes at offset {offset} are not those that were packed", bytes.len());
+        Err(damaged(directory, &self.path, what))
+    }
+
+    fn verify(&self, directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let parts = self.plan.parts();
+        let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
+        let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
+        let mut queue = DiskQueue::new(disk::DEPTH, How::Auto)?;
+        let file = DirectFile::open(&self.path)?;
+        for part in parts {
+            let bytes = &mut buffer.bytes_mut()[..part.bytes.len()];
+            queue.read(&mut [Read { file: &file, offset: part.bytes.start as u64, buffer: bytes }])?;
+            for block in part.blocks {
+                let start = self.plan.file_offset(block) as usize - part.bytes.start;
+                let len = self.plan.blocks[block].extent.len();
+                self.check(directory, block, &buffer.bytes()[start..start + len])?;
+                progress(len as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the file of `plan` in `directory` holds what `entry` says.
+pub(super) fn is_intact(
+    directory: &Path,
+    plan: FilePlan,
+    entry: &FileEntry,
+    progress: &mut dyn FnMut(u64),
+) -> Result<bool> {
+    let checked = PackedFile::open(directory, plan, entry).and_then(|file| file.verify(directory, progress));
+    match checked {
+        Ok(()) => Ok(true),
+        Err(Error::Model { .. }) => Ok(false),
+        // A bad sector: the file must be written anew as well.
+        Err(Error::IoAt { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn at(path: &Path, offset: u64) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::IoAt { action: "read", path, offset, source }
+}
