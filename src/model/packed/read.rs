@@ -8,11 +8,12 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::Packed;
 use super::files::{FilePlan, Holds, plans};
 use super::layout::{ModelLayout, StageId};
 use super::manifest::{FileEntry, Manifest, checksum, damaged};
+use super::{Extent, Packed};
 use crate::error::{Error, Result, Tier};
 use crate::memory::arena::Arena;
 use crate::memory::disk::{self, DirectFile, DiskQueue, How, Read};
@@ -22,23 +23,14 @@ use crate::model::dtype::DType;
 pub struct PackedModel {
     directory: PathBuf,
     layout: ModelLayout,
-    stages: HashMap<StageId, PackedFile>,
+    stages: HashMap<StageId, Arc<PackedFile>>,
     small: PackedFile,
 }
 
-/// Where a stage lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent<'a> {
-    /// The file.
-    pub path: &'a Path,
-    /// Where the stage begins in it; a multiple of the chunks' alignment.
-    pub offset: u64,
-    /// Bytes of the stage.
-    pub bytes: u64,
-}
-
 /// A file, its plan and the checksum of each block.
-struct PackedFile {
+pub(super) struct PackedFile {
+    /// The packed directory, for hints.
+    directory: PathBuf,
     path: PathBuf,
     file: File,
     plan: FilePlan,
@@ -61,7 +53,7 @@ impl PackedModel {
             let entry = entry.ok_or_else(|| damaged(directory, &path, "is not in the manifest".into()))?;
             let file = PackedFile::open(directory, plan, entry)?;
             match file.plan.holds {
-                Holds::Stage(stage) => drop(stages.insert(stage, file)),
+                Holds::Stage(stage) => drop(stages.insert(stage, Arc::new(file))),
                 Holds::Small => small = Some(file),
             }
         }
@@ -74,28 +66,15 @@ impl PackedModel {
         &self.directory
     }
 
-    /// Where `stage` lies: its chunks in one extent, at the layout's offsets.
-    pub fn extent(&self, stage: StageId) -> Extent<'_> {
-        let file = &self.stages[&stage];
-        Extent { path: &file.path, offset: file.plan.header.len() as u64, bytes: file.plan.data_bytes as u64 }
-    }
-
-    /// Compares bytes read from a chunk's extent with what was packed.
-    ///
-    /// # Errors
-    /// `Error::Model` naming file and offset.
-    pub fn check_chunk(&self, stage: StageId, chunk: usize, bytes: &[u8]) -> Result<()> {
-        self.stages[&stage].check(&self.directory, chunk, bytes)
-    }
-
     /// Reads every block and compares it with what was packed; `progress` gets the bytes of each.
     ///
     /// # Errors
     /// As [`PackedModel::check_chunk`], or `Error::IoAt`.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let mut files: Vec<&PackedFile> = self.stages.values().chain([&self.small]).collect();
+        let stages = self.stages.values().map(|file| &**file);
+        let mut files: Vec<&PackedFile> = stages.chain([&self.small]).collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
-        files.iter().try_for_each(|file| file.verify(&self.directory, progress))
+        files.iter().try_for_each(|file| file.verify(progress))
     }
 
     /// The weights, if matrices are stored in `weights`; none asks for whatever they are stored in.
@@ -121,11 +100,17 @@ impl Packed for &PackedModel {
     }
 
     fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
-        self.stages[&stage].read(&self.directory, chunk, out)
+        self.stages[&stage].read(chunk, out)
     }
 
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
-        self.small.read(&self.directory, index, out)
+        self.small.read(index, out)
+    }
+
+    fn extent(&self, stage: StageId) -> Result<Option<Extent>> {
+        let packed = self.stages[&stage].clone();
+        let file = DirectFile::open(&packed.path)?;
+        Ok(Some(Extent { file, offset: packed.plan.header.len() as u64, packed }))
     }
 }
 
@@ -151,30 +136,31 @@ impl PackedFile {
         if entry.checksums.len() != plan.blocks.len() {
             return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
         }
-        Ok(PackedFile { path, file, plan, checksums: entry.checksums.clone() })
+        Ok(PackedFile { directory: directory.to_owned(), path, file, plan, checksums: entry.checksums.clone() })
     }
 
-    fn read(&self, directory: &Path, block: usize, out: &mut [u8]) -> Result<()> {
+    fn read(&self, block: usize, out: &mut [u8]) -> Result<()> {
         assert_eq!(out.len(), self.plan.blocks[block].extent.len());
         let offset = self.plan.file_offset(block);
         self.file.read_exact_at(out, offset).map_err(at(&self.path, offset))?;
         // What is placed in memory is read once; nothing gains from keeping it in the page cache too.
         let len = std::num::NonZeroU64::new(out.len() as u64);
         let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
-        self.check(directory, block, out)
+        self.check(block, out)
     }
 
-    fn check(&self, directory: &Path, block: usize, bytes: &[u8]) -> Result<()> {
+    /// Compares a block's bytes with what was packed.
+    pub(super) fn check(&self, block: usize, bytes: &[u8]) -> Result<()> {
         assert_eq!(bytes.len(), self.plan.blocks[block].extent.len());
         if checksum(bytes) == self.checksums[block] {
             return Ok(());
         }
         let offset = self.plan.file_offset(block);
         let what = format!("the {} bytes at offset {offset} are not those that were packed", bytes.len());
-        Err(damaged(directory, &self.path, what))
+        Err(damaged(&self.directory, &self.path, what))
     }
 
-    fn verify(&self, directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let parts = self.plan.parts();
         let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
         let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
@@ -186,7 +172,7 @@ impl PackedFile {
             for block in part.blocks {
                 let start = self.plan.file_offset(block) as usize - part.bytes.start;
                 let len = self.plan.blocks[block].extent.len();
-                self.check(directory, block, &buffer.bytes()[start..start + len])?;
+                self.check(block, &buffer.bytes()[start..start + len])?;
                 progress(len as u64);
             }
         }
@@ -201,7 +187,7 @@ pub(super) fn is_intact(
     entry: &FileEntry,
     progress: &mut dyn FnMut(u64),
 ) -> Result<bool> {
-    let checked = PackedFile::open(directory, plan, entry).and_then(|file| file.verify(directory, progress));
+    let checked = PackedFile::open(directory, plan, entry).and_then(|file| file.verify(progress));
     match checked {
         Ok(()) => Ok(true),
         Err(Error::Model { .. }) => Ok(false),
