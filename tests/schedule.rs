@@ -201,7 +201,8 @@ fn a_missing_transfer_or_fence_is_found() {
         for (index, _) in steps.iter().enumerate().filter(|(_, step)| needed(step)) {
             let mut broken = steps.clone();
             let removed = broken.remove(index);
-            let ahead = matches!(removed.op, Op::ReadWeights { .. } | Op::DecodeWeights { .. } | Op::LoadWeights { .. });
+            let ahead =
+                matches!(removed.op, Op::ReadWeights { .. } | Op::DecodeWeights { .. } | Op::LoadWeights { .. });
             let fault = Checker::new().pass(&placement, &passes[0], &broken);
             // Weights for the next pass, and embeddings with the device, leave no trace in this one.
             if !ahead && removed.op != Op::Embed {

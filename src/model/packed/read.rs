@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::Packed;
 use super::files::{FilePlan, Holds, plans};
@@ -24,6 +25,7 @@ pub struct PackedModel {
     layout: ModelLayout,
     stages: HashMap<StageId, PackedFile>,
     small: PackedFile,
+    queue: Mutex<DiskQueue>,
 }
 
 /// Where a stage lies.
@@ -41,6 +43,7 @@ pub struct Extent<'a> {
 struct PackedFile {
     path: PathBuf,
     file: File,
+    direct: DirectFile,
     plan: FilePlan,
     checksums: Vec<String>,
 }
@@ -66,7 +69,8 @@ impl PackedModel {
             }
         }
         let small = small.expect("every layout has a file of small tensors");
-        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small })
+        let queue = Mutex::new(DiskQueue::new(disk::DEPTH, How::Auto)?);
+        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small, queue })
     }
 
     /// The directory.
@@ -115,17 +119,37 @@ impl PackedModel {
     }
 }
 
+impl PackedModel {
+    /// Whole pages go past the page cache where the destination allows it.
+    fn read(&self, file: &PackedFile, block: usize, out: &mut [u8]) -> Result<()> {
+        assert_eq!(out.len(), file.plan.blocks[block].extent.len());
+        let offset = file.plan.file_offset(block);
+        let aligned = (out.as_ptr() as usize).is_multiple_of(disk::ALIGNMENT);
+        let pages = if aligned { out.len() - out.len() % disk::ALIGNMENT } else { 0 };
+        let (whole, rest) = out.split_at_mut(pages);
+        if !whole.is_empty() {
+            // A queue whose user has panicked is as good as new: no operation outlives a call.
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.read(&mut [Read { file: &file.direct, offset, buffer: whole }])?;
+        }
+        if !rest.is_empty() {
+            file.read_buffered(offset + pages as u64, rest)?;
+        }
+        file.check(&self.directory, block, out)
+    }
+}
+
 impl Packed for &PackedModel {
     fn layout(&self) -> &ModelLayout {
         &self.layout
     }
 
     fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
-        self.stages[&stage].read(&self.directory, chunk, out)
+        self.read(&self.stages[&stage], chunk, out)
     }
 
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
-        self.small.read(&self.directory, index, out)
+        self.read(&self.small, index, out)
     }
 }
 
@@ -151,17 +175,16 @@ impl PackedFile {
         if entry.checksums.len() != plan.blocks.len() {
             return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
         }
-        Ok(PackedFile { path, file, plan, checksums: entry.checksums.clone() })
+        let direct = DirectFile::open(&path)?;
+        Ok(PackedFile { path, file, direct, plan, checksums: entry.checksums.clone() })
     }
 
-    fn read(&self, directory: &Path, block: usize, out: &mut [u8]) -> Result<()> {
-        assert_eq!(out.len(), self.plan.blocks[block].extent.len());
-        let offset = self.plan.file_offset(block);
+    /// Through the page cache, and out of it again: what is placed in memory is read once.
+    fn read_buffered(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.file.read_exact_at(out, offset).map_err(at(&self.path, offset))?;
-        // What is placed in memory is read once; nothing gains from keeping it in the page cache too.
         let len = std::num::NonZeroU64::new(out.len() as u64);
         let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
-        self.check(directory, block, out)
+        Ok(())
     }
 
     fn check(&self, directory: &Path, block: usize, bytes: &[u8]) -> Result<()> {
@@ -179,10 +202,9 @@ impl PackedFile {
         let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
         let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
         let mut queue = DiskQueue::new(disk::DEPTH, How::Auto)?;
-        let file = DirectFile::open(&self.path)?;
         for part in parts {
             let bytes = &mut buffer.bytes_mut()[..part.bytes.len()];
-            queue.read(&mut [Read { file: &file, offset: part.bytes.start as u64, buffer: bytes }])?;
+            queue.read(&mut [Read { file: &self.direct, offset: part.bytes.start as u64, buffer: bytes }])?;
             for block in part.blocks {
                 let start = self.plan.file_offset(block) as usize - part.bytes.start;
                 let len = self.plan.blocks[block].extent.len();
