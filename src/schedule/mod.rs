@@ -12,4 +12,4 @@ pub mod placement;
 pub mod shape;
 pub mod step;
 
-pub use pass::{Pass, Run};
+pub use pass::{Block, Pass, Run};
