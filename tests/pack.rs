@@ -33,14 +33,17 @@ fn quiet(model: &Model, weights: Option<DType>, output: &Path) -> Result<Outcome
     pack(model, weights, output, &mut |_| {})
 }
 
-/// Every chunk and small tensor, by name.
+/// Every chunk and small tensor, by name; read into page-aligned memory and into any other.
 fn contents(packed: &dyn Packed) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut all = BTreeMap::new();
+    let bytes = packed.layout().stages().map(|(_, stage)| stage.bytes).max().unwrap();
+    let mut memory = Arena::new("test", tidemill::error::Tier::Cpu, bytes + 1)?.carve_aligned(bytes + 1, 4096);
     for (id, stage) in packed.layout().stages() {
         for (index, chunk) in stage.chunks.iter().enumerate() {
-            let mut bytes = vec![1; chunk.bytes];
-            packed.chunk(id, index, &mut bytes)?;
-            all.insert(format!("{id:?} {index}"), bytes);
+            let bytes = &mut memory.bytes_mut()[index % 2..][..chunk.bytes];
+            bytes.fill(1);
+            packed.chunk(id, index, bytes)?;
+            all.insert(format!("{id:?} {index}"), bytes.to_vec());
         }
     }
     for (index, tensor) in packed.layout().small.iter().enumerate() {
@@ -108,14 +111,14 @@ fn files_are_safetensors_whose_data_is_one_aligned_extent() {
     let mut queue = DiskQueue::new(4, How::Auto).unwrap();
     for (id, stage) in on_the_fly.layout().stages() {
         let extent = packed.extent(id).unwrap().unwrap();
-        let path = extent.file.path();
+        let path = extent.file().path();
         assert_eq!(extent.offset % 4096, 0);
         assert_eq!(fs::metadata(path).unwrap().len(), extent.offset + stage.bytes as u64);
         let tensors = SafetensorsFile::open(path).unwrap();
         assert!(tensors.names().filter(|name| !name.starts_with("hole.")).count() == stage.chunks.len());
         let mut memory = Arena::new("test", tidemill::error::Tier::Cpu, stage.bytes).unwrap();
         let mut memory = memory.carve_aligned(stage.bytes, disk::ALIGNMENT);
-        queue.read(&mut [Read { file: &extent.file, offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
+        queue.read(&mut [Read { file: extent.file(), offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
         for (index, chunk) in stage.chunks.iter().enumerate() {
             let found = &memory.bytes()[chunk.offset..chunk.offset + chunk.bytes];
             let mut expected = vec![0; chunk.bytes];
@@ -266,4 +269,45 @@ fn the_cache_packs_once() {
     assert!(contents(&&second).unwrap() == contents(&*demo.packed(None).unwrap()).unwrap());
     let given = Some(scratch.path());
     assert_eq!(cache::directory(given).unwrap(), scratch.path());
+}
+
+/// Prints rates of reading the packed directory named by an environment variable, pair by pair with one thread's
+/// plain reads: `TIDEMILL_PACKED=DIR cargo test --release --test pack -- --ignored --nocapture rates`.
+#[test]
+#[ignore = "a measurement"]
+#[expect(clippy::print_stderr, reason = "it is what the measurement is for")]
+fn rates() {
+    let directory = PathBuf::from(std::env::var("TIDEMILL_PACKED").expect("TIDEMILL_PACKED"));
+    let model = open(&directory).unwrap();
+    let packed = model.packed.as_ref().unwrap();
+    let layers = packed.layout().layers.len();
+    let bytes = packed.layout().layers.iter().map(|stage| stage.bytes).max().unwrap();
+    let mut memory = Arena::new("test", tidemill::error::Tier::Cpu, bytes).unwrap();
+    let mut memory = memory.carve_aligned(bytes, disk::ALIGNMENT);
+    let mut pass = |queue: &mut DiskQueue| {
+        let started = std::time::Instant::now();
+        let mut total = 0;
+        for layer in 0..layers {
+            let extent = packed.extent(StageId::Layer(layer));
+            let file = DirectFile::open(extent.path).unwrap();
+            let buffer = &mut memory.bytes_mut()[..extent.bytes as usize];
+            queue.read(&mut [Read { file: &file, offset: extent.offset, buffer }]).unwrap();
+            total += extent.bytes;
+        }
+        total as f64 / started.elapsed().as_secs_f64() / 1e9
+    };
+    for _ in 0..5 {
+        let plain = pass(&mut DiskQueue::new(1, How::Threads).unwrap().with_piece_bytes(4 << 20));
+        let queued = pass(&mut DiskQueue::new(disk::DEPTH, How::Auto).unwrap());
+        eprintln!("layers: plain 4 MiB preads {plain:.2}, queue {queued:.2} GB/s");
+    }
+    let started = std::time::Instant::now();
+    let mut total = 0;
+    for (id, stage) in packed.layout().stages() {
+        for (index, chunk) in stage.chunks.iter().enumerate() {
+            packed.chunk(id, index, &mut memory.bytes_mut()[..chunk.bytes]).unwrap();
+            total += chunk.bytes;
+        }
+    }
+    eprintln!("chunk by chunk with checksums: {:.2} GB/s", total as f64 / started.elapsed().as_secs_f64() / 1e9);
 }

@@ -92,7 +92,7 @@ impl<D: Device> Workshop<D> {
         let extent = self.shared.extents[step.stage as usize].as_ref().expect("stages on disk have an extent");
         let in_file = self.span(step, 0, &chunks);
         let offset = extent.offset + in_file.start as u64;
-        let file = &extent.file;
+        let file = extent.file();
         match written(step) {
             Slot::Weights(slot) => {
                 let span = self.span(step, self.slot_base(step), &chunks);
@@ -426,7 +426,7 @@ impl<D: Device> Workshop<D> {
             let start = extent.offset as usize + at;
             let aligned = start / ALIGNMENT * ALIGNMENT;
             let len = (start + size).next_multiple_of(ALIGNMENT) - aligned;
-            requests.push(Read { file: &extent.file, offset: aligned as u64, buffer: &mut room[..len] });
+            requests.push(Read { file: extent.file(), offset: aligned as u64, buffer: &mut room[..len] });
         }
         tools.disk().read(&mut requests)
     }

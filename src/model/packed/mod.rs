@@ -38,20 +38,23 @@ pub trait Packed: Send + Sync {
     /// Where `stage` lies in a file; none where weights are packed on the fly.
     ///
     /// # Errors
-    /// `Error::Io` when the file cannot be opened.
+    /// Whatever opening the file gives.
     fn extent(&self, stage: StageId) -> Result<Option<Extent>>;
 }
 
 /// A stage's chunks in a file, at the layout's offsets.
 pub struct Extent {
-    /// The file.
-    pub file: DirectFile,
     /// Where chunk offsets count from; a multiple of the chunks' alignment.
     pub offset: u64,
     packed: Arc<read::PackedFile>,
 }
 
 impl Extent {
+    /// The file.
+    pub fn file(&self) -> &DirectFile {
+        self.packed.direct()
+    }
+
     /// Compares the bytes read of a chunk with what was packed.
     ///
     /// # Errors

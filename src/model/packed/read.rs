@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::files::{FilePlan, Holds, plans};
 use super::layout::{ModelLayout, StageId};
@@ -25,6 +25,7 @@ pub struct PackedModel {
     layout: ModelLayout,
     stages: HashMap<StageId, Arc<PackedFile>>,
     small: PackedFile,
+    queue: Mutex<DiskQueue>,
 }
 
 /// A file, its plan and the checksum of each block.
@@ -33,6 +34,7 @@ pub(super) struct PackedFile {
     directory: PathBuf,
     path: PathBuf,
     file: File,
+    direct: DirectFile,
     plan: FilePlan,
     checksums: Vec<String>,
 }
@@ -58,7 +60,8 @@ impl PackedModel {
             }
         }
         let small = small.expect("every layout has a file of small tensors");
-        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small })
+        let queue = Mutex::new(DiskQueue::new(disk::DEPTH, How::Auto)?);
+        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small, queue })
     }
 
     /// The directory.
@@ -94,23 +97,42 @@ impl PackedModel {
     }
 }
 
+impl PackedModel {
+    /// Whole pages go past the page cache where the destination allows it.
+    fn read(&self, file: &PackedFile, block: usize, out: &mut [u8]) -> Result<()> {
+        assert_eq!(out.len(), file.plan.blocks[block].extent.len());
+        let offset = file.plan.file_offset(block);
+        let aligned = (out.as_ptr() as usize).is_multiple_of(disk::ALIGNMENT);
+        let pages = if aligned { out.len() - out.len() % disk::ALIGNMENT } else { 0 };
+        let (whole, rest) = out.split_at_mut(pages);
+        if !whole.is_empty() {
+            // A queue whose user has panicked is as good as new: no operation outlives a call.
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.read(&mut [Read { file: &file.direct, offset, buffer: whole }])?;
+        }
+        if !rest.is_empty() {
+            file.read_buffered(offset + pages as u64, rest)?;
+        }
+        file.check(block, out)
+    }
+}
+
 impl Packed for &PackedModel {
     fn layout(&self) -> &ModelLayout {
         &self.layout
     }
 
     fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
-        self.stages[&stage].read(chunk, out)
+        self.read(&self.stages[&stage], chunk, out)
     }
 
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
-        self.small.read(index, out)
+        self.read(&self.small, index, out)
     }
 
     fn extent(&self, stage: StageId) -> Result<Option<Extent>> {
         let packed = self.stages[&stage].clone();
-        let file = DirectFile::open(&packed.path)?;
-        Ok(Some(Extent { file, offset: packed.plan.header.len() as u64, packed }))
+        Ok(Some(Extent { offset: packed.plan.header.len() as u64, packed }))
     }
 }
 
@@ -136,17 +158,22 @@ impl PackedFile {
         if entry.checksums.len() != plan.blocks.len() {
             return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
         }
-        Ok(PackedFile { directory: directory.to_owned(), path, file, plan, checksums: entry.checksums.clone() })
+        let direct = DirectFile::open(&path)?;
+        let (directory, checksums) = (directory.to_owned(), entry.checksums.clone());
+        Ok(PackedFile { directory, path, file, direct, plan, checksums })
     }
 
-    fn read(&self, block: usize, out: &mut [u8]) -> Result<()> {
-        assert_eq!(out.len(), self.plan.blocks[block].extent.len());
-        let offset = self.plan.file_offset(block);
+    /// The file, for reads past the page cache.
+    pub(super) fn direct(&self) -> &DirectFile {
+        &self.direct
+    }
+
+    /// Through the page cache, and out of it again: what is placed in memory is read once.
+    fn read_buffered(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.file.read_exact_at(out, offset).map_err(at(&self.path, offset))?;
-        // What is placed in memory is read once; nothing gains from keeping it in the page cache too.
         let len = std::num::NonZeroU64::new(out.len() as u64);
         let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
-        self.check(block, out)
+        Ok(())
     }
 
     /// Compares a block's bytes with what was packed.
@@ -165,10 +192,9 @@ impl PackedFile {
         let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
         let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
         let mut queue = DiskQueue::new(disk::DEPTH, How::Auto)?;
-        let file = DirectFile::open(&self.path)?;
         for part in parts {
             let bytes = &mut buffer.bytes_mut()[..part.bytes.len()];
-            queue.read(&mut [Read { file: &file, offset: part.bytes.start as u64, buffer: bytes }])?;
+            queue.read(&mut [Read { file: &self.direct, offset: part.bytes.start as u64, buffer: bytes }])?;
             for block in part.blocks {
                 let start = self.plan.file_offset(block) as usize - part.bytes.start;
                 let len = self.plan.blocks[block].extent.len();
