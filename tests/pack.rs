@@ -289,10 +289,11 @@ fn rates() {
         let mut total = 0;
         for layer in 0..layers {
             let extent = packed.extent(StageId::Layer(layer));
-            let file = DirectFile::open(extent.path).unwrap();
-            let buffer = &mut memory.bytes_mut()[..extent.bytes as usize];
-            queue.read(&mut [Read { file: &file, offset: extent.offset, buffer }]).unwrap();
-            total += extent.bytes;
+            let extent = extent.unwrap().unwrap();
+            let bytes = packed.layout().stage(id).bytes;
+            let buffer = &mut memory.bytes_mut()[..bytes];
+            queue.read(&mut [Read { file: extent.file(), offset: extent.offset, buffer }]).unwrap();
+            total += bytes as u64;
         }
         total as f64 / started.elapsed().as_secs_f64() / 1e9
     };
