@@ -3,10 +3,12 @@
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
 pub mod cli;
+pub mod cost;
 pub mod device;
 pub mod engine;
 pub mod error;
 pub mod executor;
+pub mod hardware;
 pub mod job;
 pub mod kv;
 pub mod memory;
