@@ -408,7 +408,8 @@ pub mod tests {
         let decode = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 1.0, keys: 640.0, pages: 10.0 });
         let bound = (640.0 * 1024.0 / 5e9_f64).max(10.0 * model.frame_bytes / 5e9);
         assert!((decode - bound).abs() < 1e-12, "{decode} {bound}");
-        let prefill = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 640.0, keys: 204_800.0, pages: 10.0 });
+        let prefill =
+            costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 640.0, keys: 204_800.0, pages: 10.0 });
         assert!((prefill / (204_800.0 * 1024.0 / 2e10) - 1.0).abs() < 0.02);
     }
 

@@ -335,7 +335,10 @@ impl Hardware {
     /// [`Error::Usage`] naming the key that is unknown, missing or out of range.
     pub fn from_toml(text: &str, origin: &str) -> Result<Self> {
         let wrong = |what: String| {
-            Error::usage(format!("{origin}: {what}"), "`tidemill calibrate --save FILE` writes a profile of this machine")
+            Error::usage(
+                format!("{origin}: {what}"),
+                "`tidemill calibrate --save FILE` writes a profile of this machine",
+            )
         };
         let hardware: Hardware = toml::from_str(text).map_err(|error| wrong(error.message().to_owned()))?;
         hardware.validate().map_err(wrong)?;
