@@ -358,7 +358,7 @@ impl Costs<'_> {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::hardware::tests::example;
     use std::path::Path;

@@ -594,7 +594,7 @@ impl Kernels {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A machine with round numbers, for tests here and above.

@@ -7,7 +7,9 @@
 pub mod fences;
 pub mod pass;
 pub mod placement;
+pub mod price;
 pub mod shape;
+pub mod simulate;
 pub mod step;
 
 pub use pass::{Pass, Run};
