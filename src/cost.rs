@@ -129,8 +129,6 @@ pub struct ModelCost {
     pub pointwise_bytes: f64,
     /// Bytes of a row's hidden state.
     pub hidden_bytes: f64,
-    /// Steps that make the logits of a pass.
-    pub head_parts: usize,
     /// Bytes on disk per byte of weights, where they are stored as compressed planes.
     pub compressed_ratio: f64,
 }
@@ -181,7 +179,6 @@ impl ModelCost {
             frame_bytes: (frame / 4096.0).ceil() * 4096.0,
             pointwise_bytes,
             hidden_bytes: 4.0 * hidden,
-            head_parts: 1,
             compressed_ratio: match weights {
                 // Split planes with the exponents compressed, on Gaussian weights.
                 Element::Bf16 => 0.68,
@@ -223,9 +220,16 @@ pub struct Costs<'a> {
     pub model: &'a ModelCost,
     /// The machine.
     pub hardware: &'a Hardware,
+    /// Steps that make the logits of a pass: 1, or the parts of a head that is streamed.
+    pub head_parts: usize,
 }
 
-impl Costs<'_> {
+impl<'a> Costs<'a> {
+    /// Prices `model` on `hardware`, with a head that is there as a whole.
+    pub fn new(model: &'a ModelCost, hardware: &'a Hardware) -> Self {
+        Costs { model, hardware, head_parts: 1 }
+    }
+
     /// `bytes` over a link in `steps` steps.
     ///
     /// A copy of a rehearsal takes a core and reads and writes main memory, however slow a throttle makes it.
@@ -344,8 +348,8 @@ impl Costs<'_> {
         self.compute(bytes / self.hardware.kernels().pointwise_bytes_per_s, bytes)
     }
 
-    /// A share of the vocabulary's logits for `outputs` rows, and their samples.
-    pub fn head(&self, outputs: f64, share: f64) -> Work {
+    /// One of the steps that make logits of `outputs` rows and draw from them.
+    pub fn head(&self, outputs: f64) -> Work {
         if outputs == 0.0 {
             return Work::none();
         }
@@ -353,6 +357,7 @@ impl Costs<'_> {
         let product = model.head_weights() * kernels.curve(model.weights).secs_per_weight(outputs);
         let logits = outputs * model.vocab_size as f64;
         let secs = product + logits / kernels.sampled_logits_per_s;
+        let share = 1.0 / self.head_parts as f64;
         self.compute(secs * share, share * (model.head_weights() * model.weights.bytes() + 8.0 * logits))
     }
 }
@@ -388,14 +393,14 @@ pub(crate) mod tests {
     #[test]
     fn links_cost_their_bytes_and_a_latency() {
         let (model, hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
-        let costs = Costs { model: &model, hardware: &hardware };
+        let costs = Costs::new(&model, &hardware);
         let work = costs.transfer(Link::H2d, 1e9, 2.0);
         assert!((work.lane_secs - (0.1 + 2e-5)).abs() < 1e-12);
         assert_eq!((work.core_secs, work.dram_bytes), (0.0, 1e9));
         // Together they reach 8 of 10 GB/s each: their sum takes 1.25 times as long as one alone.
         assert!((work.link_secs - 0.1 / 1.6).abs() < 1e-12 && work.disk_secs == 0.0);
         let slow = hardware.without_gpu().rehearsed(1 << 30).throttled(&"h2d=1GB/s".parse().unwrap());
-        let work = Costs { model: &model, hardware: &slow }.transfer(Link::H2d, 1e9, 0.0);
+        let work = Costs::new(&model, &slow).transfer(Link::H2d, 1e9, 0.0);
         assert_eq!((work.lane_secs, work.core_secs, work.dram_bytes), (1.0, 0.2, 2e9));
     }
 
@@ -404,7 +409,7 @@ pub(crate) mod tests {
         let (model, mut hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
         hardware.gpu = None;
         hardware.links = None;
-        let costs = Costs { model: &model, hardware: &hardware };
+        let costs = Costs::new(&model, &hardware);
         let decode = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 1.0, keys: 640.0, pages: 10.0 });
         let bound = (640.0 * 1024.0 / 5e9_f64).max(10.0 * model.frame_bytes / 5e9);
         assert!((decode - bound).abs() < 1e-12, "{decode} {bound}");
@@ -417,10 +422,10 @@ pub(crate) mod tests {
     fn computing_on_the_cpu_takes_its_cores() {
         let (model, hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
         let load = LayerLoad { rows: 64.0, keys: 6400.0, pages: 128.0 };
-        let device = Costs { model: &model, hardware: &hardware }.layer(&load);
+        let device = Costs::new(&model, &hardware).layer(&load);
         assert_eq!((device.core_secs, device.dram_bytes), (0.0, 0.0));
         let host = hardware.without_gpu();
-        let work = Costs { model: &model, hardware: &host }.layer(&load);
+        let work = Costs::new(&model, &host).layer(&load);
         assert!((work.core_secs - 4.0 * (work.lane_secs - 1e-5)).abs() < 1e-12);
         assert!(work.lane_secs > device.lane_secs && work.dram_bytes > 0.0);
     }

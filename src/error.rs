@@ -22,6 +22,11 @@ pub enum Tier {
     Disk,
 }
 
+impl Tier {
+    /// All tiers, fastest first.
+    pub const ALL: [Tier; 3] = [Tier::Gpu, Tier::Cpu, Tier::Disk];
+}
+
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -70,6 +75,18 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A part of a file could not be read or written.
+    #[error("{action} {path} at offset {offset}: {source}", path = path.display())]
+    IoAt {
+        /// What was attempted: `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The first byte's place in the file.
+        offset: u64,
         /// The system's answer.
         source: io::Error,
     },
@@ -150,11 +167,14 @@ impl Error {
             | Error::Input { hint, .. }
             | Error::Output { hint, .. }
             | Error::OverBudget { hint, .. } => hint.clone(),
-            Error::Io { source, .. } => match source.kind() {
+            Error::Io { source, .. } | Error::IoAt { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     Some("free some space and run the same command again: finished work is kept".into())
                 }
                 io::ErrorKind::PermissionDenied => Some("check the permissions of the file and its directory".into()),
+                io::ErrorKind::UnexpectedEof => {
+                    Some("something cut the file short: make it again (a packed model with `tidemill pack`)".into())
+                }
                 _ => None,
             },
             Error::Stopped { .. } => Some("run the same command again to go on".into()),

@@ -64,7 +64,14 @@ impl Arena {
 
     /// Takes the next `bytes` of the arena, zeroed.
     pub fn carve(&mut self, bytes: usize) -> Region {
-        let start = self.used;
+        self.carve_aligned(bytes, ALIGNMENT)
+    }
+
+    /// Takes the next `bytes` that start on a multiple of `align`, a power of two up to the page size; the gap
+    /// before them counts as used.
+    pub fn carve_aligned(&mut self, bytes: usize, align: usize) -> Region {
+        assert!(align.is_power_of_two() && (ALIGNMENT..=4096).contains(&align), "alignment {align}");
+        let start = self.used.next_multiple_of(align);
         let end = start + aligned(bytes);
         assert!(end <= self.mapping.len, "arena of {} bytes asked for {end}", self.mapping.len);
         self.used = end;
@@ -145,6 +152,15 @@ mod tests {
         assert_eq!(b.bytes().as_ptr() as usize % ALIGNMENT, 0);
         drop(arena);
         assert!(b.as_slice::<f32>().iter().all(|&v| v == 2.0));
+    }
+
+    #[test]
+    fn regions_start_where_asked() {
+        let mut arena = Arena::new("test", Tier::Cpu, 1 << 20).unwrap();
+        arena.carve(10);
+        let page = arena.carve_aligned(5000, 4096);
+        assert_eq!(page.bytes().as_ptr() as usize % 4096, 0);
+        assert_eq!(arena.used(), 4096 + aligned(5000));
     }
 
     #[test]

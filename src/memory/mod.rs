@@ -4,5 +4,6 @@
 //! region can neither read nor overwrite another's bytes.
 
 pub mod arena;
+pub mod disk;
 pub mod limits;
 pub mod mapped_file;

@@ -4,7 +4,9 @@
 //! **Invariant:** everything here is pure: no I/O, no device, no clock. The list of steps, taken one after the other,
 //! is a correct program; lanes may overlap them as far as [`fences`] allow.
 
+pub mod check;
 pub mod fences;
+pub mod lower;
 pub mod pass;
 pub mod placement;
 pub mod price;

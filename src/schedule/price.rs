@@ -4,7 +4,7 @@
 //! the sum over its steps, but for what rounding and latencies of copies add: both are made of the same formulas.
 
 use super::shape::BlockShape;
-use super::step::{Lane, Op, Step};
+use super::step::{Lane, Op, Slot, Step};
 use crate::cost::{Costs, LayerLoad, Scalar, Work};
 use crate::hardware::{Hardware, Link};
 
@@ -133,10 +133,12 @@ pub fn load(block: &BlockShape) -> LayerLoad {
     LayerLoad { rows: block.rows as f64, keys: block.keys as f64, pages: block.pages as f64 }
 }
 
-/// What one step of a pass takes. `bytes` of a step are those that it moves; of `DecodeWeights`, those that it makes.
+/// What one step of a pass takes. Steps count weights by the bytes they have when decoded.
 pub fn step_work(step: &Step, blocks: &[BlockShape], costs: &Costs<'_>) -> Work {
     if let Some(link) = link(step.lane) {
-        return costs.transfer(link, step.bytes as f64, 1.0);
+        let compressed = step.writes.iter().any(|slot| matches!(slot, Slot::Planes(_)));
+        let ratio = if compressed { costs.model.compressed_ratio } else { 1.0 };
+        return costs.transfer(link, step.bytes as f64 * ratio, 1.0);
     }
     let block = blocks.get(step.block as usize).copied().unwrap_or_default();
     match step.op {
@@ -146,7 +148,7 @@ pub fn step_work(step: &Step, blocks: &[BlockShape], costs: &Costs<'_>) -> Work 
         Op::Gather => costs.gather(block.outputs as f64),
         Op::Head => {
             let outputs: usize = blocks.iter().map(|block| block.outputs).sum();
-            costs.head(outputs as f64, 1.0 / costs.model.head_parts as f64)
+            costs.head(outputs as f64)
         }
         // Bytes that another lane than a link's moves: a copy by one core.
         _ => {
@@ -225,30 +227,34 @@ pub fn pass_demand<S: Scalar>(
         demand.add(Lane::Cpu, costs.decode(traffic.weights_disk.clone(), 0.0));
     }
     let layers = costs.model.num_layers as f64;
+    let (mut work, mut attention, mut rows, mut outputs) = (Work::default(), Work::default(), 0.0, 0.0);
     for block in blocks {
-        let work = costs.layer(&load(block)) * layers + costs.embed(block.rows as f64);
-        demand.add(compute, Work::constant(work + costs.gather(block.outputs as f64)));
-        if device && block.rows > 0 {
-            demand.add(Lane::Cpu, scaled(&costs.cpu_attention(&load(block)), &traffic.attended, layers));
-            let row = (costs.model.query_width + 2 * costs.model.kv_width) as f64 * 2.0;
-            let result = costs.model.query_width as f64 * 2.0;
-            let share = |bytes: f64| traffic.attended.clone() * (bytes * block.rows as f64 * layers);
-            demand.add(Lane::D2h, costs.transfer(Link::D2h, share(row), 0.0));
-            demand.add(Lane::H2d, costs.transfer(Link::H2d, share(result), 0.0));
+        work = work + costs.layer(&load(block)) * layers + costs.embed(block.rows as f64);
+        if block.outputs > 0 {
+            work = work + costs.gather(block.outputs as f64);
         }
+        attention = attention + costs.cpu_attention(&load(block)) * layers;
+        rows += block.rows as f64;
+        outputs += block.outputs as f64;
     }
-    let outputs: usize = blocks.iter().map(|block| block.outputs).sum();
-    let part = costs.head(outputs as f64, 1.0 / costs.model.head_parts as f64);
-    demand.add(compute, Work::constant(part * costs.model.head_parts as f64));
+    work = work + costs.head(outputs) * costs.head_parts as f64;
+    demand.add(compute, Work::constant(work));
+    if device {
+        demand.add(Lane::Cpu, scaled(&attention, &traffic.attended));
+        let row = |elements: usize| traffic.attended.clone() * (elements as f64 * 2.0 * rows * layers);
+        let (queries, results) = (costs.model.query_width + 2 * costs.model.kv_width, costs.model.query_width);
+        demand.add(Lane::D2h, costs.transfer(Link::D2h, row(queries), 0.0));
+        demand.add(Lane::H2d, costs.transfer(Link::H2d, row(results), 0.0));
+    }
     demand
 }
 
 /// `work` times a share.
-fn scaled<S: Scalar>(work: &Work, share: &S, factor: f64) -> Work<S> {
+fn scaled<S: Scalar>(work: &Work, share: &S) -> Work<S> {
     Work {
-        lane_secs: share.clone() * (work.lane_secs * factor),
-        core_secs: share.clone() * (work.core_secs * factor),
-        dram_bytes: share.clone() * (work.dram_bytes * factor),
+        lane_secs: share.clone() * work.lane_secs,
+        core_secs: share.clone() * work.core_secs,
+        dram_bytes: share.clone() * work.dram_bytes,
         ..Work::none()
     }
 }
@@ -282,7 +288,7 @@ mod tests {
         let (model, mut hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
         hardware.links.as_mut().unwrap().step_secs = 0.0;
         hardware.disk.as_mut().unwrap().step_secs = 0.0;
-        let costs = Costs { model: &model, hardware: &hardware };
+        let costs = Costs::new(&model, &hardware);
         let blocks = [block(10), block(33)];
         let mut sum = Demand::none();
         let mut add = |step: Step| sum.add(step.lane, step_work(&step, &blocks, &costs));

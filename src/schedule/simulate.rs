@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn everything_dependent_takes_the_sum() {
-        let slot = Slot::Outputs;
+        let slot = Slot::Embeddings;
         let lanes = [Lane::Gpu, Lane::H2d, Lane::Cpu, Lane::DiskRead, Lane::Gpu];
         let steps = lanes.map(|lane| step(lane, &[slot], &[slot]));
         let works = [1.0, 2.0, 3.0, 4.0, 5.0].map(lane_work);
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn steps_without_work_take_no_time() {
         let steps =
-            [step(Lane::Gpu, &[], &[]), step(Lane::Gpu, &[], &[Slot::Logits]), step(Lane::Cpu, &[Slot::Logits], &[])];
+            [step(Lane::Gpu, &[], &[]), step(Lane::Gpu, &[], &[Slot::Kv(0)]), step(Lane::Cpu, &[Slot::Kv(0)], &[])];
         assert_eq!(run(&steps, &[0.0, 0.0, 1.0].map(lane_work)).secs, 1.0);
     }
 

@@ -73,10 +73,8 @@ pub enum Slot {
     HiddenStaging(u32),
     /// Hidden state of a block where it lives between layers.
     HiddenHome(u32),
-    /// Rows that are asked for logits.
-    Outputs,
-    /// Logits of a pass.
-    Logits,
+    /// Embeddings of a block's tokens, from a table that lies elsewhere.
+    Embeddings,
 }
 
 impl fmt::Display for Slot {
@@ -91,8 +89,7 @@ impl fmt::Display for Slot {
             Slot::Hidden(i) => write!(f, "h{i}"),
             Slot::HiddenStaging(i) => write!(f, "hs{i}"),
             Slot::HiddenHome(block) => write!(f, "h@{block}"),
-            Slot::Outputs => f.write_str("out"),
-            Slot::Logits => f.write_str("logits"),
+            Slot::Embeddings => f.write_str("emb"),
         }
     }
 }
@@ -181,7 +178,9 @@ pub enum Op {
     StoreHidden,
     /// Hidden state to the disk.
     WriteHidden,
-    /// Embeddings of a block's tokens.
+    /// Embeddings of a block's tokens to the device, from a table in main memory or on disk.
+    LoadEmbeddings,
+    /// A block's first hidden state.
     Embed,
     /// One decoder layer of a block.
     Layer,
@@ -205,6 +204,7 @@ impl Op {
             Op::LoadHidden => "load_hidden",
             Op::StoreHidden => "store_hidden",
             Op::WriteHidden => "write_hidden",
+            Op::LoadEmbeddings => "load_embeddings",
             Op::Embed => "embed",
             Op::Layer => "layer",
             Op::Gather => "gather",

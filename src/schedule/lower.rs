@@ -1,0 +1,396 @@
+//! A pass and a placement to a list of steps.
+//!
+//! Weights of the stages to come are brought in slices, spread over all blocks of the stage that computes, so that a
+//! link never idles because one block is short. Pages and hidden states of the blocks to come are brought ahead as far
+//! as there are slots. Places are used in turn over the whole job, not per pass, so the next pass's first stages load
+//! while this one still samples.
+//!
+//! **Invariant:** taken one after the other, the steps are a correct program: whatever a step reads has been written
+//! by an earlier one, and nothing is overwritten that a later one still needs. `check` holds the list to it.
+
+use std::ops::Range;
+
+use super::placement::Placement;
+use super::shape::BlockShape;
+use super::step::{Lane, Op, Slot, Slots, Step};
+use crate::error::Tier;
+
+/// What one pass leaves to the next: how often each kind of place has been used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Streamed stages that were computed.
+    pub computed: u64,
+    /// Streamed stages that were brought in, or are on their way.
+    pub loaded: u64,
+    /// Slices of weights between disk and device.
+    pub staged: u64,
+    /// Slices of compressed planes.
+    pub planes: u64,
+    /// Blocks times layers.
+    pub items: u64,
+    /// Transfers of pages between disk and device.
+    pub kv_staged: u64,
+    /// Transfers of hidden states between disk and device.
+    pub hidden_staged: u64,
+    /// Passes.
+    pub passes: u32,
+}
+
+/// Lowers one pass of `blocks`.
+pub fn lower(placement: &Placement, blocks: &[BlockShape], carried: &mut Carried) -> Vec<Step> {
+    let stages = placement.stages.iter().enumerate();
+    let streamed = stages.filter(|(_, stage)| !stage.streamed().is_empty()).map(|(index, _)| index).collect();
+    let mut lowering = Lowering { placement, blocks, streamed, carried, steps: Vec::new() };
+    lowering.pass();
+    lowering.steps
+}
+
+struct Lowering<'a> {
+    placement: &'a Placement,
+    blocks: &'a [BlockShape],
+    /// Stages with streamed chunks, in order.
+    streamed: Vec<usize>,
+    carried: &'a mut Carried,
+    steps: Vec<Step>,
+}
+
+/// Where a step belongs in the pass.
+#[derive(Clone, Copy)]
+struct Place {
+    stage: usize,
+    block: usize,
+}
+
+impl Lowering<'_> {
+    fn pass(&mut self) {
+        let count = self.blocks.len();
+        let items = self.placement.num_layers * count;
+        let ahead = self.kv_slots() - 1;
+        self.catch_up(self.placement.policy.weight_slots as u64 - 1);
+        (0..ahead.min(items)).for_each(|item| self.load_kv(item));
+        for stage in 0..self.placement.num_layers {
+            self.begin_stage(stage);
+            for block in 0..count {
+                let item = stage * count + block;
+                if item + ahead < items {
+                    self.load_kv(item + ahead);
+                }
+                let hidden = item + ahead.min(count - 1);
+                if hidden >= count && hidden < items {
+                    self.load_hidden(hidden);
+                }
+                self.bring_weights(stage, block, count);
+                if stage == 0 {
+                    self.embed(item);
+                }
+                self.layer(item);
+                self.store_kv(item);
+                if stage + 1 < self.placement.num_layers {
+                    self.store_hidden(item);
+                } else if self.blocks[block].outputs > 0 {
+                    let reads = self.hidden_slot(item);
+                    self.compute(Op::Gather, Place { stage, block }, reads, Slots::none());
+                }
+            }
+            self.end_stage(stage);
+        }
+        self.head();
+        self.carried.items += items as u64;
+        self.carried.passes += 1;
+    }
+
+    /// Logits, part by part where the head is streamed.
+    fn head(&mut self) {
+        let first = self.placement.num_layers;
+        if self.placement.head_resident {
+            if self.blocks.iter().any(|block| block.outputs > 0) {
+                self.compute(Op::Head, Place { stage: first, block: 0 }, Slots::none(), Slots::none());
+            }
+            return;
+        }
+        for stage in first..self.placement.stages.len() {
+            self.begin_stage(stage);
+            self.bring_weights(stage, 0, 1);
+            let reads = self.weights(stage);
+            self.compute(Op::Head, Place { stage, block: 0 }, reads, Slots::none());
+            self.end_stage(stage);
+        }
+    }
+
+    // Weights
+
+    /// Brings in whole stages until `ahead` are there or on their way beside those that were computed.
+    fn catch_up(&mut self, ahead: u64) {
+        while !self.streamed.is_empty() && self.carried.loaded < self.carried.computed + ahead {
+            self.slices(0, 1);
+            self.carried.loaded += 1;
+        }
+    }
+
+    fn is_streamed(&self, stage: usize) -> bool {
+        !self.placement.stages[stage].streamed().is_empty()
+    }
+
+    fn begin_stage(&mut self, stage: usize) {
+        if self.is_streamed(stage) {
+            // With a single slot nothing can come ahead.
+            self.catch_up(1);
+        }
+    }
+
+    /// Block `block`'s share of the weights that come while `stage` computes.
+    fn bring_weights(&mut self, stage: usize, block: usize, blocks: usize) {
+        let slots = self.placement.policy.weight_slots as u64;
+        if self.is_streamed(stage) && self.carried.loaded < self.carried.computed + slots {
+            self.slices(block, blocks);
+            if block + 1 == blocks {
+                self.carried.loaded += 1;
+            }
+        }
+    }
+
+    fn end_stage(&mut self, stage: usize) {
+        if self.is_streamed(stage) {
+            self.carried.computed += 1;
+        }
+    }
+
+    /// The slot of the stage that computes.
+    fn weights(&self, stage: usize) -> Slots {
+        match self.is_streamed(stage) {
+            true => Slot::Weights((self.carried.computed % self.placement.policy.weight_slots as u64) as u32).into(),
+            false => Slots::none(),
+        }
+    }
+
+    /// Part `part` of `parts` of the next stage to be brought in.
+    fn slices(&mut self, part: usize, parts: usize) {
+        let index = self.streamed[(self.carried.loaded % self.streamed.len() as u64) as usize];
+        let stage = &self.placement.stages[index];
+        let slot = Slot::Weights((self.carried.loaded % self.placement.policy.weight_slots as u64) as u32);
+        let (all, place) = (stage.streamed(), Place { stage: index, block: part });
+        let cut = |part: usize| all.start + part * all.len() / parts;
+        let share = cut(part)..cut(part + 1);
+        let within = |range: Range<usize>| share.start.max(range.start)..share.end.min(range.end);
+        let from_cpu = within(stage.from_cpu());
+        if !from_cpu.is_empty() {
+            let bytes = stage.bytes(from_cpu.clone());
+            self.step(Lane::H2d, load_weights(&from_cpu), place, Slots::none(), slot.into(), bytes);
+        }
+        let mut rest = within(stage.from_disk());
+        while !rest.is_empty() {
+            let slice = self.slice(index, &rest);
+            rest.start = slice.end;
+            self.slice_from_disk(slice, place, slot);
+        }
+    }
+
+    /// As many of `chunks` as one step brings.
+    fn slice(&self, stage: usize, chunks: &Range<usize>) -> Range<usize> {
+        let staging = self.placement.weight_staging;
+        let ring = if self.placement.policy.compressed { self.placement.planes } else { staging };
+        if ring.count == 0 {
+            return chunks.clone();
+        }
+        let sizes = &self.placement.stages[stage].chunks;
+        let (mut end, mut bytes) = (chunks.start, 0);
+        while end < chunks.end && (end == chunks.start || bytes + sizes[end] <= ring.bytes) {
+            bytes += sizes[end];
+            end += 1;
+        }
+        chunks.start..end
+    }
+
+    fn slice_from_disk(&mut self, slice: Range<usize>, place: Place, slot: Slot) {
+        let bytes = self.placement.stages[place.stage].bytes(slice.clone());
+        let (from, to) = (slice.start as u32, slice.end as u32);
+        let read = Op::ReadWeights { from, to };
+        let device = self.placement.compute == Tier::Gpu;
+        let target = match device {
+            true => Slot::WeightsStaging(turn(&mut self.carried.staged, self.placement.weight_staging.count)),
+            false => slot,
+        };
+        if self.placement.policy.compressed {
+            let planes = Slot::Planes(turn(&mut self.carried.planes, self.placement.planes.count));
+            self.step(Lane::DiskRead, read, place, Slots::none(), planes.into(), bytes);
+            self.step(Lane::Cpu, Op::DecodeWeights { from, to }, place, planes.into(), target.into(), bytes);
+        } else {
+            self.step(Lane::DiskRead, read, place, Slots::none(), target.into(), bytes);
+        }
+        if device {
+            self.step(Lane::H2d, load_weights(&slice), place, target.into(), slot.into(), bytes);
+        }
+    }
+
+    // Pages
+
+    fn kv_slots(&self) -> usize {
+        self.placement.policy.kv_slots.max(1)
+    }
+
+    fn place(&self, item: usize) -> Place {
+        Place { stage: item / self.blocks.len(), block: item % self.blocks.len() }
+    }
+
+    fn turn_of(&self, item: usize) -> u32 {
+        ((self.carried.items + item as u64) % self.kv_slots() as u64) as u32
+    }
+
+    /// The pages of a layer in a tier as the pass before left them (`written_now` false), or as this one writes them.
+    fn kv_home(&self, tier: Tier, stage: usize, written_now: bool) -> Slot {
+        let parity = (self.carried.passes + u32::from(!written_now)) % 2;
+        Slot::KvHome(tier, stage as u32, parity)
+    }
+
+    fn kv_staging(&mut self) -> Slot {
+        Slot::KvStaging(turn(&mut self.carried.kv_staged, self.placement.kv_staging.count))
+    }
+
+    fn load_kv(&mut self, item: usize) {
+        let place = self.place(item);
+        let (loads, slot) = (self.blocks[place.block].loads, Slot::Kv(self.turn_of(item)));
+        let bytes = |pages: usize| pages as u64 * self.placement.frame;
+        let (cpu, disk) = (bytes(loads.cpu), bytes(loads.disk));
+        if cpu > 0 {
+            let home = self.kv_home(Tier::Cpu, place.stage, false);
+            self.step(Lane::H2d, Op::LoadKv, place, home.into(), slot.into(), cpu);
+        }
+        if disk > 0 {
+            let home = self.kv_home(Tier::Disk, place.stage, false);
+            if self.placement.compute == Tier::Gpu {
+                let staging = self.kv_staging();
+                self.step(Lane::DiskRead, Op::ReadKv, place, home.into(), staging.into(), disk);
+                self.step(Lane::H2d, Op::LoadKv, place, staging.into(), slot.into(), disk);
+            } else {
+                self.step(Lane::DiskRead, Op::ReadKv, place, home.into(), slot.into(), disk);
+            }
+        }
+    }
+
+    fn store_kv(&mut self, item: usize) {
+        let place = self.place(item);
+        let (stores, slot) = (self.blocks[place.block].stores, Slot::Kv(self.turn_of(item)));
+        let bytes = |pages: usize| pages as u64 * self.placement.frame;
+        let (cpu, disk) = (bytes(stores.cpu), bytes(stores.disk));
+        if cpu > 0 {
+            let home = self.kv_home(Tier::Cpu, place.stage, true);
+            self.step(Lane::D2h, Op::StoreKv, place, slot.into(), home.into(), cpu);
+        }
+        if disk > 0 {
+            let home = self.kv_home(Tier::Disk, place.stage, true);
+            if self.placement.compute == Tier::Gpu {
+                let staging = self.kv_staging();
+                self.step(Lane::D2h, Op::StoreKv, place, slot.into(), staging.into(), disk);
+                self.step(Lane::DiskWrite, Op::WriteKv, place, staging.into(), home.into(), disk);
+            } else {
+                self.step(Lane::DiskWrite, Op::WriteKv, place, slot.into(), home.into(), disk);
+            }
+        }
+    }
+
+    // Hidden states
+
+    /// The slot of an item's hidden state; none where it stays with the device.
+    fn hidden_slot(&self, item: usize) -> Slots {
+        let elsewhere = self.placement.hidden[self.place(item).block] != self.placement.compute;
+        if elsewhere { Slot::Hidden(self.turn_of(item)).into() } else { Slots::none() }
+    }
+
+    fn hidden_bytes(&self, place: Place) -> u64 {
+        self.blocks[place.block].rows as u64 * self.placement.hidden_row
+    }
+
+    fn hidden_staging(&mut self) -> Slot {
+        Slot::HiddenStaging(turn(&mut self.carried.hidden_staged, self.placement.hidden_staging.count))
+    }
+
+    fn load_hidden(&mut self, item: usize) {
+        let place = self.place(item);
+        let tier = self.placement.hidden[place.block];
+        if tier == self.placement.compute {
+            return;
+        }
+        let (home, slot) = (Slot::HiddenHome(place.block as u32), Slot::Hidden(self.turn_of(item)));
+        let bytes = self.hidden_bytes(place);
+        match (tier, self.placement.compute) {
+            (Tier::Disk, Tier::Gpu) => {
+                let staging = self.hidden_staging();
+                self.step(Lane::DiskRead, Op::ReadHidden, place, home.into(), staging.into(), bytes);
+                self.step(Lane::H2d, Op::LoadHidden, place, staging.into(), slot.into(), bytes);
+            }
+            (Tier::Disk, _) => self.step(Lane::DiskRead, Op::ReadHidden, place, home.into(), slot.into(), bytes),
+            _ => self.step(Lane::H2d, Op::LoadHidden, place, home.into(), slot.into(), bytes),
+        }
+    }
+
+    fn store_hidden(&mut self, item: usize) {
+        let place = self.place(item);
+        let tier = self.placement.hidden[place.block];
+        if tier == self.placement.compute {
+            return;
+        }
+        let (home, slot) = (Slot::HiddenHome(place.block as u32), Slot::Hidden(self.turn_of(item)));
+        let bytes = self.hidden_bytes(place);
+        match (tier, self.placement.compute) {
+            (Tier::Disk, Tier::Gpu) => {
+                let staging = self.hidden_staging();
+                self.step(Lane::D2h, Op::StoreHidden, place, slot.into(), staging.into(), bytes);
+                self.step(Lane::DiskWrite, Op::WriteHidden, place, staging.into(), home.into(), bytes);
+            }
+            (Tier::Disk, _) => self.step(Lane::DiskWrite, Op::WriteHidden, place, slot.into(), home.into(), bytes),
+            _ => self.step(Lane::D2h, Op::StoreHidden, place, slot.into(), home.into(), bytes),
+        }
+    }
+
+    // Computation
+
+    fn embed(&mut self, item: usize) {
+        let place = self.place(item);
+        let mut reads = Slots::none();
+        if self.placement.embed != self.placement.compute {
+            let lane = if self.placement.embed == Tier::Disk { Lane::DiskRead } else { Lane::H2d };
+            let bytes = self.blocks[place.block].rows as u64 * self.placement.hidden_row;
+            self.step(lane, Op::LoadEmbeddings, place, Slots::none(), Slot::Embeddings.into(), bytes);
+            reads = Slot::Embeddings.into();
+        }
+        let writes = self.hidden_slot(item);
+        self.compute(Op::Embed, place, reads, writes);
+    }
+
+    fn layer(&mut self, item: usize) {
+        let place = self.place(item);
+        let block = &self.blocks[place.block];
+        let (mut reads, mut writes) = (self.weights(place.stage), Slots::none());
+        if block.loads.total() > 0 {
+            reads = reads.and(Slot::Kv(self.turn_of(item)));
+        }
+        if block.stores.total() > 0 {
+            writes = writes.and(Slot::Kv(self.turn_of(item)));
+        }
+        for slot in self.hidden_slot(item).iter() {
+            (reads, writes) = (reads.and(slot), writes.and(slot));
+        }
+        self.compute(Op::Layer, place, reads, writes);
+    }
+
+    fn compute(&mut self, op: Op, place: Place, reads: Slots, writes: Slots) {
+        let lane = if self.placement.compute == Tier::Gpu { Lane::Gpu } else { Lane::Cpu };
+        self.step(lane, op, place, reads, writes, 0);
+    }
+
+    fn step(&mut self, lane: Lane, op: Op, place: Place, reads: Slots, writes: Slots, bytes: u64) {
+        let (stage, block) = (place.stage as u32, place.block as u32);
+        self.steps.push(Step { lane, op, stage, block, reads, writes, bytes });
+    }
+}
+
+fn load_weights(chunks: &Range<usize>) -> Op {
+    Op::LoadWeights { from: chunks.start as u32, to: chunks.end as u32 }
+}
+
+/// The next place of a ring of `count`.
+fn turn(used: &mut u64, count: usize) -> u32 {
+    let place = *used % count as u64;
+    *used += 1;
+    place as u32
+}
