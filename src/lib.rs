@@ -13,6 +13,7 @@ pub mod job;
 pub mod kv;
 pub mod memory;
 pub mod model;
+pub mod planner;
 pub mod policy;
 pub mod rng;
 pub mod schedule;
