@@ -6,6 +6,7 @@
 mod config;
 mod flags;
 mod generate;
+mod plan;
 mod progress;
 mod resources;
 mod say;
@@ -31,6 +32,8 @@ struct Arguments {
 enum Command {
     /// Complete every prompt of a JSONL file.
     Generate(Box<generate::Arguments>),
+    /// Say what a job would take on a machine; needs no weights.
+    Plan(Box<plan::Arguments>),
     /// Write a model with seeded Gaussian weights in the shape of a configuration.
     Synth {
         /// A Hugging Face config.json.
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Generate(arguments) => generate::run(*arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Synth { config, seed, output } => {
             crate::model::synth_files::write_directory(&config, seed, &output)?;
             say::line(&format!("synthetic model written to {}", output.display()));

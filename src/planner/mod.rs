@@ -8,3 +8,6 @@ pub mod lp;
 pub mod model;
 pub mod rollout;
 pub mod search;
+
+pub mod draw;
+pub mod explain;

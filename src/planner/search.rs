@@ -133,12 +133,22 @@ impl<'a> Question<'a> {
         let question = Question { hardware: &ideal, capabilities, ..*self };
         let candidates = question.candidates();
         let tokens = self.job.prompt_len + self.job.gen_len;
-        let rate = |candidate: &Candidate| {
-            candidate.load.prompts.max(candidate.load.prompt_tokens / self.job.prompt_len) * tokens
-                / candidate.solution.secs
-        };
+        let rate = |candidate: &Candidate| candidate.load.prompts * tokens / candidate.solution.secs;
         let best = candidates.into_iter().max_by(|a, b| rate(a).total_cmp(&rate(b)))?;
         Some((rate(&best), best.solution.bottleneck))
+    }
+
+    /// Seconds of the job if every pass were as fast as the best program says.
+    pub fn best_program_secs(&self) -> Option<f64> {
+        self.candidates().iter().map(|candidate| candidate.secs).min_by(f64::total_cmp)
+    }
+
+    /// A plan's passes in time.
+    pub fn rehearse(&self, plan: &Plan, passes: usize) -> Rehearsed {
+        let shapes = place(&plan.steady.blocks(self.job, plan.outline.blocks), &plan.placement);
+        let mut costs = Costs::new(&self.model.cost, self.hardware);
+        costs.head_parts = (plan.placement.stages.len() - plan.placement.num_layers).max(1);
+        rehearse(&plan.placement, &shapes, &costs, passes)
     }
 
     /// Every outline that the program finds room for.
@@ -247,8 +257,7 @@ impl<'a> Question<'a> {
         let blocks = candidate.load.blocks(self.job, candidate.outline.blocks);
         let (policy, placement, solution) = self.round(candidate, &blocks)?;
         let shapes = place(&blocks, &placement);
-        let model = &self.model.cost;
-        let mut costs = Costs::new(model, self.hardware);
+        let mut costs = Costs::new(&self.model.cost, self.hardware);
         costs.head_parts = (placement.stages.len() - placement.num_layers).max(1);
         let rehearsed = rehearse(&placement, &shapes, &costs, 3);
         let pass_secs = rehearsed.ends[1] - rehearsed.ends[0];
