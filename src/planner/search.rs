@@ -194,13 +194,12 @@ impl<'a> Question<'a> {
     /// Numbers of sequences to try: up to what memory holds, about a fifth apart.
     fn sequences(&self) -> Vec<usize> {
         let frames = self.model.cost.num_layers as f64 * self.model.bytes.frame as f64;
-        let room: f64 = self.budgets.0[..2].iter().sum();
-        let room = if room < 2.0 * self.job.most_pages as f64 * frames { room + self.budgets.0[2] } else { room };
+        let room: f64 = self.budgets.0.iter().sum();
         let most = (room / (self.job.pages * frames)) as usize;
         let most = most.clamp(1, MOST_SEQUENCES).min(self.job.requests);
         let mut all: Vec<usize> = vec![most];
         let mut count = most as f64;
-        while count > 1.0 && all.len() < 40 {
+        while count > 1.0 && all.len() < 60 {
             count = (count / if count > 64.0 { 1.15 } else { 1.3 }).floor();
             all.push((count as usize).max(1));
         }
