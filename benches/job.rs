@@ -72,7 +72,14 @@ fn ours_gflops(dtype: DType, rows: usize) -> f64 {
         let started = Instant::now();
         for _ in 0..repeat {
             let packed = PackedRows::pack(isa, &x, rows, SIDE, &mut scratch);
-            linear(isa, &packed, Panels { data: &data, dtype, inputs: SIDE, outputs: SIDE }, None, &mut y);
+            linear(
+                isa,
+                &packed,
+                &Panels { pieces: vec![&data], dtype, inputs: SIDE, outputs: SIDE },
+                None,
+                &mut y,
+                SIDE,
+            );
         }
         std::hint::black_box(&y);
         2.0 * (rows * repeat * SIDE * SIDE) as f64 / started.elapsed().as_secs_f64() / 1e9

@@ -7,12 +7,16 @@ use tidemill::device::host::Host;
 use tidemill::device::host::isa::Isa;
 use tidemill::device::sampling::{Draw, Drawn, Target};
 use tidemill::error::Tier;
-use tidemill::executor::Executor;
-use tidemill::executor::size::{Capacity, Shape, total_bytes};
+use tidemill::executor::size::model_bytes;
+use tidemill::executor::{Executor, Parts};
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
+use tidemill::model::packed::Packed;
+use tidemill::model::packed::pack::Packer;
+use tidemill::policy::{Policy, Split};
+use tidemill::schedule::placement::Placement;
 use tidemill::schedule::{Pass, Run};
 
 const PAGES: usize = 16;
@@ -25,13 +29,32 @@ fn executor(model: &Model, isa: Isa, kv: DType) -> Executor<Host> {
         head_dim: config.head_dim,
         dtype: kv,
     };
-    let capacity = Capacity { rows: 400, logit_rows: 7, pages: PAGES };
-    let shape = Shape { weights: None, layout, capacity };
-    let arena = Arena::new("test", Tier::Cpu, total_bytes(model, &shape)).unwrap();
-    let executor = Executor::new(Host::with_isa(arena, isa), model, shape).unwrap();
-    // What was summed beforehand is what was taken, to the byte.
-    assert_eq!(executor.device().used_bytes(), total_bytes(model, &shape));
-    executor
+    let packed = Packer::new(model, None);
+    let policy = Policy {
+        sequences: 7,
+        chunk_tokens: 400,
+        blocks: 1,
+        block_rows: 400,
+        weight_slots: 2,
+        kv_slots: 2,
+        pages: PAGES,
+        block_pages: PAGES,
+        weights: Split::all(Tier::Cpu),
+        kv: Split::all(Tier::Cpu),
+        hidden: Split::all(Tier::Cpu),
+        embed: Tier::Cpu,
+        head: Tier::Cpu,
+        compressed: false,
+    };
+    let mut placement = Placement::new(&model_bytes(config, packed.layout(), &layout), &policy, Tier::Cpu);
+    // Every row of a pass is scored.
+    placement.output_rows = 400;
+    let (device_bytes, host_bytes) = placement.arenas();
+    let room = 400 * placement.hidden_row as usize * 3;
+    let arena = Arena::new("test", Tier::Cpu, device_bytes as usize + room).unwrap();
+    let host = Arena::new("test", Tier::Cpu, host_bytes as usize).unwrap();
+    let parts = Parts { packed: &packed, config, placement, kv: layout, offload: None, throttle: [None; 6] };
+    Executor::new(Host::with_isa(arena, isa), host, parts).unwrap()
 }
 
 fn tokens(len: usize, salt: usize, vocab: usize) -> Vec<u32> {
@@ -72,7 +95,7 @@ fn scores(model: &Model, isa: Isa, kv: DType, chunk: usize, together: bool) -> V
                     owners.push(s);
                 }
             }
-            for (owner, drawn) in owners.into_iter().zip(executor.run(&pass, &draws)) {
+            for (owner, drawn) in owners.into_iter().zip(executor.run(&pass, &draws).unwrap()) {
                 scores[owner].push(drawn);
             }
         }

@@ -9,7 +9,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Tier};
+use crate::policy::Split;
 
 /// `given` (flags and environment) over the file's values.
 ///
@@ -26,30 +27,73 @@ pub fn overlay<T: Serialize + DeserializeOwned>(given: &T, file: &Path) -> Resul
     table.try_into().map_err(wrong)
 }
 
-/// A policy file: how much is computed together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+/// A policy file: a [`Policy`](crate::policy::Policy) of which any part may be left out.
+#[derive(Clone, Debug, Default, PartialEq, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Policy {
+pub struct PolicyFile {
     /// Sequences in flight.
     pub sequences: Option<usize>,
     /// Prompt tokens in a pass.
     pub chunk_tokens: Option<usize>,
+    /// Blocks of a pass.
+    pub blocks: Option<usize>,
+    /// Rows of a block.
+    pub block_rows: Option<usize>,
+    /// Stages whose streamed weights the device holds.
+    pub weight_slots: Option<usize>,
+    /// Blocks whose streamed pages the device holds.
+    pub kv_slots: Option<usize>,
+    /// Pages of the KV cache.
+    pub pages: Option<usize>,
+    /// Streamed pages of a block.
+    pub block_pages: Option<usize>,
+    /// Decoder layers.
+    pub weights: Option<Split>,
+    /// Pages.
+    pub kv: Option<Split>,
+    /// Hidden states.
+    pub hidden: Option<Split>,
+    /// The embedding table.
+    pub embed: Option<Tier>,
+    /// The head.
+    pub head: Option<Tier>,
+    /// Compressed planes on disk.
+    pub compressed: Option<bool>,
 }
 
-impl Policy {
+impl PolicyFile {
     /// Reads a policy file.
     ///
     /// # Errors
     /// [`Error::Usage`] when a key is unknown or a value out of range.
-    pub fn read(file: &Path) -> Result<Policy> {
+    pub fn read(file: &Path) -> Result<PolicyFile> {
         let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
         let wrong = |what: String| {
-            Error::usage(format!("{}: {what}", file.display()), "a policy has `sequences` and `chunk-tokens`")
+            let keys = "a policy has keys such as `sequences`, `chunk-tokens` and `weights`; `plan --save` writes one";
+            Error::usage(format!("{}: {what}", file.display()), keys)
         };
-        let policy: Policy = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
-        for (key, value) in [("sequences", policy.sequences), ("chunk-tokens", policy.chunk_tokens)] {
-            if value.is_some_and(|value| !(1..=1 << 20).contains(&value)) {
-                return Err(wrong(format!("{key} must be between 1 and {}", 1 << 20)));
+        let policy: PolicyFile = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
+        let counts = [
+            ("sequences", policy.sequences, 1 << 20),
+            ("chunk-tokens", policy.chunk_tokens, 1 << 20),
+            ("blocks", policy.blocks, 1 << 16),
+            ("block-rows", policy.block_rows, 1 << 20),
+            ("weight-slots", policy.weight_slots, 64),
+            ("kv-slots", policy.kv_slots, 64),
+            ("pages", policy.pages, 1 << 30),
+            ("block-pages", policy.block_pages, 1 << 30),
+        ];
+        for (key, value, most) in counts {
+            if value.is_some_and(|value| !(1..=most).contains(&value)) {
+                return Err(wrong(format!("{key} must be between 1 and {most}")));
+            }
+        }
+        for (key, split) in [("weights", policy.weights), ("kv", policy.kv), ("hidden", policy.hidden)] {
+            let Some(Split { gpu, cpu, disk }) = split else { continue };
+            if [gpu, cpu, disk].iter().any(|share| !(0.0..=1.0).contains(share))
+                || (gpu + cpu + disk - 1.0).abs() > 1e-6
+            {
+                return Err(wrong(format!("the shares of {key} are not between 0 and 1 with the sum 1")));
             }
         }
         Ok(policy)

@@ -11,23 +11,29 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::config::{self, Policy};
+use super::config::{self, PolicyFile};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, WeightsChoice,
+    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, ThrottleChoice,
+    WeightsChoice,
 };
 use super::progress::Progress;
-use super::resources::{self, Wishes};
+use super::resources::{self, Budgets, Wishes};
 use super::{say, signals, stats};
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
-use crate::executor::Executor;
-use crate::executor::size::{Shape, total_bytes, weight_bytes};
+use crate::executor::size::model_bytes;
+use crate::executor::{Executor, Parts};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
+use crate::kv::layout::KvLayout;
 use crate::memory::arena::Arena;
+use crate::memory::disk;
 use crate::memory::limits;
 use crate::model::Model;
 use crate::model::dtype::DType;
+use crate::model::packed::Packed;
+use crate::model::packed::pack::Packer;
+use crate::schedule::placement::Placement;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
 const ARITHMETIC: &str = "1";
@@ -58,7 +64,7 @@ pub struct Arguments {
     #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE.toml")]
     #[serde(skip)]
     config: Option<PathBuf>,
-    /// How much is computed together: a TOML file with `sequences` and `chunk-tokens`.
+    /// Where things live and how much is computed together: a TOML file, as `plan --save` writes it.
     #[arg(long, env = "TIDEMILL_POLICY", value_name = "FILE")]
     policy: Option<PathBuf>,
     /// Write statistics of this run.
@@ -99,6 +105,18 @@ pub struct Arguments {
     /// What computes.
     #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE", help_heading = "Budgets and numerics")]
     device: Option<DeviceChoice>,
+    /// Device memory to use. With `--device host`, main memory that stands for it: a rehearsal of all three tiers.
+    #[arg(long, env = "TIDEMILL_GPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    gpu_memory: Option<Size>,
+    /// Where files for what does not fit into memory are made [default: the cache directory].
+    #[arg(long, env = "TIDEMILL_OFFLOAD_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
+    offload_dir: Option<PathBuf>,
+    /// Disk space to use there [default: 80 % of what is free].
+    #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    disk_space: Option<Size>,
+    /// Hold links to a rate, such as `h2d=2GB/s,disk_read=300MB/s`.
+    #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE,...", help_heading = "Budgets and numerics")]
+    throttle: Option<ThrottleChoice>,
     /// Main memory to use [default: 70 % of what is available].
     #[arg(long, env = "TIDEMILL_CPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
     cpu_memory: Option<Size>,
@@ -124,16 +142,18 @@ pub struct Arguments {
 
 /// What the arguments came to.
 pub struct Resolved {
-    /// Bytes of main memory granted.
-    pub cpu_memory: u64,
+    /// Bytes granted.
+    pub budgets: Budgets,
     /// How much is computed together.
     pub batch: Batch,
-    /// How memory is laid out.
-    pub shape: Shape,
+    /// Where everything lies.
+    pub placement: Placement,
+    /// How pages are laid out.
+    pub kv: KvLayout,
+    /// Store matrices in this dtype rather than the checkpoint's.
+    pub weights: Option<DType>,
     /// What changes completions, by name.
     pub numerics: BTreeMap<&'static str, String>,
-    /// Bytes of the weights, all of which a pass reads.
-    pub weight_bytes: u64,
     /// Weights were generated from a seed.
     pub synthetic: bool,
 }
@@ -211,39 +231,67 @@ impl Arguments {
     }
 
     fn resolve(&self, model: &Model) -> Result<Resolved> {
-        let policy = self.policy.as_deref().map(Policy::read).transpose()?.unwrap_or_default();
+        let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?.unwrap_or_default();
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
-        let kv = self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored);
-        let available = limits::available_memory();
-        let cpu_memory = self.cpu_memory.map_or_else(limits::default_cpu_memory, |size| size.0);
-        if cpu_memory > available {
-            return Err(Error::OverBudget {
-                what: "--cpu-memory".into(),
-                tier: Tier::Cpu,
-                need: Bytes(cpu_memory),
-                have: Bytes(available),
-                hint: Some(format!("use --cpu-memory {}MiB or less", available >> 20)),
-            });
-        }
-        let wishes = Wishes {
-            sequences: policy.sequences,
-            chunk_tokens: policy.chunk_tokens,
-            weights: weights.dtype(),
-            kv,
-            cpu_memory,
-            share_prompts: self.prefix_sharing != Some(Switch::Off),
+        let config = &model.config;
+        let kv = KvLayout {
+            num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
         };
-        let (batch, shape) = resources::fit(model, &wishes)?;
+        let budgets = self.budgets()?;
+        let packed = Packer::new(model, weights.dtype());
+        let bytes = model_bytes(config, packed.layout(), &kv);
+        let wishes = Wishes { config, bytes: &bytes, policy: &policy, budgets, name: &model.name };
+        let placement = resources::fit(&wishes)?;
+        let batch = resources::batch(&placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
             ("weights", weights.dtype().unwrap_or(stored).to_string()),
-            ("kv_dtype", kv.to_string()),
+            ("kv_dtype", kv.dtype.to_string()),
             ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
             ("arithmetic", ARITHMETIC.to_owned()),
         ]);
-        let weight_bytes = weight_bytes(model, shape.weights) as u64;
-        Ok(Resolved { cpu_memory, batch, shape, numerics, weight_bytes, synthetic: model.config.synthetic })
+        let (weights, synthetic) = (weights.dtype(), model.config.synthetic);
+        Ok(Resolved { budgets, batch, placement, kv, weights, numerics, synthetic })
+    }
+
+    /// The budgets, compared with what there is.
+    fn budgets(&self) -> Result<Budgets> {
+        let available = limits::available_memory();
+        let gpu = self.gpu_memory.map(|size| size.0);
+        let cpu = self.cpu_memory.map_or_else(limits::default_cpu_memory, |size| size.0);
+        let rehearsed = gpu.unwrap_or(0);
+        if cpu.saturating_add(rehearsed) > available {
+            let what = if gpu.is_some() { "--cpu-memory with the rehearsed --gpu-memory" } else { "--cpu-memory" };
+            return Err(Error::OverBudget {
+                what: what.into(),
+                tier: Tier::Cpu,
+                need: Bytes(cpu.saturating_add(rehearsed)),
+                have: Bytes(available),
+                hint: Some(format!("use --cpu-memory {}MiB or less", available.saturating_sub(rehearsed) >> 20)),
+            });
+        }
+        let free = match &self.offload_dir {
+            Some(directory) => disk::free_space(directory)?,
+            None => 0,
+        };
+        let disk = match self.disk_space {
+            Some(size) if size.0 > free && self.offload_dir.is_some() => {
+                return Err(Error::OverBudget {
+                    what: "--disk-space".into(),
+                    tier: Tier::Disk,
+                    need: Bytes(size.0),
+                    have: Bytes(free),
+                    hint: Some(format!("use --disk-space {}MiB or less", free >> 20)),
+                });
+            }
+            Some(size) => size.0,
+            None => free / 10 * 8,
+        };
+        Ok(Budgets { gpu, cpu, disk })
     }
 
     fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
@@ -352,21 +400,30 @@ impl Running<'_> {
     fn run(self, job: job::Job) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = &self;
         say::line(&self.summary(&job));
-        let bytes = total_bytes(model, &resolved.shape);
-        let arena = Arena::new(&format!("model `{}`", model.name), Tier::Cpu, bytes)?;
-        let executor = Executor::new(Host::new(arena), model, resolved.shape)?;
+        let name = format!("model `{}`", model.name);
+        let (device_bytes, host_bytes) = resolved.placement.arenas();
+        let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
+        let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
+        let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
+        let packed = Packer::new(model, resolved.weights);
+        let parts = Parts {
+            packed: &packed,
+            config: &model.config,
+            placement: resolved.placement.clone(),
+            kv: resolved.kv,
+            offload: arguments.offload_dir.as_deref(),
+            throttle: arguments.throttle.as_ref().map_or([None; 6], |throttle| throttle.0),
+        };
+        let executor = Executor::new(device, host, parts)?;
         let load_secs = self.started.elapsed().as_secs_f64();
         let mut engine = Engine::new(model, executor, resolved.batch);
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
-        // On a thread of the pool, so that a parallel loop begins without waking another thread first.
-        let result = rayon::scope(|_| {
-            engine.run(reader, &mut writer, &self.signal, &mut |now| {
-                counts = *now;
-                progress.show(now);
-            })
+        let result = engine.run(reader, &mut writer, &self.signal, &mut |now| {
+            counts = *now;
+            progress.show(now);
         });
         progress.finish();
         let wall_secs = began.elapsed().as_secs_f64();
@@ -375,7 +432,7 @@ impl Running<'_> {
         let counts = result.as_ref().copied().unwrap_or(counts);
         if let (Some(path), Ok(summary)) = (&arguments.stats, &closed) {
             let times = stats::Times { load_secs, wall_secs };
-            stats::write(path, resolved, &counts, summary, &times)?;
+            stats::write(path, resolved, engine.executor(), &counts, summary, &times)?;
         }
         result?;
         let summary = closed?;
@@ -393,22 +450,26 @@ impl Running<'_> {
 
     /// The resolved configuration, in one line.
     fn summary(&self, job: &job::Job) -> String {
-        let Resolved { cpu_memory, batch, shape, numerics, synthetic, .. } = self.resolved;
+        let Resolved { budgets, batch, placement, numerics, synthetic, .. } = self.resolved;
         let lines = job.total.map_or("lines as they come".to_owned(), |total| format!("{total} lines"));
         let resumed = if job.resumed > 0 { format!(", {} done before", job.resumed) } else { String::new() };
         let synthetic = if *synthetic { " (synthetic weights)" } else { "" };
+        let tiers = Tier::ALL.into_iter().zip(placement.bytes.into_iter().zip(budgets.by_tier()));
+        let granted: Vec<String> = tiers
+            .filter(|(_, (used, _))| *used > 0)
+            .map(|(tier, (used, granted))| format!("{} of {} on {tier}", Bytes(used), Bytes(granted)))
+            .collect();
         format!(
-            "model {}{synthetic}: {lines}{resumed}; weights {}, kv {}; host, {} threads; {} of {} granted; \
+            "model {}{synthetic}: {lines}{resumed}; weights {}, kv {}; host, {} threads; {}; \
              up to {} sequences and {} prompt tokens a pass, {} pages of KV",
             self.model.name,
             numerics["weights"],
             numerics["kv_dtype"],
             rayon::current_num_threads(),
-            Bytes(total_bytes(self.model, shape) as u64),
-            Bytes(*cpu_memory),
+            granted.join(", "),
             batch.sequences,
             batch.chunk_tokens,
-            shape.capacity.pages,
+            placement.total_pages(),
         )
     }
 }

@@ -1,90 +1,147 @@
-//! How much fits: the batch and the KV cache for a memory budget.
+//! What fits: a placement within the budgets.
 //!
 //! **Invariant:** what is refused here is refused before any weight is read, with the numbers and a budget that
 //! would do.
 
+use super::config::PolicyFile;
 use crate::engine::Batch;
 use crate::error::{Bytes, Error, Result, Tier};
-use crate::executor::size::{Capacity, Shape, total_bytes};
-use crate::kv::layout::{KvLayout, pages_for};
-use crate::model::Model;
-use crate::model::dtype::DType;
+use crate::kv::layout::pages_for;
+use crate::model::config::ModelConfig;
+use crate::policy::{Policy, Split};
+use crate::schedule::placement::{ModelBytes, Placement};
 
 /// Sequences in flight when neither policy nor memory says otherwise.
 const SEQUENCES: usize = 256;
 /// Prompt tokens in a pass by default: enough to reuse every weight often.
 const CHUNK_TOKENS: usize = 512;
-/// Logits of one block of rows stay below this.
-const LOGIT_BYTES: usize = 64 << 20;
 /// Positions that the smallest acceptable cache holds (or the whole context, if that is shorter).
 const MIN_POSITIONS: usize = 1024;
 
-/// What is fixed before the budget is looked at.
-pub struct Wishes {
-    /// Sequences in flight, if given.
-    pub sequences: Option<usize>,
-    /// Prompt tokens in a pass, if given.
-    pub chunk_tokens: Option<usize>,
-    /// Store matrices in this dtype.
-    pub weights: Option<DType>,
-    /// Store keys and values in this dtype.
-    pub kv: DType,
-    /// Bytes of main memory.
-    pub cpu_memory: u64,
-    /// Samples of a prompt share its computation.
-    pub share_prompts: bool,
+/// Bytes granted of each tier; none of a gpu where the CPU computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Budgets {
+    /// Device memory (rehearsed in main memory where there is no device).
+    pub gpu: Option<u64>,
+    /// Main memory.
+    pub cpu: u64,
+    /// Files.
+    pub disk: u64,
 }
 
-/// The batch and the memory layout for `model`.
+impl Budgets {
+    /// The tier that computes.
+    pub fn compute(&self) -> Tier {
+        if self.gpu.is_some() { Tier::Gpu } else { Tier::Cpu }
+    }
+
+    /// All three, by tier.
+    pub fn by_tier(&self) -> [u64; 3] {
+        [self.gpu.unwrap_or(0), self.cpu, self.disk]
+    }
+}
+
+/// What is fixed before the budgets are looked at.
+pub struct Wishes<'a> {
+    /// The model.
+    pub config: &'a ModelConfig,
+    /// What its parts take.
+    pub bytes: &'a ModelBytes,
+    /// What the policy file says.
+    pub policy: &'a PolicyFile,
+    /// Bytes granted.
+    pub budgets: Budgets,
+    /// The model's name, for messages.
+    pub name: &'a str,
+}
+
+/// The placement that the policy file asks for, its gaps filled: everything where it is computed, as many sequences
+/// and pages as the budgets allow.
 ///
 /// # Errors
 /// [`Error::OverBudget`] when weights, activations and one sequence do not fit.
-pub fn fit(model: &Model, wishes: &Wishes) -> Result<(Batch, Shape)> {
-    let config = &model.config;
-    let layout = KvLayout {
-        num_layers: config.num_layers,
-        num_kv_heads: config.num_kv_heads,
-        head_dim: config.head_dim,
-        dtype: wishes.kv,
-    };
-    let mut batch = Batch {
-        sequences: wishes.sequences.unwrap_or(SEQUENCES),
-        chunk_tokens: wishes.chunk_tokens.unwrap_or(CHUNK_TOKENS),
-        share_prompts: wishes.share_prompts,
-    };
-    let shape = |batch: Batch, pages: usize| {
-        let rows = batch.sequences + batch.chunk_tokens;
-        let logit_rows = (LOGIT_BYTES / 4 / config.vocab_size).clamp(1, 64).min(rows);
-        Shape { weights: wishes.weights, layout, capacity: Capacity { rows, logit_rows, pages } }
-    };
-    let needed = |batch: Batch, pages: usize| total_bytes(model, &shape(batch, pages)) as u64;
-    // One page more than a sequence needs: several samples of a prompt copy its last page.
-    let least = pages_for(config.context_len.min(MIN_POSITIONS)) + 1;
-    while needed(batch, least) > wishes.cpu_memory {
+pub fn fit(wishes: &Wishes<'_>) -> Result<Placement> {
+    let policy = wishes.policy;
+    let mut sequences = policy.sequences.unwrap_or(SEQUENCES);
+    let mut chunk_tokens = policy.chunk_tokens.unwrap_or(CHUNK_TOKENS);
+    loop {
+        let least = wishes.placement(sequences, chunk_tokens, wishes.least_pages());
+        let Some((tier, need, have)) = wishes.over(&least) else { break };
         // Activations are what can shrink, unless the user fixed them.
-        let smaller = Batch {
-            sequences: if wishes.sequences.is_none() { batch.sequences.div_ceil(2) } else { batch.sequences },
-            chunk_tokens: if wishes.chunk_tokens.is_none() {
-                batch.chunk_tokens.div_ceil(2)
-            } else {
-                batch.chunk_tokens
-            },
-            ..batch
-        };
-        if smaller == batch {
-            let need = needed(batch, least);
+        let smaller = (
+            if policy.sequences.is_none() { sequences.div_ceil(2) } else { sequences },
+            if policy.chunk_tokens.is_none() { chunk_tokens.div_ceil(2) } else { chunk_tokens },
+        );
+        if smaller == (sequences, chunk_tokens) {
+            let flag = match tier {
+                Tier::Gpu => "--gpu-memory",
+                Tier::Cpu => "--cpu-memory",
+                Tier::Disk => "--disk-space",
+            };
             return Err(Error::OverBudget {
-                what: format!("model `{}` with a batch of {} sequences", model.name, batch.sequences),
-                tier: Tier::Cpu,
+                what: format!("model `{}` with a batch of {sequences} sequences", wishes.name),
+                tier,
                 need: Bytes(need),
-                have: Bytes(wishes.cpu_memory),
-                hint: Some(format!("use --cpu-memory {}MiB or more", need.div_ceil(1 << 20))),
+                have: Bytes(have),
+                hint: Some(format!("use {flag} {}MiB or more", need.div_ceil(1 << 20))),
             });
         }
-        batch = smaller;
+        (sequences, chunk_tokens) = smaller;
     }
-    let left = wishes.cpu_memory - needed(batch, 0);
-    let affordable = (left / layout.page_bytes() as u64) as usize;
-    let useful = batch.sequences.saturating_mul(pages_for(config.context_len) + 1);
-    Ok((batch, shape(batch, affordable.min(useful).max(least))))
+    let fits = |pages: usize| wishes.over(&wishes.placement(sequences, chunk_tokens, pages)).is_none();
+    let (mut low, least) = (wishes.least_pages(), wishes.least_pages());
+    let most = sequences.saturating_mul(pages_for(wishes.config.context_len) + 1).max(least);
+    // More pages take more memory in every tier, so the greatest number that fits is found by halving.
+    let mut high = policy.pages.map_or(most + 1, |_| low + 1);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    Ok(wishes.placement(sequences, chunk_tokens, low))
+}
+
+/// How the engine fills passes under a placement.
+pub fn batch(placement: &Placement, share_prompts: bool) -> Batch {
+    let Policy { sequences, chunk_tokens, .. } = placement.policy;
+    Batch { sequences, chunk_tokens, share_prompts }
+}
+
+impl Wishes<'_> {
+    /// The pages of the smallest cache, or those that the policy file asks for. One page more than a sequence needs:
+    /// several samples of a prompt copy its last page.
+    fn least_pages(&self) -> usize {
+        self.policy.pages.unwrap_or(pages_for(self.config.context_len.min(MIN_POSITIONS)) + 1)
+    }
+
+    fn placement(&self, sequences: usize, chunk_tokens: usize, pages: usize) -> Placement {
+        let file = self.policy;
+        let compute = self.budgets.compute();
+        let here = Split::all(compute);
+        let blocks = file.blocks.unwrap_or(1);
+        let kv = file.kv.unwrap_or(here);
+        let streamed = (pages as f64 * (1.0 - kv.share(compute))).ceil() as usize;
+        let longest = pages_for(self.config.context_len.min(MIN_POSITIONS)) + 1;
+        let policy = Policy {
+            sequences,
+            chunk_tokens,
+            blocks,
+            block_rows: file.block_rows.unwrap_or((sequences + chunk_tokens).div_ceil(blocks)),
+            weight_slots: file.weight_slots.unwrap_or(3),
+            kv_slots: file.kv_slots.unwrap_or(2),
+            pages,
+            block_pages: file.block_pages.unwrap_or(streamed.div_ceil(blocks).max(longest)),
+            weights: file.weights.unwrap_or(here),
+            kv,
+            hidden: file.hidden.unwrap_or(here),
+            embed: file.embed.unwrap_or(compute),
+            head: file.head.unwrap_or(compute),
+            compressed: file.compressed.unwrap_or(false),
+        };
+        Placement::new(self.bytes, &policy, compute)
+    }
+
+    /// The first tier that a placement overfills.
+    fn over(&self, placement: &Placement) -> Option<(Tier, u64, u64)> {
+        crate::schedule::check::over_budget(placement, self.budgets.by_tier())
+    }
 }

@@ -8,10 +8,13 @@ use std::path::Path;
 use serde_json::json;
 
 use super::generate::Resolved;
+use crate::device::Device;
 use crate::engine::Counts;
 use crate::error::{Error, Result};
+use crate::executor::Executor;
 use crate::job::Summary;
 use crate::memory::limits::peak_resident;
+use crate::schedule::step::Lane;
 
 /// What a run took.
 pub struct Times {
@@ -25,8 +28,26 @@ pub struct Times {
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be written.
-pub fn write(path: &Path, resolved: &Resolved, counts: &Counts, summary: &Summary, times: &Times) -> Result<()> {
+pub fn write<D: Device>(
+    path: &Path,
+    resolved: &Resolved,
+    executor: &Executor<D>,
+    counts: &Counts,
+    summary: &Summary,
+    times: &Times,
+) -> Result<()> {
     let per_second = |tokens: u64| tokens as f64 / times.wall_secs.max(1e-9);
+    let placement = &resolved.placement;
+    let lanes = Lane::ALL.into_iter().zip(executor.lane_counts()).filter(|(_, count)| count.busy.as_nanos() > 0);
+    let lanes: serde_json::Map<String, serde_json::Value> = lanes
+        .map(|(lane, count)| {
+            let value = json!({"busy_s": count.busy.as_secs_f64(), "bytes": count.bytes});
+            (lane.name().to_owned(), value)
+        })
+        .collect();
+    let [gpu, cpu, disk] = resolved.budgets.by_tier();
+    let (device, host) = executor.used_bytes();
+    let (gpu_used, cpu_used) = if resolved.budgets.gpu.is_some() { (device, host) } else { (0, device + host) };
     let stats = json!({
         "wall_s": times.wall_secs,
         "load_s": times.load_secs,
@@ -42,14 +63,11 @@ pub fn write(path: &Path, resolved: &Resolved, counts: &Counts, summary: &Summar
         "predicted_tokens_per_s": null,
         "bound_tokens_per_s": null,
         "passes": counts.passes,
-        "peak_bytes": {"gpu": 0, "cpu": peak_resident(), "disk": 0},
-        "budget_bytes": {"gpu": 0, "cpu": resolved.cpu_memory, "disk": 0},
-        "lanes": {"cpu": {"busy_s": counts.busy.as_secs_f64(), "bytes": counts.passes * resolved.weight_bytes}},
-        "policy": {
-            "sequences": resolved.batch.sequences,
-            "chunk_tokens": resolved.batch.chunk_tokens,
-            "kv_pages": resolved.shape.capacity.pages,
-        },
+        "peak_bytes": {"gpu": gpu_used, "cpu": cpu_used, "disk": placement.bytes[2]},
+        "peak_resident_bytes": peak_resident(),
+        "budget_bytes": {"gpu": gpu, "cpu": cpu, "disk": disk},
+        "lanes": lanes,
+        "policy": placement.policy,
         "numerics": resolved.numerics,
         "kv": {"policy": "full", "evicted_tokens": 0},
         "synthetic": resolved.synthetic,

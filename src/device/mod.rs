@@ -6,23 +6,71 @@
 pub mod host;
 pub mod sampling;
 
-use crate::error::Result;
+use std::ops::Range;
+
 use crate::kv::layout::KvLayout;
-use crate::kv::pages::{PageId, Segment};
+use crate::kv::pages::Segment;
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
 use sampling::{Draw, Drawn};
 
 /// A packed weight matrix: panels of 16 outputs, each (inputs padded to 64, 16), in the device's memory.
-pub struct Matrix<B> {
-    /// The panels.
-    pub data: B,
+pub struct Matrix<'a, B> {
+    /// The panels, in pieces of whole panels.
+    pub pieces: Vec<Piece<'a, B>>,
     /// Element type.
     pub dtype: DType,
     /// Input width.
     pub inputs: usize,
     /// Output width.
     pub outputs: usize,
+}
+
+/// Consecutive panels of a matrix.
+pub struct Piece<'a, B> {
+    /// The memory that they lie in.
+    pub buffer: &'a B,
+    /// Where they lie in it.
+    pub bytes: Range<usize>,
+}
+
+/// Where a product goes: row r begins at element `r * stride + column`.
+pub struct Target<'a, B> {
+    /// The memory.
+    pub buffer: &'a mut B,
+    /// Elements from row to row.
+    pub stride: usize,
+    /// Elements before the first.
+    pub column: usize,
+}
+
+/// Frames of the KV cache: a frame holds one layer of one page.
+pub struct Frames<B> {
+    /// The memory.
+    pub memory: B,
+    /// How a frame is laid out.
+    pub layout: KvLayout,
+    /// Bytes from frame to frame.
+    pub stride: usize,
+    /// How many.
+    pub count: usize,
+}
+
+/// What attention reads and writes: frames that stay with the device, then those that were brought in for a block.
+/// Segments count frames over both.
+pub struct KvView<'a, B> {
+    /// Frames that stay.
+    pub resident: &'a Frames<B>,
+    /// Frames that were brought in.
+    pub streamed: Option<&'a Frames<B>>,
+}
+
+/// As [`KvView`], writable.
+pub struct KvViewMut<'a, B> {
+    /// Frames that stay.
+    pub resident: &'a mut Frames<B>,
+    /// Frames that were brought in.
+    pub streamed: Option<&'a mut Frames<B>>,
 }
 
 /// Heads of an attention layer.
@@ -61,8 +109,6 @@ pub struct Rotation<'a> {
 /// Which keys a query sees, and how scores are scaled.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSpan {
-    /// The decoder layer.
-    pub layer: usize,
     /// Keys k > q - window only.
     pub window: Option<usize>,
     /// Multiplies the products.
@@ -70,29 +116,37 @@ pub struct AttentionSpan {
 }
 
 /// A place that computes. Buffers hold f32 rows unless said otherwise; `rows` counts the leading rows in use.
-pub trait Device: Send + Sync {
+pub trait Device: Send + Sync + 'static {
     /// Memory of the device.
-    type Buffer: Send + Sync;
-    /// The KV cache in the device's memory.
-    type Kv: Send + Sync;
+    type Buffer: Send + Sync + 'static;
 
-    /// The next `bytes` of the device's arena, zeroed. Sizes were summed against the budget beforehand.
-    fn allocate(&mut self, bytes: usize) -> Result<Self::Buffer>;
+    /// The next `bytes` of the device's arena, zeroed. Sizes were summed against the budget beforehand. Buffers of
+    /// multiples of 4 KiB, allocated first, begin on such a boundary.
+    fn allocate(&mut self, bytes: usize) -> Self::Buffer;
 
-    /// Makes a KV cache of `pages` pages out of `memory`.
-    fn kv_cache(&self, memory: Self::Buffer, layout: KvLayout, pages: usize) -> Self::Kv;
+    /// Bytes of the arena that have been handed out.
+    fn used_bytes(&self) -> usize;
 
-    /// Bytes to be written into a buffer that is being loaded.
-    fn upload(&self, to: &mut Self::Buffer, fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>;
+    /// The bytes of a buffer, where main memory is the device's memory.
+    fn bytes<'a>(&self, buffer: &'a Self::Buffer) -> Option<&'a [u8]>;
+
+    /// As [`Device::bytes`], writable.
+    fn bytes_mut<'a>(&self, buffer: &'a mut Self::Buffer) -> Option<&'a mut [u8]>;
+
+    /// Copies from main memory into a buffer, from byte `offset` on.
+    fn copy_in(&self, from: &[u8], to: &mut Self::Buffer, offset: usize);
+
+    /// Copies a buffer's bytes, from `offset` on, to main memory.
+    fn copy_out(&self, from: &Self::Buffer, offset: usize, to: &mut [u8]);
 
     /// `out[r] = table row tokens[r]`; the table is packed with vocabulary as outputs, width as inputs.
-    fn embed(&self, table: &Matrix<Self::Buffer>, tokens: &[u32], out: &mut Self::Buffer);
+    fn embed(&self, table: &Matrix<'_, Self::Buffer>, tokens: &[u32], out: &mut Self::Buffer);
 
     /// `x[r] += table[rows[r]]`; the table holds f32 rows of `width`.
     fn add_rows(&self, table: &Self::Buffer, indices: &[u32], width: usize, x: &mut Self::Buffer);
 
-    /// `out[r] = x[indices[r]]`, rows of `width`.
-    fn gather(&self, x: &Self::Buffer, indices: &[usize], width: usize, out: &mut Self::Buffer);
+    /// `out[first + r] = x[indices[r]]`, rows of `width`.
+    fn gather(&self, x: &Self::Buffer, indices: &[usize], width: usize, out: &mut Self::Buffer, first: usize);
 
     /// Normalises rows of `width`.
     fn norm(
@@ -109,10 +163,10 @@ pub trait Device: Send + Sync {
         &self,
         x: &Self::Buffer,
         rows: usize,
-        w: &Matrix<Self::Buffer>,
+        w: &Matrix<'_, Self::Buffer>,
         bias: Option<&Self::Buffer>,
         scratch: &mut Self::Buffer,
-        y: &mut Self::Buffer,
+        y: Target<'_, Self::Buffer>,
     );
 
     /// RMSNorm of every query head and key head within rows of fused q, k, v (Qwen3).
@@ -121,13 +175,13 @@ pub trait Device: Send + Sync {
     /// Rotates queries and keys within rows of fused q, k, v.
     fn rotate(&self, qkv: &mut Self::Buffer, rows: usize, heads: Heads, rotation: &Rotation<'_>);
 
-    /// Stores the keys and values of every segment's rows into its pages.
-    fn append_kv(&self, kv: &mut Self::Kv, layer: usize, segments: &[Segment], qkv: &Self::Buffer, heads: Heads);
+    /// Stores the keys and values of every segment's rows into its frames.
+    fn append_kv(&self, kv: KvViewMut<'_, Self::Buffer>, segments: &[Segment], qkv: &Self::Buffer, heads: Heads);
 
     /// Attention of every segment's queries over its positions, reading keys and values as stored.
     fn attend(
         &self,
-        kv: &Self::Kv,
+        kv: KvView<'_, Self::Buffer>,
         span: AttentionSpan,
         segments: &[Segment],
         qkv: &Self::Buffer,
@@ -149,8 +203,8 @@ pub trait Device: Send + Sync {
     /// `x += y` over `elements`.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, elements: usize);
 
-    /// Copies all layers of page `from` to page `to`.
-    fn copy_page(&self, kv: &mut Self::Kv, from: PageId, to: PageId);
+    /// Copies frame `from` to frame `to`.
+    fn copy_frame(&self, frames: &mut Frames<Self::Buffer>, from: usize, to: usize);
 
     /// Answers each draw from its row of `logits`, (rows, vocab_size).
     fn sample(&self, logits: &Self::Buffer, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn>;

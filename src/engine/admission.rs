@@ -176,14 +176,14 @@ impl<D: Device> Engine<'_, D> {
     }
 
     /// Makes the pages that positions `from .. to` of a sequence are written to its own.
-    pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) {
+    pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
         let sequence = &mut self.active[index];
         for page in from / PAGE_POSITIONS..to.div_ceil(PAGE_POSITIONS) {
             if page == sequence.pages.len() {
                 sequence.pages.push(self.pool.take());
             } else if self.pool.is_shared(sequence.pages[page]) {
                 let own = self.pool.take();
-                self.executor.copy_page(sequence.pages[page], own);
+                self.executor.copy_page(sequence.pages[page], own)?;
                 self.pool.release(std::mem::replace(&mut sequence.pages[page], own));
             } else {
                 continue;
@@ -191,6 +191,7 @@ impl<D: Device> Engine<'_, D> {
             sequence.reserved -= 1;
             self.reserved -= 1;
         }
+        Ok(())
     }
 
     /// Gives back everything that a sequence holds.

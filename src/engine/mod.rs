@@ -91,7 +91,7 @@ pub struct Engine<'m, D: Device> {
 impl<'m, D: Device> Engine<'m, D> {
     /// An engine over a loaded model.
     pub fn new(model: &'m Model, executor: Executor<D>, batch: Batch) -> Self {
-        let pool = PagePool::new(executor.capacity().pages);
+        let pool = PagePool::new(executor.placement().pages);
         Engine {
             model,
             executor,
@@ -111,6 +111,11 @@ impl<'m, D: Device> Engine<'m, D> {
         }
     }
 
+    /// The executor, for what it counted.
+    pub fn executor(&self) -> &Executor<D> {
+        &self.executor
+    }
+
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
     ///
     /// # Errors
@@ -123,7 +128,8 @@ impl<'m, D: Device> Engine<'m, D> {
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let config = &self.model.config;
-        let room = Room { context_len: config.context_len, vocab_size: config.vocab_size, pages: self.pool.len() };
+        let pages = self.longest();
+        let room = Room { context_len: config.context_len, vocab_size: config.vocab_size, pages };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
@@ -169,14 +175,21 @@ impl<'m, D: Device> Engine<'m, D> {
         }
     }
 
+    /// Pages of the longest sequence that can run: those of a block, where some of them have to be brought in.
+    fn longest(&self) -> usize {
+        let placement = self.executor.placement();
+        let resident = placement.pages[placement.compute as usize];
+        if resident == self.pool.len() { resident } else { self.pool.len().min(placement.policy.block_pages) }
+    }
+
     /// Everything that fits is done; what does not is told with the memory that would do.
     fn check_postponed(&self) -> Result<()> {
         if self.postponed == 0 {
             return Ok(());
         }
-        let capacity = self.executor.capacity();
-        let page_bytes = self.executor.page_bytes() as u64;
-        let (need, have) = (self.pages_wanted as u64 * page_bytes, capacity.pages as u64 * page_bytes);
+        let placement = self.executor.placement();
+        let page_bytes = placement.num_layers as u64 * placement.frame;
+        let (need, have) = (self.pages_wanted as u64 * page_bytes, self.longest() as u64 * page_bytes);
         Err(Error::OverBudget {
             what: format!("the KV cache for the longest of {} postponed lines", self.postponed),
             tier: Tier::Cpu,

@@ -28,9 +28,10 @@ enum Asker {
 impl<D: Device> Engine<'_, D> {
     /// Computes one pass and takes its tokens in.
     pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
-        let (draws, askers) = self.compose();
+        let (draws, askers) = self.compose()?;
+        assert!(self.pass.rows() > 0, "no active sequence fits into a pass of its own");
         let started = Instant::now();
-        let drawn = self.executor.run(&self.pass, &draws);
+        let drawn = self.executor.run(&self.pass, &draws)?;
         self.counts.busy += started.elapsed();
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
@@ -40,10 +41,13 @@ impl<D: Device> Engine<'_, D> {
     }
 
     /// Fills the pass, and lists what is asked of its rows.
-    fn compose(&mut self) -> (Vec<Draw>, Vec<Asker>) {
+    ///
+    /// What the blocks of this pass have no room for waits for the next one.
+    fn compose(&mut self) -> Result<(Vec<Draw>, Vec<Asker>)> {
         self.pass.clear();
         let (mut draws, mut askers) = (Vec::new(), Vec::new());
         let mut chunk = self.batch.chunk_tokens;
+        let mut outputs = self.executor.placement().output_rows;
         for index in 0..self.active.len() {
             let sequence = &self.active[index];
             let from = sequence.computed;
@@ -52,14 +56,23 @@ impl<D: Device> Engine<'_, D> {
             } else {
                 let to = sequence.tokens.len().min(from + chunk);
                 // The prompt ends a chunk: siblings start from it, and length scaling changes there.
-                let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
-                chunk -= to - from;
-                to
+                if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to }
             };
+            // A row is asked for logits once, whatever is drawn from them; scoring asks every row.
+            let to = if sequence.scores { to.min(from + outputs) } else { to };
+            if to == from || outputs == 0 {
+                continue;
+            }
+            self.own_pages(index, from, to)?;
+            let sequence = &self.active[index];
+            let to = from + self.pass.room(self.executor.placement(), &sequence.pages, from..to);
             if to == from {
                 continue;
             }
-            self.own_pages(index, from, to);
+            if !sequence.decodes() {
+                chunk -= to - from;
+            }
+            outputs -= if sequence.scores { to - from } else { 1 };
             let sequence = &mut self.active[index];
             let run = Run {
                 tokens: &sequence.tokens,
@@ -74,7 +87,7 @@ impl<D: Device> Engine<'_, D> {
                 askers.push(asker);
             });
         }
-        (draws, askers)
+        Ok((draws, askers))
     }
 
     fn take_in(&mut self, askers: Vec<Asker>, drawn: Vec<Drawn>) -> Result<()> {

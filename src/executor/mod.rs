@@ -1,120 +1,234 @@
-//! Runs passes on a device: the only place where plan and metal meet.
+//! Runs passes: the only place where plan and metal meet.
+//!
+//! A pass is lowered to steps, the steps are checked in debug builds, fenced, and handed to a thread per lane.
 //!
 //! **Invariant:** all memory is allocated by [`Executor::new`]; a pass allocates nothing large.
 
-mod layers;
-pub mod load;
+mod compute;
+mod lanes;
+mod layer;
+mod memory;
+mod pass;
 pub mod rotary;
 pub mod size;
+mod work;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+pub use lanes::{Event, LaneCount, Throttle};
 
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn};
-use crate::error::Result;
+use crate::error::{Result, Tier};
+use crate::kv::layout::KvLayout;
 use crate::kv::pages::PageId;
-use crate::model::Model;
+use crate::memory::arena::Arena;
+use crate::memory::disk::{DEPTH, DiskQueue, How, Read, Write};
 use crate::model::config::ModelConfig;
-use crate::schedule::Pass;
-use load::Weights;
+use crate::model::packed::Packed;
+use crate::schedule::check::Checker;
+use crate::schedule::fences::{Fence, Fences};
+use crate::schedule::lower::{Carried, lower};
+use crate::schedule::placement::Placement;
+use crate::schedule::step::Lane;
+use crate::schedule::{Block, Pass};
+use compute::{Compute, Fixed};
+use lanes::Lanes;
+use memory::Source;
+use pass::PassData;
 use rotary::RotaryTables;
-use size::{Capacity, Shape, Sizes};
+use work::Workshop;
 
-/// A loaded model, its KV cache and the activations of one pass.
+/// A loaded model, its KV cache and the lanes that work on them.
 pub struct Executor<D: Device> {
-    device: D,
-    config: ModelConfig,
-    weights: Weights<D::Buffer>,
-    kv: D::Kv,
-    buffers: Buffers<D::Buffer>,
+    lanes: Lanes<D>,
     rotary: RotaryTables,
-    capacity: Capacity,
-    page_bytes: usize,
+    carried: Carried,
+    fences: Fences,
+    checker: Checker,
+    host_bytes: usize,
 }
 
-/// Activations; extents in [`Sizes`].
-struct Buffers<B> {
-    hidden: B,
-    normed: B,
-    qkv: B,
-    attended: B,
-    up: B,
-    activated: B,
-    update: B,
-    scratch: B,
-    logits: B,
+/// What an executor is made from.
+pub struct Parts<'a> {
+    /// The weights.
+    pub packed: &'a dyn Packed,
+    /// The model.
+    pub config: &'a ModelConfig,
+    /// Where things go; its budgets have been checked.
+    pub placement: Placement,
+    /// How pages are laid out.
+    pub kv: KvLayout,
+    /// Where files for pages and hidden states are made.
+    pub offload: Option<&'a Path>,
+    /// Rates that links are held to.
+    pub throttle: Throttle,
 }
 
 impl<D: Device> Executor<D> {
-    /// Allocates everything of `shape` on `device` and loads the weights.
+    /// Allocates everything of the placement (see [`Placement::arenas`] for the sizes of the device's arena and of
+    /// `host`) and loads the weights.
     ///
     /// # Errors
-    /// Whatever reading the model's tensors gives.
-    pub fn new(mut device: D, model: &Model, shape: Shape) -> Result<Self> {
-        let Shape { weights, layout, capacity } = shape;
-        let config = model.config.clone();
-        let sizes = Sizes::new(&config, &model.source, &capacity);
-        let weights = load::load(&mut device, model, weights)?;
-        let memory = device.allocate(capacity.pages * layout.page_bytes())?;
-        let kv = device.kv_cache(memory, layout, capacity.pages);
-        let mut buffer = |elements: usize| device.allocate(elements * size_of::<f32>());
-        let buffers = Buffers {
-            hidden: buffer(sizes.hidden)?,
-            normed: buffer(sizes.hidden)?,
-            qkv: buffer(sizes.qkv)?,
-            attended: buffer(sizes.attended)?,
-            up: buffer(sizes.up)?,
-            activated: buffer(sizes.activated)?,
-            update: buffer(sizes.hidden)?,
-            scratch: buffer(sizes.scratch)?,
-            logits: buffer(sizes.logits)?,
-        };
-        let rotary = RotaryTables::new(&config);
-        let page_bytes = layout.page_bytes();
-        Ok(Executor { device, config, weights, kv, buffers, rotary, capacity, page_bytes })
+    /// Whatever reading the model's tensors or making files gives.
+    pub fn new(mut device: D, mut host: Arena, parts: Parts<'_>) -> Result<Self> {
+        let Parts { packed, config, placement, kv, offload, throttle } = parts;
+        let source = Source { packed, config, placement: &placement, kv, offload };
+        let (own, shared) = memory::allocate(&mut device, &mut host, &source)?;
+        let stages = memory::stage_ids(packed.layout(), &placement);
+        let compute = Mutex::new(Compute::new(own, config));
+        let layout = packed.layout().clone();
+        let fixed = Fixed { device, config: config.clone(), layout, placement, stages };
+        let lanes = Lanes::new(Workshop { fixed, shared, compute }, throttle);
+        Ok(Executor {
+            lanes,
+            rotary: RotaryTables::new(config),
+            carried: Carried::default(),
+            fences: Fences::new(),
+            checker: Checker::new(),
+            host_bytes: host.used(),
+        })
     }
 
-    /// What one pass and the cache can hold.
-    pub fn capacity(&self) -> &Capacity {
-        &self.capacity
-    }
-
-    /// Bytes of a page of the KV cache.
-    pub fn page_bytes(&self) -> usize {
-        self.page_bytes
+    /// Where everything lies.
+    pub fn placement(&self) -> &Placement {
+        &self.lanes.workshop().fixed.placement
     }
 
     /// The device that it runs on.
     pub fn device(&self) -> &D {
-        &self.device
+        &self.lanes.workshop().fixed.device
     }
 
-    /// Copies a page, all layers.
-    pub fn copy_page(&mut self, from: PageId, to: PageId) {
-        self.device.copy_page(&mut self.kv, from, to);
+    /// Bytes of the device's memory and of main memory that were handed out.
+    pub fn used_bytes(&self) -> (usize, usize) {
+        (self.device().used_bytes(), self.host_bytes)
+    }
+
+    /// Notes every step from now on, for [`Executor::take_events`].
+    pub fn trace(&self) {
+        self.lanes.trace();
+    }
+
+    /// Takes the steps that ran since tracing began.
+    pub fn take_events(&self) -> Vec<Event> {
+        self.lanes.take_events()
+    }
+
+    /// What each lane has done so far.
+    pub fn lane_counts(&self) -> [LaneCount; Lane::ALL.len()] {
+        self.lanes.counts()
     }
 
     /// Computes a pass: appends its keys and values to their pages and answers `draws`, which are in ascending
     /// order of their rows.
-    pub fn run(&mut self, pass: &Pass, draws: &[Draw]) -> Vec<Drawn> {
-        assert!(pass.rows() <= self.capacity.rows, "{} rows in a pass of {}", pass.rows(), self.capacity.rows);
+    ///
+    /// # Errors
+    /// What the disk gives. Nothing can be run after an error.
+    pub fn run(&mut self, pass: &Pass, draws: &[Draw]) -> Result<Vec<Drawn>> {
+        let placement = self.placement();
+        assert!(pass.rows() <= placement.rows(), "{} rows in a pass of {}", pass.rows(), placement.rows());
         assert!(draws.is_sorted_by_key(|draw| draw.row));
-        self.rotary.prepare(pass);
-        self.embed(pass);
-        for layer in 0..self.config.num_layers {
-            self.layer(layer, pass);
+        let mut outputs: Vec<usize> = draws.iter().map(|draw| draw.row).collect();
+        outputs.dedup();
+        assert!(outputs.len() <= placement.output_rows, "logits of {} rows", outputs.len());
+        let blocks = Block::of(pass, placement, &outputs);
+        let shapes: Vec<_> = blocks.iter().map(|block| block.shape).collect();
+        let steps = lower(&self.lanes.workshop().fixed.placement, &shapes, &mut self.carried);
+        if cfg!(debug_assertions) {
+            let placement = &self.lanes.workshop().fixed.placement;
+            let checked = self.checker.pass(placement, &shapes, &steps);
+            assert!(checked.is_ok(), "{checked:?}");
         }
-        let mut drawn = Vec::with_capacity(draws.len());
-        let mut rows: Vec<usize> = draws.iter().map(|draw| draw.row).collect();
-        rows.dedup();
-        let mut rest = draws;
-        for rows in rows.chunks(self.capacity.logit_rows) {
-            self.head(rows);
-            let count = rest.partition_point(|draw| draw.row <= rows[rows.len() - 1]);
-            let (block, others) = rest.split_at(count);
-            rest = others;
-            let within = |draw: &Draw| rows.binary_search(&draw.row).expect("rows are those of the draws");
-            let block: Vec<(usize, &Draw)> = block.iter().map(|draw| (within(draw), draw)).collect();
-            drawn.extend(self.device.sample(&self.buffers.logits, self.config.vocab_size, &block));
+        let fences = self.fences.of(&steps);
+        let data = Arc::new(PassData {
+            tokens: pass.tokens.clone(),
+            positions: pass.positions.clone(),
+            blocks,
+            outputs,
+            draws: draws.to_vec(),
+            angles: self.rotary.angles(pass),
+            rotary_dim: self.rotary.rotary_dim(),
+        });
+        self.lanes.issue(&steps, &fences, &data)?;
+        self.lanes.wait(self.until(&[Lane::Gpu, Lane::Cpu]))?;
+        Ok(self.computing().take_drawn())
+    }
+
+    fn computing(&self) -> std::sync::MutexGuard<'_, Compute<D>> {
+        self.lanes.workshop().compute.try_lock().expect("nothing is computed between passes")
+    }
+
+    /// Everything that was issued to some lanes.
+    fn until(&self, lanes: &[Lane]) -> Fence {
+        let mut fence = Fence::default();
+        for lane in lanes {
+            fence[lane.index()] = self.fences.issued()[lane.index()];
         }
-        drawn
+        fence
+    }
+
+    /// Copies a page, all layers, wherever the two live.
+    ///
+    /// # Errors
+    /// What the disk gives.
+    pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<()> {
+        // What was stored must have arrived; nothing else touches pages between passes.
+        self.lanes.wait(self.until(&[Lane::D2h, Lane::DiskWrite]))?;
+        let (from, to) = (from as usize, to as usize);
+        let workshop = self.lanes.workshop();
+        let placement = &workshop.fixed.placement;
+        let resident = |page: usize| placement.page_tier(page) == placement.compute;
+        if resident(from) && resident(to) {
+            self.computing().copy_page(&workshop.fixed.device, placement, from, to);
+            return Ok(());
+        }
+        let mut queue = DiskQueue::new(DEPTH, How::Auto)?;
+        (0..placement.num_layers).try_for_each(|layer| self.copy_frame(layer, from, to, &mut queue))
+    }
+
+    /// Copies one layer of a page through main memory.
+    fn copy_frame(&self, layer: usize, from: usize, to: usize, queue: &mut DiskQueue) -> Result<()> {
+        let Workshop { fixed, shared, .. } = self.lanes.workshop();
+        let placement = &fixed.placement;
+        let [gpu, cpu, disk] = placement.pages;
+        let bytes = placement.frame as usize;
+        // The tier of a page and its frame there.
+        let home = |page: usize| {
+            let tier = placement.page_tier(page);
+            let before = [0, gpu, gpu + cpu][tier as usize];
+            (tier, layer * [gpu, cpu, disk][tier as usize] + page - before)
+        };
+        let place = shared.frame.as_ref().expect("placements with streamed pages have room for a frame");
+        let mut place = memory::write(place);
+        match home(from) {
+            (tier, frame) if tier == placement.compute => {
+                let mut compute = self.computing();
+                fixed.device.copy_out(&compute.frames().memory, frame * bytes, &mut place.bytes_mut()[..bytes]);
+            }
+            (Tier::Disk, frame) => {
+                let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
+                let buffer = &mut place.bytes_mut()[..bytes];
+                queue.read(&mut [Read { file: disk, offset: (frame * bytes) as u64, buffer }])?;
+            }
+            (_, frame) => place.bytes_mut().copy_from_slice(memory::read(&shared.kv_cpu[frame]).bytes()),
+        }
+        match home(to) {
+            (tier, frame) if tier == placement.compute => {
+                let mut compute = self.computing();
+                fixed.device.copy_in(&place.bytes()[..bytes], &mut compute.frames().memory, frame * bytes);
+            }
+            (Tier::Disk, frame) => {
+                let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
+                queue.write(&[Write {
+                    file: disk,
+                    offset: (frame * bytes) as u64,
+                    buffer: &place.bytes()[..bytes],
+                }])?;
+            }
+            (_, frame) => memory::write(&shared.kv_cpu[frame]).bytes_mut().copy_from_slice(place.bytes()),
+        }
+        Ok(())
     }
 }

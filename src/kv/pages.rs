@@ -18,18 +18,25 @@ pub struct Segment {
     pub pages: Vec<PageId>,
 }
 
-/// The free list and holder counts of a fixed number of pages.
+/// The free lists and holder counts of a fixed number of pages, numbered tier by tier.
 #[derive(Debug)]
 pub struct PagePool {
-    free: Vec<PageId>,
+    /// Free pages of each tier, and how many it has in all.
+    tiers: Vec<(Vec<PageId>, usize)>,
     holders: Vec<u32>,
 }
 
 impl PagePool {
-    /// A pool of `pages` free pages.
-    pub fn new(pages: usize) -> Self {
-        let count = PageId::try_from(pages).expect("page ids are 32 bits wide");
-        PagePool { free: (0..count).rev().collect(), holders: vec![0; pages] }
+    /// A pool of free pages; `tiers` says how many each tier has.
+    pub fn new(tiers: [usize; 3]) -> Self {
+        let mut first = 0;
+        let tiers = tiers.map(|count| {
+            let last = first + PageId::try_from(count).expect("page ids are 32 bits wide");
+            let free = (first..last).rev().collect();
+            first = last;
+            (free, count)
+        });
+        PagePool { tiers: tiers.into(), holders: vec![0; first as usize] }
     }
 
     /// Pages in all.
@@ -44,12 +51,16 @@ impl PagePool {
 
     /// Pages that nobody holds.
     pub fn free(&self) -> usize {
-        self.free.len()
+        self.tiers.iter().map(|(free, _)| free.len()).sum()
     }
 
-    /// Takes a free page; the caller has reserved it, so there is one.
+    /// Takes a free page of the tier that is emptiest, so that every sequence has its share of every tier; the caller
+    /// has reserved it, so there is one.
     pub fn take(&mut self) -> PageId {
-        let page = self.free.pop().expect("admission reserves pages before they are taken");
+        let share = |tier: &&mut (Vec<PageId>, usize)| tier.0.len() as f64 / (tier.1.max(1)) as f64;
+        // The last of equals wins in `max_by`, the fastest tier should.
+        let emptiest = self.tiers.iter_mut().rev().max_by(|a, b| share(a).total_cmp(&share(b)));
+        let page = emptiest.and_then(|(free, _)| free.pop()).expect("admission reserves pages before they are taken");
         self.holders[page as usize] = 1;
         page
     }
@@ -72,7 +83,12 @@ impl PagePool {
         assert!(*holders > 0, "releasing the free page {page}");
         *holders -= 1;
         if *holders == 0 {
-            self.free.push(page);
+            let mut end = 0;
+            let of_page = self.tiers.iter_mut().find(|(_, count)| {
+                end += count;
+                (page as usize) < end
+            });
+            of_page.expect("every page is of a tier").0.push(page);
         }
     }
 }
@@ -83,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_last_holder_frees() {
-        let mut pool = PagePool::new(2);
+        let mut pool = PagePool::new([2, 0, 0]);
         let page = pool.take();
         pool.share(page);
         pool.release(page);
@@ -93,9 +109,19 @@ mod tests {
     }
 
     #[test]
+    fn tiers_fill_evenly() {
+        let mut pool = PagePool::new([4, 2, 2]);
+        let mut taken: Vec<PageId> = (0..4).map(|_| pool.take()).collect();
+        taken.sort_unstable();
+        assert_eq!(taken, [0, 1, 4, 6]);
+        taken.iter().for_each(|&page| pool.release(page));
+        assert_eq!(pool.free(), 8);
+    }
+
+    #[test]
     #[should_panic(expected = "releasing the free page")]
     fn releasing_twice_is_a_bug() {
-        let mut pool = PagePool::new(1);
+        let mut pool = PagePool::new([0, 1, 0]);
         let page = pool.take();
         pool.release(page);
         pool.release(page);

@@ -14,4 +14,4 @@ pub mod shape;
 pub mod simulate;
 pub mod step;
 
-pub use pass::{Pass, Run};
+pub use pass::{Block, Pass, Run};

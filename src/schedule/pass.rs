@@ -1,8 +1,15 @@
-//! What a pass carries: ragged token segments over all layers.
+//! What a pass carries: ragged token segments over all layers, in blocks.
 //!
-//! **Invariant:** the rows of a pass are its segments in order, packed without padding; a row is one position of
-//! one sequence.
+//! **Invariant:** the rows of a pass are its segments in order, packed without padding; a row is one position of one
+//! sequence, and a block is some consecutive segments whose rows and streamed pages the device can hold at once.
 
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::placement::Placement;
+use super::shape::{BlockShape, Pages};
+use crate::error::Tier;
+use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::{PageId, Segment};
 
 /// One trip over all layers.
@@ -16,6 +23,10 @@ pub struct Pass {
     pub rope_lens: Vec<u32>,
     /// Which rows continue which sequence.
     pub segments: Vec<Segment>,
+    /// Which segments are computed together.
+    pub blocks: Vec<Range<usize>>,
+    /// Streamed pages of the last block.
+    streamed: HashSet<PageId>,
 }
 
 /// A sequence's next tokens, to be put into a pass.
@@ -23,7 +34,7 @@ pub struct Run<'a> {
     /// All tokens of the sequence so far.
     pub tokens: &'a [u32],
     /// Which of them to compute.
-    pub range: std::ops::Range<usize>,
+    pub range: Range<usize>,
     /// How many of the tokens are prompt.
     pub prompt_len: usize,
     /// The sequence's pages, covering `range`.
@@ -37,6 +48,8 @@ impl Pass {
         self.positions.clear();
         self.rope_lens.clear();
         self.segments.clear();
+        self.blocks.clear();
+        self.streamed.clear();
     }
 
     /// Rows so far.
@@ -44,7 +57,40 @@ impl Pass {
         self.tokens.len()
     }
 
-    /// Appends a segment; gives its first row.
+    /// How many of the positions `range` of a sequence the pass can take: at most what one block holds. Opens a new
+    /// block where the last one is full.
+    pub fn room(&mut self, placement: &Placement, pages: &[PageId], range: Range<usize>) -> usize {
+        let rows = placement.policy.block_rows;
+        for _ in 0..2 {
+            if let Some(block) = self.blocks.last() {
+                let free = rows - self.block_rows(block);
+                let count = free.min(range.len());
+                let needed = &pages[..pages_for(range.start + count)];
+                let streamed = |page: &&PageId| placement.page_tier(**page as usize) != placement.compute;
+                let new: Vec<PageId> =
+                    needed.iter().filter(streamed).filter(|page| !self.streamed.contains(page)).copied().collect();
+                if count > 0 && self.streamed.len() + new.len() <= placement.policy.block_pages {
+                    self.streamed.extend(new);
+                    return count;
+                }
+                if block.is_empty() {
+                    return 0;
+                }
+            }
+            if self.blocks.len() == placement.policy.blocks {
+                return 0;
+            }
+            self.blocks.push(self.segments.len()..self.segments.len());
+            self.streamed.clear();
+        }
+        0
+    }
+
+    fn block_rows(&self, block: &Range<usize>) -> usize {
+        self.segments[block.clone()].iter().map(|segment| segment.len).sum()
+    }
+
+    /// Appends a segment to the last block; gives its first row.
     pub fn push(&mut self, run: &Run<'_>) -> usize {
         let first_row = self.rows();
         assert!(!run.range.is_empty() && run.range.end <= run.tokens.len());
@@ -60,7 +106,75 @@ impl Pass {
             start: run.range.start,
             pages: run.pages.to_vec(),
         });
+        let end = self.segments.len();
+        match self.blocks.last_mut() {
+            Some(block) => block.end = end,
+            None => self.blocks.push(0..end),
+        }
         first_row
+    }
+}
+
+/// A block with its pages in order.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// Its rows among the pass's.
+    pub rows: Range<usize>,
+    /// Its segments; rows count within the block, pages over the whole cache.
+    pub segments: Vec<Segment>,
+    /// Pages that live elsewhere, in the order of their frames in a slot.
+    pub streamed: Vec<PageId>,
+    /// Which of them are brought from main memory, and from disk.
+    pub loads: [Vec<usize>; 2],
+    /// Which of them go back to main memory, and to disk.
+    pub stores: [Vec<usize>; 2],
+    /// The block in numbers.
+    pub shape: BlockShape,
+}
+
+impl Block {
+    /// The blocks of a pass. `outputs` are the rows that are asked for logits, ascending.
+    pub fn of(pass: &Pass, placement: &Placement, outputs: &[usize]) -> Vec<Block> {
+        let blocks = pass.blocks.iter().filter(|block| !block.is_empty());
+        blocks.map(|block| Block::new(&pass.segments[block.clone()], placement, outputs)).collect()
+    }
+
+    fn new(segments: &[Segment], placement: &Placement, outputs: &[usize]) -> Block {
+        let last = &segments[segments.len() - 1];
+        let rows = segments[0].first_row..last.first_row + last.len;
+        let count = |row: usize| outputs.partition_point(|&output| output < row);
+        let mut shape = BlockShape {
+            rows: rows.len(),
+            segments: segments.len(),
+            outputs: count(rows.end) - count(rows.start),
+            ..BlockShape::default()
+        };
+        let (mut read, mut written, mut all) = (HashSet::new(), HashSet::new(), Vec::new());
+        for segment in segments {
+            let end = segment.start + segment.len;
+            shape.keys += (segment.start + 1..=end).map(|keys| keys as u64).sum::<u64>();
+            shape.pages += pages_for(end) as u64;
+            let elsewhere = |page: &PageId| placement.page_tier(*page as usize) != placement.compute;
+            let pages = &segment.pages[..pages_for(end)];
+            read.extend(pages[..pages_for(segment.start)].iter().copied().filter(elsewhere));
+            written.extend(pages[segment.start / PAGE_POSITIONS..].iter().copied().filter(elsewhere));
+            all.extend(pages.iter().copied().filter(elsewhere));
+        }
+        // Ascending pages lie together in files, and so do their frames.
+        all.sort_unstable();
+        all.dedup();
+        let within = |set: &HashSet<PageId>, tier: Tier| -> Vec<usize> {
+            let chosen =
+                |(_, page): &(usize, &PageId)| set.contains(page) && placement.page_tier(**page as usize) == tier;
+            all.iter().enumerate().filter(chosen).map(|(index, _)| index).collect()
+        };
+        let loads = [within(&read, Tier::Cpu), within(&read, Tier::Disk)];
+        let stores = [within(&written, Tier::Cpu), within(&written, Tier::Disk)];
+        shape.loads = Pages { cpu: loads[0].len(), disk: loads[1].len() };
+        shape.stores = Pages { cpu: stores[0].len(), disk: stores[1].len() };
+        let relative = |segment: &Segment| Segment { first_row: segment.first_row - rows.start, ..segment.clone() };
+        let segments = segments.iter().map(relative).collect();
+        Block { rows, segments, streamed: all, loads, stores, shape }
     }
 }
 
@@ -77,5 +191,6 @@ mod tests {
         assert_eq!(pass.positions, [1, 2, 3, 4]);
         assert_eq!(pass.rope_lens, [3, 3, 4, 5]);
         assert_eq!(pass.push(&Run { range: 0..1, ..run }), 4);
+        assert_eq!(pass.blocks, [0..2]);
     }
 }

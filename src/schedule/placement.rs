@@ -12,6 +12,8 @@ const STAGING_SLICES: usize = 4;
 const STAGING_BYTES: u64 = 32 << 20;
 /// Logits of one block of rows stay below this where the head is resident.
 const LOGIT_BYTES: u64 = 64 << 20;
+/// Panels of an embedding table that are read from disk at once.
+pub const EMBEDDING_PANELS: usize = 16;
 /// Large things start on a boundary of this many bytes.
 const LARGE: u64 = 4096;
 /// Small things do on this.
@@ -123,6 +125,10 @@ pub struct Placement {
     pub frame: u64,
     /// Bytes of the hidden state of a row.
     pub hidden_row: u64,
+    /// Bytes of a row's embedding.
+    pub embedding_row: u64,
+    /// Bytes that a panel of the embedding table takes when it is read on its own.
+    pub panel_room: u64,
     /// Streamed weights with the device.
     pub weight_slots: Ring,
     /// Slices of weights in main memory between disk and device.
@@ -183,6 +189,9 @@ impl Placement {
             logit_rows,
             frame: model.frame,
             hidden_row: model.hidden_row,
+            embedding_row: model.embedding_row,
+            // A panel has 16 rows of four bytes an element at most; alignment may add a page at either end.
+            panel_room: large(16 * model.embedding_row) + 2 * LARGE,
             weight_slots: Ring::default(),
             weight_staging: Ring::default(),
             planes: Ring::default(),
@@ -235,7 +244,7 @@ impl Placement {
         let mut bytes = 0;
         let pages = self.pages[tier as usize] as u64 * self.num_layers as u64 * self.frame;
         bytes += large(pages);
-        let hidden = large(self.policy.block_rows as u64 * model.hidden_row);
+        let hidden = self.hidden_block_bytes();
         bytes += self.hidden.iter().filter(|&&place| place == tier).count() as u64 * hidden;
         if tier != Tier::Disk {
             let weights = |stage: &StagePlacement| match tier {
@@ -257,17 +266,37 @@ impl Placement {
             bytes += model.small + self.activation_bytes(model);
         }
         if tier == Tier::Cpu {
-            bytes += self.weight_staging.total() + self.kv_staging.total() + self.hidden_staging.total();
-            bytes += self.planes.total();
+            bytes += self.transit();
         }
         bytes
+    }
+
+    /// Bytes of main memory that things pass through.
+    fn transit(&self) -> u64 {
+        let staging = self.weight_staging.total() + self.kv_staging.total() + self.hidden_staging.total();
+        let frame = if self.kv_slots.count > 0 { self.frame } else { 0 };
+        let panels = if self.embed == Tier::Disk { EMBEDDING_PANELS as u64 * self.panel_room } else { 0 };
+        staging + self.planes.total() + frame + panels
+    }
+
+    /// Bytes of the arena of the device, and of main memory beside it. Where the CPU computes both are main memory.
+    pub fn arenas(&self) -> (u64, u64) {
+        match self.compute {
+            Tier::Cpu => (self.bytes[1] - self.transit(), self.transit()),
+            _ => (self.bytes[0], self.bytes[1]),
+        }
+    }
+
+    /// Bytes of the hidden state of a block.
+    pub fn hidden_block_bytes(&self) -> u64 {
+        large(self.policy.block_rows as u64 * self.hidden_row)
     }
 
     fn activation_bytes(&self, model: &ModelBytes) -> u64 {
         let small = |bytes: u64| bytes.next_multiple_of(SMALL);
         let rows = self.policy.block_rows as u64;
         let block: u64 = model.activations.iter().map(|row| small(rows * row)).sum();
-        let outputs = 2 * small(self.output_rows as u64 * model.hidden_row);
+        let outputs = 3 * small(self.output_rows as u64 * model.hidden_row);
         let logits = small(self.logit_rows as u64 * model.logit_row);
         let embeddings = if self.embed == self.compute { 0 } else { small(rows * model.embedding_row) };
         block + outputs + logits + embeddings

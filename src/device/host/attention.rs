@@ -12,12 +12,12 @@
 
 use rayon::prelude::*;
 
-use super::HostKv;
 use super::gemm::{Strided, Tile, register_rows, widen};
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold, greatest};
 use super::math;
 use super::shared::SharedMut;
+use super::{HostFrames, HostFramesMut};
 use crate::device::{AttentionSpan, Heads};
 use crate::kv::layout::{KvLayout, PAGE_POSITIONS};
 use crate::kv::pages::Segment;
@@ -27,14 +27,13 @@ use crate::model::dtype::DType;
 const QUERY_BLOCK: usize = 32;
 
 /// Stores keys and values of every segment's rows.
-pub fn append(kv: &mut HostKv, layer: usize, segments: &[Segment], qkv: &[f32], heads: Heads) {
+pub fn append(kv: &mut HostFramesMut<'_>, segments: &[Segment], qkv: &[f32], heads: Heads) {
     let layout = kv.layout;
     for segment in segments {
         for i in 0..segment.len {
             let position = segment.start + i;
             let row = &qkv[(segment.first_row + i) * heads.qkv_width()..][..heads.qkv_width()];
-            let offset = kv.offset(layer, segment.pages[position / PAGE_POSITIONS]);
-            let page = &mut kv.memory.bytes_mut()[offset..offset + layout.layer_bytes()];
+            let page = kv.frame(segment.pages[position / PAGE_POSITIONS]);
             store_position(&layout, page, position % PAGE_POSITIONS, &row[heads.query_width()..], heads);
         }
     }
@@ -77,7 +76,7 @@ fn to_f16(value: f32) -> half::f16 {
 /// Attention of every segment's queries; `out` is (rows, num_heads * head_dim).
 pub fn attend(
     isa: Isa,
-    kv: &HostKv,
+    kv: &HostFrames<'_>,
     span: AttentionSpan,
     segments: &[Segment],
     qkv: &[f32],
@@ -113,7 +112,7 @@ pub fn attend(
 /// The query heads of one KV head, over some consecutive queries of a segment. Row `t * group + g` of its
 /// matrices is query t, head g of the group.
 struct Block<'a> {
-    kv: &'a HostKv,
+    kv: &'a HostFrames<'a>,
     span: AttentionSpan,
     pages: &'a [u32],
     qkv: &'a [f32],
@@ -225,7 +224,7 @@ impl Block<'_> {
     unsafe fn tile<V: Lanes, R: Registers>(&self, tile: usize, state: &mut State) {
         let start = tile * PAGE_POSITIONS;
         let layout = &self.kv.layout;
-        let page = self.kv.page(self.span.layer, self.pages[tile]);
+        let page = self.kv.frame(self.pages[tile]);
         let (rows, head_dim, padded) = (self.rows(), self.heads.head_dim, self.padded_dim());
         // The last row sees the most recent keys, the first row the oldest.
         let high = self.visible(rows - 1, start).end;

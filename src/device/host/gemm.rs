@@ -14,7 +14,7 @@ use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes};
 use super::shared::SharedMut;
 use crate::model::dtype::DType;
-use crate::model::packed::panels::panel_elements;
+use crate::model::packed::panels::panel_bytes;
 
 /// Inputs whose weights are widened to f32 at a time: two panels of 16 outputs take 16 KiB of the first cache.
 const BLOCK_INPUTS: usize = 128;
@@ -23,10 +23,10 @@ const BLOCK_INPUTS: usize = 128;
 const PARALLEL_WORK: usize = 1 << 16;
 
 /// Stored elements of a packed matrix, borrowed: panels of 16 outputs, each (inputs padded to 64, 16).
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Panels<'a> {
-    /// The panels' bytes.
-    pub data: &'a [u8],
+    /// The panels' bytes, in pieces of whole panels.
+    pub pieces: Vec<&'a [u8]>,
     /// Element type.
     pub dtype: DType,
     /// Input width (unpadded).
@@ -36,9 +36,18 @@ pub struct Panels<'a> {
 }
 
 impl Panels<'_> {
-    fn panel(&self, index: usize) -> &[u8] {
-        let bytes = panel_elements(self.inputs) * self.dtype.size();
-        &self.data[index * bytes..(index + 1) * bytes]
+    /// The bytes of one panel.
+    pub fn panel(&self, index: usize) -> &[u8] {
+        let bytes = panel_bytes(self.inputs, self.dtype);
+        let mut at = index * bytes;
+        // A matrix has a few pieces at most: one where it is resident, and one per tier where it is not.
+        for piece in &self.pieces {
+            if at < piece.len() {
+                return &piece[at..at + bytes];
+            }
+            at -= piece.len() / bytes * bytes;
+        }
+        panic!("panel {index} of {} outputs", self.outputs)
     }
 }
 
@@ -76,10 +85,11 @@ impl<'a> PackedRows<'a> {
     }
 }
 
-/// `y = x w^T + bias` for packed rows; `y` is (rows, outputs) row-major.
-pub fn linear(isa: Isa, x: &PackedRows<'_>, w: Panels<'_>, bias: Option<&[f32]>, y: &mut [f32]) {
+/// `y = x w^T + bias` for packed rows; row r of `y` begins at element `r * stride`.
+pub fn linear(isa: Isa, x: &PackedRows<'_>, w: &Panels<'_>, bias: Option<&[f32]>, y: &mut [f32], stride: usize) {
     assert_eq!(x.inputs, w.inputs);
-    assert!(y.len() >= x.rows * w.outputs, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
+    let extent = x.rows.saturating_sub(1) * stride + w.outputs;
+    assert!(stride >= w.outputs && y.len() >= extent, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
     assert!(bias.is_none_or(|bias| bias.len() >= w.outputs));
     let panels = w.outputs.div_ceil(LANES);
     let y = SharedMut::new(y);
@@ -87,7 +97,7 @@ pub fn linear(isa: Isa, x: &PackedRows<'_>, w: Panels<'_>, bias: Option<&[f32]>,
     let chunk = 2 * panels.div_ceil(2).div_ceil(8 * rayon::current_num_threads()).clamp(1, 16);
     let task = |index: usize| {
         let range = index * chunk..panels.min((index + 1) * chunk);
-        isa.run(Linear { x, w, bias, y: &y, panels: range });
+        isa.run(Linear { x, w, bias, y: &y, stride, panels: range });
     };
     let tasks = panels.div_ceil(chunk);
     if x.rows * w.inputs * w.outputs < PARALLEL_WORK {
@@ -100,9 +110,10 @@ pub fn linear(isa: Isa, x: &PackedRows<'_>, w: Panels<'_>, bias: Option<&[f32]>,
 /// One task of [`linear`]: some panels, all rows.
 struct Linear<'a> {
     x: &'a PackedRows<'a>,
-    w: Panels<'a>,
+    w: &'a Panels<'a>,
     bias: Option<&'a [f32]>,
     y: &'a SharedMut<'a, f32>,
+    stride: usize,
     panels: std::ops::Range<usize>,
 }
 
@@ -172,8 +183,8 @@ impl Linear<'_> {
                 // SAFETY: `a` reads elements row .. row + rows of `depth` groups of `count`; `b` `depth * 16`
                 // elements each; the output rows lie in `y` and these columns belong to this task alone.
                 unsafe {
-                    let c = self.y.at((first + row) * outputs + column);
-                    tile.run::<V, R>(rows, c, outputs);
+                    let c = self.y.at((first + row) * self.stride + column);
+                    tile.run::<V, R>(rows, c, self.stride);
                 }
                 row += rows;
             }
@@ -322,7 +333,7 @@ pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::packed::panels::packed_bytes;
+    use crate::model::packed::panels::{packed_bytes, panel_elements};
     use crate::rng::Philox;
 
     /// Packs row-major (outputs, inputs) elements into panels.
@@ -375,8 +386,10 @@ mod tests {
                         let mut scratch = vec![0.0; some * inputs];
                         let packed = PackedRows::pack(isa, &x, some, inputs, &mut scratch);
                         let mut y = vec![f32::NAN; some * outputs];
-                        let panels = Panels { data: &data, dtype, inputs, outputs };
-                        linear(isa, &packed, panels, Some(&bias), &mut y);
+                        let cut = outputs.div_ceil(LANES) / 2 * panel_bytes(inputs, dtype);
+                        let pieces = vec![&data[..cut], &data[cut..]];
+                        let panels = Panels { pieces, dtype, inputs, outputs };
+                        linear(isa, &packed, &panels, Some(&bias), &mut y, outputs);
                         let same = y.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
                         assert!(same, "{isa:?} {dtype} {some} rows, {inputs} inputs, {outputs} outputs");
                     }

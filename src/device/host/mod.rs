@@ -19,8 +19,9 @@ pub use raw::raw_fma_gflops;
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
-use super::{AttentionSpan, Device, HeadNorms, Heads, Matrix, NormParameters, Rotation};
-use crate::error::Result;
+use super::{
+    AttentionSpan, Device, Frames, HeadNorms, Heads, KvView, KvViewMut, Matrix, NormParameters, Rotation, Target,
+};
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
 use crate::memory::arena::{Arena, Region};
@@ -32,76 +33,104 @@ use isa::Isa;
 pub struct Host {
     isa: Isa,
     arena: Arena,
+    rehearses: bool,
 }
 
-/// The KV cache in main memory: pages of one layer lie together, layer after layer.
-pub struct HostKv {
-    memory: Region,
+/// Frames of the KV cache, resident ones first.
+struct HostFrames<'a> {
+    resident: (&'a [u8], usize),
+    streamed: &'a [u8],
     layout: KvLayout,
-    pages: usize,
+    stride: usize,
 }
 
-impl HostKv {
-    /// One layer of one page.
-    fn page(&self, layer: usize, page: PageId) -> &[u8] {
-        let bytes = self.layout.layer_bytes();
-        &self.memory.bytes()[self.offset(layer, page)..][..bytes]
+impl HostFrames<'_> {
+    fn frame(&self, frame: PageId) -> &[u8] {
+        let (resident, count) = self.resident;
+        let frame = frame as usize;
+        let (bytes, index) = if frame < count { (resident, frame) } else { (self.streamed, frame - count) };
+        &bytes[index * self.stride..][..self.layout.layer_bytes()]
     }
+}
 
-    fn offset(&self, layer: usize, page: PageId) -> usize {
-        assert!((page as usize) < self.pages && layer < self.layout.num_layers);
-        (layer * self.pages + page as usize) * self.layout.layer_bytes()
+/// As [`HostFrames`], writable.
+struct HostFramesMut<'a> {
+    resident: (&'a mut [u8], usize),
+    streamed: &'a mut [u8],
+    layout: KvLayout,
+    stride: usize,
+}
+
+impl HostFramesMut<'_> {
+    fn frame(&mut self, frame: PageId) -> &mut [u8] {
+        let count = self.resident.1;
+        let frame = frame as usize;
+        let (bytes, index) =
+            if frame < count { (&mut *self.resident.0, frame) } else { (&mut *self.streamed, frame - count) };
+        &mut bytes[index * self.stride..][..self.layout.layer_bytes()]
     }
 }
 
 impl Host {
     /// The CPU with its best instruction set, and the arena that everything lives in.
     pub fn new(arena: Arena) -> Self {
-        Host { isa: Isa::detect(), arena }
+        Host { isa: Isa::detect(), arena, rehearses: false }
     }
 
     /// The CPU restricted to an instruction set, for tests.
     pub fn with_isa(arena: Arena, isa: Isa) -> Self {
-        Host { isa, arena }
+        Host { isa, arena, rehearses: false }
     }
 
-    /// Bytes of the arena that have been handed out.
-    pub fn used_bytes(&self) -> usize {
-        self.arena.used()
+    /// Behaves as a device with memory of its own: what goes in and out is copied.
+    #[must_use]
+    pub fn rehearsing(self) -> Self {
+        Host { rehearses: true, ..self }
     }
 }
 
-fn panels(matrix: &Matrix<Region>) -> Panels<'_> {
-    Panels { data: matrix.data.bytes(), dtype: matrix.dtype, inputs: matrix.inputs, outputs: matrix.outputs }
+fn panels<'a>(matrix: &Matrix<'a, Region>) -> Panels<'a> {
+    let pieces = matrix.pieces.iter().map(|piece| &piece.buffer.bytes()[piece.bytes.clone()]).collect();
+    Panels { pieces, dtype: matrix.dtype, inputs: matrix.inputs, outputs: matrix.outputs }
 }
 
 impl Device for Host {
     type Buffer = Region;
-    type Kv = HostKv;
 
-    fn allocate(&mut self, bytes: usize) -> Result<Region> {
-        Ok(self.arena.carve(bytes))
+    fn allocate(&mut self, bytes: usize) -> Region {
+        self.arena.carve(bytes)
     }
 
-    fn kv_cache(&self, memory: Region, layout: KvLayout, pages: usize) -> HostKv {
-        assert!(memory.len() >= pages * layout.page_bytes());
-        HostKv { memory, layout, pages }
+    fn used_bytes(&self) -> usize {
+        self.arena.used()
     }
 
-    fn upload(&self, to: &mut Region, fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()> {
-        fill(to.bytes_mut())
+    fn bytes<'a>(&self, buffer: &'a Region) -> Option<&'a [u8]> {
+        (!self.rehearses).then(|| buffer.bytes())
     }
 
-    fn embed(&self, table: &Matrix<Region>, tokens: &[u32], out: &mut Region) {
-        rows::embed(panels(table), tokens, out.as_mut_slice());
+    fn bytes_mut<'a>(&self, buffer: &'a mut Region) -> Option<&'a mut [u8]> {
+        (!self.rehearses).then(|| buffer.bytes_mut())
+    }
+
+    fn copy_in(&self, from: &[u8], to: &mut Region, offset: usize) {
+        to.bytes_mut()[offset..offset + from.len()].copy_from_slice(from);
+    }
+
+    fn copy_out(&self, from: &Region, offset: usize, to: &mut [u8]) {
+        to.copy_from_slice(&from.bytes()[offset..offset + to.len()]);
+    }
+
+    fn embed(&self, table: &Matrix<'_, Region>, tokens: &[u32], out: &mut Region) {
+        rows::embed(&panels(table), tokens, out.as_mut_slice());
     }
 
     fn add_rows(&self, table: &Region, indices: &[u32], width: usize, x: &mut Region) {
         rows::add_rows(table.as_slice(), indices, width, x.as_mut_slice());
     }
 
-    fn gather(&self, x: &Region, indices: &[usize], width: usize, out: &mut Region) {
-        let (x, out) = (x.as_slice::<f32>(), out.as_mut_slice::<f32>());
+    fn gather(&self, x: &Region, indices: &[usize], width: usize, out: &mut Region, first: usize) {
+        let (x, out) = (x.as_slice::<f32>(), &mut out.as_mut_slice::<f32>()[first * width..]);
         for (&index, out) in indices.iter().zip(out.chunks_exact_mut(width)) {
             out.copy_from_slice(&x[index * width..][..width]);
         }
@@ -119,13 +148,14 @@ impl Device for Host {
         &self,
         x: &Region,
         rows: usize,
-        w: &Matrix<Region>,
+        w: &Matrix<'_, Region>,
         bias: Option<&Region>,
         scratch: &mut Region,
-        y: &mut Region,
+        y: Target<'_, Region>,
     ) {
         let x = PackedRows::pack(self.isa, x.as_slice(), rows, w.inputs, scratch.as_mut_slice());
-        gemm::linear(self.isa, &x, panels(w), bias.map(|bias| bias.as_slice()), y.as_mut_slice());
+        let to = &mut y.buffer.as_mut_slice()[y.column..];
+        gemm::linear(self.isa, &x, &panels(w), bias.map(|bias| bias.as_slice()), to, y.stride);
     }
 
     fn norm_heads(&self, qkv: &mut Region, rows: usize, heads: Heads, norms: &HeadNorms<Region>) {
@@ -137,20 +167,34 @@ impl Device for Host {
         rows::rotate(&mut qkv.as_mut_slice::<f32>()[..rows * heads.qkv_width()], heads, rotation);
     }
 
-    fn append_kv(&self, kv: &mut HostKv, layer: usize, segments: &[Segment], qkv: &Region, heads: Heads) {
-        attention::append(kv, layer, segments, qkv.as_slice(), heads);
+    fn append_kv(&self, kv: KvViewMut<'_, Region>, segments: &[Segment], qkv: &Region, heads: Heads) {
+        let KvViewMut { resident, streamed } = kv;
+        let (layout, stride) = (resident.layout, resident.stride);
+        let mut frames = HostFramesMut {
+            resident: (resident.memory.bytes_mut(), resident.count),
+            streamed: streamed.map_or(&mut [], |frames| frames.memory.bytes_mut()),
+            layout,
+            stride,
+        };
+        attention::append(&mut frames, segments, qkv.as_slice(), heads);
     }
 
     fn attend(
         &self,
-        kv: &HostKv,
+        kv: KvView<'_, Region>,
         span: AttentionSpan,
         segments: &[Segment],
         qkv: &Region,
         heads: Heads,
         out: &mut Region,
     ) {
-        attention::attend(self.isa, kv, span, segments, qkv.as_slice(), heads, out.as_mut_slice());
+        let frames = HostFrames {
+            resident: (kv.resident.memory.bytes(), kv.resident.count),
+            streamed: kv.streamed.map_or(&[], |frames| frames.memory.bytes()),
+            layout: kv.resident.layout,
+            stride: kv.resident.stride,
+        };
+        attention::attend(self.isa, &frames, span, segments, qkv.as_slice(), heads, out.as_mut_slice());
     }
 
     fn activate(&self, activation: Activation, gated: bool, up: &Region, rows: usize, width: usize, out: &mut Region) {
@@ -162,12 +206,9 @@ impl Device for Host {
         rows::add(&mut x.as_mut_slice::<f32>()[..elements], &y.as_slice::<f32>()[..elements]);
     }
 
-    fn copy_page(&self, kv: &mut HostKv, from: PageId, to: PageId) {
-        let bytes = kv.layout.layer_bytes();
-        for layer in 0..kv.layout.num_layers {
-            let (from, to) = (kv.offset(layer, from), kv.offset(layer, to));
-            kv.memory.bytes_mut().copy_within(from..from + bytes, to);
-        }
+    fn copy_frame(&self, frames: &mut Frames<Region>, from: usize, to: usize) {
+        let stride = frames.stride;
+        frames.memory.bytes_mut().copy_within(from * stride..(from + 1) * stride, to * stride);
     }
 
     fn sample(&self, logits: &Region, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn> {

@@ -13,8 +13,7 @@ use super::lanes::{LANES, Lanes, fold};
 use super::math;
 use crate::device::{Heads, Rotation};
 use crate::model::config::{Activation, Norm};
-use crate::model::dtype::DType;
-use crate::model::packed::panels::panel_elements;
+use crate::model::packed::panels::panel_lane;
 
 /// Elements below which a loop stays on the calling thread.
 const PARALLEL_ELEMENTS: usize = 1 << 14;
@@ -32,28 +31,12 @@ fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + 
 }
 
 /// `out[r] = table row tokens[r]`.
-pub fn embed(table: Panels<'_>, tokens: &[u32], out: &mut [f32]) {
+pub fn embed(table: &Panels<'_>, tokens: &[u32], out: &mut [f32]) {
     let width = table.inputs;
-    let panel = panel_elements(width);
     for_rows(&mut out[..tokens.len() * width], width, |row, out| {
         let token = tokens[row] as usize;
         assert!(token < table.outputs, "token {token} of a vocabulary of {}", table.outputs);
-        let first = token / LANES * panel + token % LANES;
-        let element = |k: usize| first + k * LANES;
-        match table.dtype {
-            DType::F32 => {
-                let data: &[f32] = bytemuck::cast_slice(table.data);
-                out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)]);
-            }
-            DType::Bf16 => {
-                let data: &[half::bf16] = bytemuck::cast_slice(table.data);
-                out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)].to_f32());
-            }
-            DType::F16 => {
-                let data: &[half::f16] = bytemuck::cast_slice(table.data);
-                out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)].to_f32());
-            }
-        }
+        panel_lane(table.panel(token / LANES), table.dtype, token % LANES, out);
     });
 }
 

@@ -7,7 +7,10 @@ pub mod layout;
 pub mod pack;
 pub mod panels;
 
+use std::sync::Arc;
+
 use crate::error::Result;
+use crate::memory::disk::DirectFile;
 use layout::{ModelLayout, StageId};
 
 /// Packed weights, chunk by chunk.
@@ -26,4 +29,16 @@ pub trait Packed: Send + Sync {
     /// # Errors
     /// Whatever reading the source gives.
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()>;
+
+    /// Where the extent of `stage` lies in a file; none where weights are packed on the fly.
+    fn extent(&self, stage: StageId) -> Option<Extent>;
+}
+
+/// A stage's extent in a file.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// The file.
+    pub file: Arc<DirectFile>,
+    /// Where chunk offsets count from.
+    pub offset: u64,
 }

@@ -4,9 +4,9 @@
 
 use rayon::prelude::*;
 
-use super::Packed;
 use super::layout::{ModelLayout, Small, StageId};
 use super::panels::{PANEL_OUTPUTS, panel_bytes};
+use super::{Extent, Packed};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::dtype::DType;
@@ -95,6 +95,10 @@ impl Packed for Packer<'_> {
             Small::Vector(parts) => self.vector(parts, out),
             Small::Matrix(linear, dtype) => self.panels(linear, *dtype, 0, out),
         }
+    }
+
+    fn extent(&self, _: StageId) -> Option<Extent> {
+        None
     }
 }
 

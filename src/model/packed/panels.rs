@@ -27,3 +27,22 @@ pub fn packed_bytes(inputs: usize, outputs: usize, dtype: DType) -> usize {
 pub fn panel_bytes(inputs: usize, dtype: DType) -> usize {
     panel_elements(inputs) * dtype.size()
 }
+
+/// The weights of one output of a panel, widened.
+pub fn panel_lane(panel: &[u8], dtype: DType, lane: usize, out: &mut [f32]) {
+    let element = |k: usize| k * PANEL_OUTPUTS + lane;
+    match dtype {
+        DType::F32 => {
+            let data: &[f32] = bytemuck::cast_slice(panel);
+            out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)]);
+        }
+        DType::Bf16 => {
+            let data: &[half::bf16] = bytemuck::cast_slice(panel);
+            out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)].to_f32());
+        }
+        DType::F16 => {
+            let data: &[half::f16] = bytemuck::cast_slice(panel);
+            out.iter_mut().enumerate().for_each(|(k, out)| *out = data[element(k)].to_f32());
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! What a single step does, on whatever lane.
+//!
+//! **Invariant:** a step touches the places that it names and nothing else; the locks notice if it does.
+
+use std::sync::Mutex;
+
+use super::compute::{Compute, Fixed};
+use super::memory::{Shared, read, write};
+use super::pass::PassData;
+use crate::device::Device;
+use crate::error::{Result, Tier};
+use crate::kv::pages::PageId;
+use crate::memory::disk::{ALIGNMENT, DiskQueue, Read, Write};
+use crate::model::packed::panels::{PANEL_OUTPUTS, panel_bytes, panel_lane};
+use crate::schedule::placement::EMBEDDING_PANELS;
+use crate::schedule::step::{Lane, Op, Slot, Step};
+
+/// Everything that steps work on.
+pub struct Workshop<D: Device> {
+    /// What does not change.
+    pub fixed: Fixed<D>,
+    /// What lanes share.
+    pub shared: Shared<D::Buffer>,
+    /// What the computing lane has for itself.
+    pub compute: Mutex<Compute<D>>,
+}
+
+/// What a lane has for itself.
+#[derive(Default)]
+pub struct Tools {
+    /// For lanes that use the disk.
+    pub disk: Option<DiskQueue>,
+}
+
+impl Tools {
+    fn disk(&mut self) -> &mut DiskQueue {
+        self.disk.as_mut().expect("disk lanes have a queue")
+    }
+}
+
+impl<D: Device> Workshop<D> {
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// What the disk gives.
+    pub fn run(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
+        match step.op {
+            Op::ReadWeights { from, to } => self.read_weights(step, from as usize..to as usize, tools)?,
+            Op::DecodeWeights { .. } => unreachable!("placements with compressed planes are refused"),
+            Op::LoadWeights { from, to } => self.load_weights(step, from as usize..to as usize),
+            Op::ReadKv => self.read_kv(step, pass, tools)?,
+            Op::LoadKv => self.load_kv(step, pass),
+            Op::StoreKv => self.store_kv(step, pass),
+            Op::WriteKv => self.write_kv(step, pass, tools)?,
+            Op::ReadHidden | Op::LoadHidden => self.bring_hidden(step, tools)?,
+            Op::StoreHidden | Op::WriteHidden => self.return_hidden(step, tools)?,
+            Op::LoadEmbeddings => self.load_embeddings(step, pass, tools)?,
+            Op::Embed => self.computing().embed(&self.fixed, &self.shared, pass, step),
+            Op::Layer => self.computing().layer(&self.fixed, &self.shared, pass, step),
+            Op::Gather => self.computing().gather(&self.fixed, &self.shared, pass, step),
+            Op::Head => self.computing().head(&self.fixed, &self.shared, pass, step),
+        }
+        Ok(())
+    }
+
+    fn computing(&self) -> std::sync::MutexGuard<'_, Compute<D>> {
+        self.compute.try_lock().expect("one lane computes")
+    }
+
+    fn device(&self) -> &D {
+        &self.fixed.device
+    }
+
+    // Weights
+
+    /// Where a chunk lies in a slot or a staging place that begins with chunk `first`, counted from it.
+    fn span(&self, step: &Step, first: usize, chunks: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+        let stage = &self.fixed.placement.stages[step.stage as usize];
+        let start = stage.bytes(first..chunks.start) as usize;
+        start..start + stage.bytes(chunks.clone()) as usize
+    }
+
+    /// The first streamed chunk: slots begin with it.
+    fn slot_base(&self, step: &Step) -> usize {
+        self.fixed.placement.stages[step.stage as usize].resident
+    }
+
+    fn read_weights(&self, step: &Step, chunks: std::ops::Range<usize>, tools: &mut Tools) -> Result<()> {
+        let extent = self.shared.extents[step.stage as usize].as_ref().expect("stages on disk have an extent");
+        let in_file = self.span(step, 0, &chunks);
+        let offset = extent.offset + in_file.start as u64;
+        let file = &*extent.file;
+        match written(step) {
+            Slot::Weights(slot) => {
+                let span = self.span(step, self.slot_base(step), &chunks);
+                let mut slot = write(&self.shared.weights[slot as usize]);
+                let bytes = self.device().bytes_mut(&mut slot).expect("the disk reads into main memory");
+                tools.disk().read(&mut [Read { file, offset, buffer: &mut bytes[span] }])
+            }
+            Slot::WeightsStaging(place) => {
+                let mut place = write(&self.shared.weight_staging[place as usize]);
+                let buffer = &mut place.bytes_mut()[..in_file.len()];
+                tools.disk().read(&mut [Read { file, offset, buffer }])
+            }
+            other => unreachable!("weights are not read into {other}"),
+        }
+    }
+
+    fn load_weights(&self, step: &Step, chunks: std::ops::Range<usize>) {
+        let Slot::Weights(slot) = written(step) else { unreachable!("weights are loaded into their slots") };
+        let to = self.span(step, self.slot_base(step), &chunks);
+        let mut slot = write(&self.shared.weights[slot as usize]);
+        match step.reads.iter().next() {
+            Some(Slot::WeightsStaging(place)) => {
+                let place = read(&self.shared.weight_staging[place as usize]);
+                self.device().copy_in(&place.bytes()[..to.len()], &mut slot, to.start);
+            }
+            _ => {
+                let from = self.span(step, self.slot_base(step), &chunks);
+                let home = &self.shared.cpu_stages[step.stage as usize];
+                self.device().copy_in(&home.bytes()[from], &mut slot, to.start);
+            }
+        }
+    }
+
+    // Pages
+
+    /// A page's frame in its tier.
+    fn home(&self, step: &Step, page: PageId) -> usize {
+        let [gpu, cpu, disk] = self.fixed.placement.pages;
+        let (page, layer) = (page as usize, step.stage as usize);
+        match self.fixed.placement.page_tier(page) {
+            Tier::Gpu => layer * gpu + page,
+            Tier::Cpu => layer * cpu + page - gpu,
+            Tier::Disk => layer * disk + page - gpu - cpu,
+        }
+    }
+
+    fn frame(&self) -> usize {
+        self.fixed.placement.frame as usize
+    }
+
+    /// Consecutive frames both in memory and on disk, as (first place in memory, page, count). `indices` are places of
+    /// streamed pages; `packed` memory holds just these pages, one after the other.
+    fn runs(&self, step: &Step, streamed: &[PageId], indices: &[usize], packed: bool) -> Vec<(usize, usize, usize)> {
+        let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+        for (order, &index) in indices.iter().enumerate() {
+            let place = if packed { order } else { index };
+            let home = self.home(step, streamed[index]);
+            match runs.last_mut() {
+                Some((first, start, count)) if *first + *count == place && *start + *count == home => *count += 1,
+                _ => runs.push((place, home, 1)),
+            }
+        }
+        runs
+    }
+
+    fn read_kv(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
+        let block = &pass.blocks[step.block as usize];
+        let packed = matches!(written(step), Slot::KvStaging(_));
+        let runs = self.runs(step, &block.streamed, &block.loads[1], packed);
+        let file = self.shared.kv_disk.as_ref().expect("pages on disk have a file");
+        let read_into = |bytes: &mut [u8], tools: &mut Tools| {
+            let mut requests = Vec::with_capacity(runs.len());
+            let (mut rest, mut at) = (bytes, 0);
+            for &(place, home, count) in &runs {
+                let (_, tail) = rest.split_at_mut((place - at) * self.frame());
+                let (buffer, tail) = tail.split_at_mut(count * self.frame());
+                requests.push(Read { file, offset: (home * self.frame()) as u64, buffer });
+                (rest, at) = (tail, place + count);
+            }
+            tools.disk().read(&mut requests)
+        };
+        match written(step) {
+            Slot::KvStaging(place) => read_into(write(&self.shared.kv_staging[place as usize]).bytes_mut(), tools),
+            Slot::Kv(slot) => {
+                let mut slot = write(&self.shared.kv[slot as usize]);
+                let bytes = self.device().bytes_mut(&mut slot.memory).expect("the disk reads into main memory");
+                read_into(bytes, tools)
+            }
+            other => unreachable!("pages are not read into {other}"),
+        }
+    }
+
+    fn write_kv(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
+        let block = &pass.blocks[step.block as usize];
+        let source = step.reads.iter().next().expect("pages are written from somewhere");
+        let runs = self.runs(step, &block.streamed, &block.stores[1], matches!(source, Slot::KvStaging(_)));
+        let file = self.shared.kv_disk.as_ref().expect("pages on disk have a file");
+        let write_from = |bytes: &[u8], tools: &mut Tools| {
+            let frame = self.frame();
+            let request = |&(place, home, count): &(usize, usize, usize)| Write {
+                file,
+                offset: (home * frame) as u64,
+                buffer: &bytes[place * frame..(place + count) * frame],
+            };
+            tools.disk().write(&runs.iter().map(request).collect::<Vec<_>>())
+        };
+        match source {
+            Slot::KvStaging(place) => write_from(read(&self.shared.kv_staging[place as usize]).bytes(), tools),
+            Slot::Kv(slot) => {
+                let slot = read(&self.shared.kv[slot as usize]);
+                write_from(self.device().bytes(&slot.memory).expect("the disk writes from main memory"), tools)
+            }
+            other => unreachable!("pages are not written from {other}"),
+        }
+    }
+
+    fn load_kv(&self, step: &Step, pass: &PassData) {
+        let block = &pass.blocks[step.block as usize];
+        let Slot::Kv(slot) = written(step) else { unreachable!("pages are loaded into their slots") };
+        let mut slot = write(&self.shared.kv[slot as usize]);
+        let frame = self.frame();
+        match step.reads.iter().next() {
+            Some(Slot::KvStaging(place)) => {
+                let place = read(&self.shared.kv_staging[place as usize]);
+                for (order, &index) in block.loads[1].iter().enumerate() {
+                    let from = &place.bytes()[order * frame..(order + 1) * frame];
+                    self.device().copy_in(from, &mut slot.memory, index * frame);
+                }
+            }
+            _ => {
+                for &index in &block.loads[0] {
+                    let home = read(&self.shared.kv_cpu[self.home(step, block.streamed[index])]);
+                    self.device().copy_in(&home.bytes()[..frame], &mut slot.memory, index * frame);
+                }
+            }
+        }
+    }
+
+    fn store_kv(&self, step: &Step, pass: &PassData) {
+        let block = &pass.blocks[step.block as usize];
+        let Some(Slot::Kv(slot)) = step.reads.iter().next() else { unreachable!("pages are stored from their slots") };
+        let slot = read(&self.shared.kv[slot as usize]);
+        let frame = self.frame();
+        match written(step) {
+            Slot::KvStaging(place) => {
+                let mut place = write(&self.shared.kv_staging[place as usize]);
+                for (order, &index) in block.stores[1].iter().enumerate() {
+                    let to = &mut place.bytes_mut()[order * frame..(order + 1) * frame];
+                    self.device().copy_out(&slot.memory, index * frame, to);
+                }
+            }
+            _ => {
+                for &index in &block.stores[0] {
+                    let mut home = write(&self.shared.kv_cpu[self.home(step, block.streamed[index])]);
+                    self.device().copy_out(&slot.memory, index * frame, &mut home.bytes_mut()[..frame]);
+                }
+            }
+        }
+    }
+
+    // Hidden states
+
+    /// Bytes of a block's hidden state that are moved, in whole pages.
+    fn hidden_bytes(&self, step: &Step) -> usize {
+        (step.bytes as usize).next_multiple_of(ALIGNMENT)
+    }
+
+    /// A block's place in the file of hidden states.
+    fn hidden_offset(&self, step: &Step) -> u64 {
+        let before = &self.fixed.placement.hidden[..step.block as usize];
+        let count = before.iter().filter(|&&tier| tier == Tier::Disk).count();
+        count as u64 * self.fixed.placement.hidden_block_bytes()
+    }
+
+    fn bring_hidden(&self, step: &Step, tools: &mut Tools) -> Result<()> {
+        let (len, device) = (self.hidden_bytes(step), self.device());
+        let source = step.reads.iter().next().expect("hidden states come from somewhere");
+        if step.op == Op::ReadHidden {
+            let file = self.shared.hidden_disk.as_ref().expect("hidden states on disk have a file");
+            let offset = self.hidden_offset(step);
+            return match written(step) {
+                Slot::HiddenStaging(place) => {
+                    let mut place = write(&self.shared.hidden_staging[place as usize]);
+                    tools.disk().read(&mut [Read { file, offset, buffer: &mut place.bytes_mut()[..len] }])
+                }
+                Slot::Hidden(slot) => {
+                    let mut slot = write(&self.shared.hidden[slot as usize]);
+                    let bytes = device.bytes_mut(&mut slot).expect("the disk reads into main memory");
+                    tools.disk().read(&mut [Read { file, offset, buffer: &mut bytes[..len] }])
+                }
+                other => unreachable!("hidden states are not read into {other}"),
+            };
+        }
+        let Slot::Hidden(slot) = written(step) else { unreachable!("hidden states are loaded into their slots") };
+        let mut slot = write(&self.shared.hidden[slot as usize]);
+        match source {
+            Slot::HiddenStaging(place) => {
+                device.copy_in(&read(&self.shared.hidden_staging[place as usize]).bytes()[..len], &mut slot, 0);
+            }
+            _ => {
+                let home = read(&self.shared.hidden_cpu[&(step.block as usize)]);
+                device.copy_in(&home.bytes()[..len], &mut slot, 0);
+            }
+        }
+        Ok(())
+    }
+
+    fn return_hidden(&self, step: &Step, tools: &mut Tools) -> Result<()> {
+        let (len, device) = (self.hidden_bytes(step), self.device());
+        let source = step.reads.iter().next().expect("hidden states come from somewhere");
+        if step.op == Op::WriteHidden {
+            let file = self.shared.hidden_disk.as_ref().expect("hidden states on disk have a file");
+            let offset = self.hidden_offset(step);
+            return match source {
+                Slot::HiddenStaging(place) => {
+                    let place = read(&self.shared.hidden_staging[place as usize]);
+                    tools.disk().write(&[Write { file, offset, buffer: &place.bytes()[..len] }])
+                }
+                Slot::Hidden(slot) => {
+                    let slot = read(&self.shared.hidden[slot as usize]);
+                    let bytes = device.bytes(&slot).expect("the disk writes from main memory");
+                    tools.disk().write(&[Write { file, offset, buffer: &bytes[..len] }])
+                }
+                other => unreachable!("hidden states are not written from {other}"),
+            };
+        }
+        let Slot::Hidden(slot) = source else { unreachable!("hidden states are stored from their slots") };
+        let slot = read(&self.shared.hidden[slot as usize]);
+        match written(step) {
+            Slot::HiddenStaging(place) => {
+                let mut place = write(&self.shared.hidden_staging[place as usize]);
+                device.copy_out(&slot, 0, &mut place.bytes_mut()[..len]);
+            }
+            _ => {
+                let mut home = write(&self.shared.hidden_cpu[&(step.block as usize)]);
+                device.copy_out(&slot, 0, &mut home.bytes_mut()[..len]);
+            }
+        }
+        Ok(())
+    }
+
+    // Embeddings
+
+    /// Looks a block's embeddings up where the table lies, some panels at a time.
+    fn load_embeddings(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
+        let config = &self.fixed.config;
+        let tokens = &pass.tokens[pass.blocks[step.block as usize].rows.clone()];
+        let dtype = self.fixed.layout.table[0].matrices[0].dtype;
+        let size = panel_bytes(config.embed_size, dtype);
+        let place = self.shared.embeddings.as_ref().expect("a table that lies elsewhere has a place for its rows");
+        let mut place = write(place);
+        let mut row_bytes = vec![0f32; config.embed_size];
+        for (group, tokens) in tokens.chunks(EMBEDDING_PANELS).enumerate() {
+            let panels: Vec<(usize, usize, usize)> = tokens.iter().map(|&token| self.panel(token as usize)).collect();
+            let mut panel_region = None;
+            if step.lane == Lane::DiskRead {
+                let region = self.shared.table_panels.as_ref().expect("a table on disk has room for its panels");
+                let mut region = write(region);
+                self.read_panels(&panels, size, region.bytes_mut(), tools)?;
+                panel_region = Some(region);
+            }
+            let room = self.fixed.placement.panel_room as usize;
+            for (order, (&token, &(part, _, at))) in tokens.iter().zip(&panels).enumerate() {
+                let panel = match &panel_region {
+                    Some(region) => {
+                        let extent = self.shared.table_extents[part].as_ref().expect("parts on disk have an extent");
+                        let within = (extent.offset as usize + at) % ALIGNMENT;
+                        &region.bytes()[order * room + within..][..size]
+                    }
+                    None => &self.table_part(part)[at..at + size],
+                };
+                panel_lane(panel, dtype, token as usize % PANEL_OUTPUTS, &mut row_bytes);
+                let row = group * EMBEDDING_PANELS + order;
+                let bytes: &[u8] = bytemuck::cast_slice(&row_bytes);
+                self.device().copy_in(bytes, &mut place, row * bytes.len());
+            }
+        }
+        Ok(())
+    }
+
+    /// A part of the table in main memory beside a device.
+    fn table_part(&self, part: usize) -> &[u8] {
+        match self.shared.table_cpu.get(part) {
+            Some(region) => region.bytes(),
+            // The head is the table, and streams from there.
+            None => self.shared.cpu_stages[self.fixed.placement.num_layers + part].bytes(),
+        }
+    }
+
+    /// The part of the table, the chunk and the place within the part of a token's panel.
+    fn panel(&self, token: usize) -> (usize, usize, usize) {
+        let table = &self.fixed.layout.table;
+        let mut panel = token / PANEL_OUTPUTS;
+        for (index, part) in table.iter().enumerate() {
+            let chunk = part.chunks.iter().position(|chunk| chunk.panels.contains(&panel));
+            if let Some(chunk) = chunk {
+                let layout = &part.chunks[chunk];
+                let size = layout.bytes / layout.panels.len();
+                return (index, chunk, layout.offset + (panel - layout.panels.start) * size);
+            }
+            panel -= part.chunks.last().map_or(0, |chunk| chunk.panels.end);
+        }
+        panic!("token {token} of a vocabulary of {}", self.fixed.config.vocab_size)
+    }
+
+    fn read_panels(
+        &self,
+        panels: &[(usize, usize, usize)],
+        size: usize,
+        region: &mut [u8],
+        tools: &mut Tools,
+    ) -> Result<()> {
+        let room = self.fixed.placement.panel_room as usize;
+        let mut requests = Vec::with_capacity(panels.len());
+        for (&(part, _, at), room) in panels.iter().zip(region.chunks_exact_mut(room)) {
+            let extent = self.shared.table_extents[part].as_ref().expect("parts on disk have an extent");
+            let start = extent.offset as usize + at;
+            let aligned = start / ALIGNMENT * ALIGNMENT;
+            let len = (start + size).next_multiple_of(ALIGNMENT) - aligned;
+            requests.push(Read { file: &extent.file, offset: aligned as u64, buffer: &mut room[..len] });
+        }
+        tools.disk().read(&mut requests)
+    }
+}
+
+fn written(step: &Step) -> Slot {
+    step.writes.iter().next().expect("the step writes something")
+}
