@@ -288,12 +288,10 @@ fn rates() {
         let started = std::time::Instant::now();
         let mut total = 0;
         for layer in 0..layers {
-            let extent = packed.extent(StageId::Layer(layer));
-            let extent = extent.unwrap().unwrap();
-            let bytes = packed.layout().stage(id).bytes;
-            let buffer = &mut memory.bytes_mut()[..bytes];
+            let extent = packed.extent(StageId::Layer(layer)).unwrap().unwrap();
+            let buffer = &mut memory.bytes_mut()[..packed.layout().layers[layer].bytes];
+            total += buffer.len();
             queue.read(&mut [Read { file: extent.file(), offset: extent.offset, buffer }]).unwrap();
-            total += bytes as u64;
         }
         total as f64 / started.elapsed().as_secs_f64() / 1e9
     };
