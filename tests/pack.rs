@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use tidemill::error::{Error, Result};
 use tidemill::memory::arena::Arena;
-use tidemill::memory::disk::{self, DirectFile, DiskQueue, How, Read};
+use tidemill::memory::disk::{self, DiskQueue, How, Read};
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::layout::StageId;
@@ -110,15 +110,14 @@ fn files_are_safetensors_whose_data_is_one_aligned_extent() {
     let on_the_fly = demo.packed(None).unwrap();
     let mut queue = DiskQueue::new(4, How::Auto).unwrap();
     for (id, stage) in on_the_fly.layout().stages() {
-        let extent = packed.extent(id);
-        assert_eq!((extent.offset % 4096, extent.bytes), (0, stage.bytes as u64));
-        assert_eq!(fs::metadata(extent.path).unwrap().len(), extent.offset + extent.bytes);
-        let tensors = SafetensorsFile::open(extent.path).unwrap();
+        let extent = packed.extent(id).unwrap();
+        assert_eq!(extent.offset % 4096, 0);
+        assert_eq!(extent.file.len().unwrap(), extent.offset + stage.bytes as u64);
+        let tensors = SafetensorsFile::open(extent.file.path()).unwrap();
         assert!(tensors.names().filter(|name| !name.starts_with("hole.")).count() == stage.chunks.len());
-        let file = DirectFile::open(extent.path).unwrap();
         let mut memory = Arena::new("test", tidemill::error::Tier::Cpu, stage.bytes).unwrap();
         let mut memory = memory.carve_aligned(stage.bytes, disk::ALIGNMENT);
-        queue.read(&mut [Read { file: &file, offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
+        queue.read(&mut [Read { file: &extent.file, offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
         for (index, chunk) in stage.chunks.iter().enumerate() {
             let found = &memory.bytes()[chunk.offset..chunk.offset + chunk.bytes];
             let mut expected = vec![0; chunk.bytes];
@@ -172,7 +171,7 @@ fn damage_is_named_and_packing_again_mends_it() {
     let (_scratch, output, demo) = packed_demo();
     let path = output.join("layer-001.safetensors");
     let healthy = fs::read(&path).unwrap();
-    let begin = open(&output).unwrap().packed.unwrap().extent(StageId::Layer(1)).offset;
+    let begin = (&open(&output).unwrap().packed.unwrap()).extent(StageId::Layer(1)).unwrap().offset;
     let mend = |what: &str| {
         assert!(matches!(quiet(&demo, None, &output).unwrap(), Outcome::Written(1)), "{what}");
         assert!(fs::read(&path).unwrap() == healthy, "{what}");
@@ -234,6 +233,11 @@ fn other_contents_are_refused_and_left_alone() {
     assert!(refused(None, &taken).contains("holds something else"));
     assert_eq!(fs::read_dir(&taken).unwrap().count(), 1);
     assert!(refused(Some(DType::F16), &output).contains("holds another pack"));
+    // A kill just after the directory was made, before the journal had its name.
+    let unborn = scratch.path().join("unborn");
+    fs::create_dir(&unborn).unwrap();
+    fs::write(unborn.join("tidemill.journal.tmp"), "{").unwrap();
+    assert_eq!(quiet(&demo, None, &unborn).unwrap(), Outcome::Written(6));
     let lock = tidemill::durable::Lock::take(&scratch.path().join("packed.lock")).unwrap();
     assert!(refused(None, &output).contains("is working on this output"));
     drop(lock);
@@ -287,11 +291,10 @@ fn rates() {
         let started = std::time::Instant::now();
         let mut total = 0;
         for layer in 0..layers {
-            let extent = packed.extent(StageId::Layer(layer));
-            let file = DirectFile::open(extent.path).unwrap();
-            let buffer = &mut memory.bytes_mut()[..extent.bytes as usize];
-            queue.read(&mut [Read { file: &file, offset: extent.offset, buffer }]).unwrap();
-            total += extent.bytes;
+            let extent = packed.extent(StageId::Layer(layer)).unwrap();
+            let buffer = &mut memory.bytes_mut()[..packed.layout().layers[layer].bytes];
+            total += buffer.len();
+            queue.read(&mut [Read { file: &extent.file, offset: extent.offset, buffer }]).unwrap();
         }
         total as f64 / started.elapsed().as_secs_f64() / 1e9
     };

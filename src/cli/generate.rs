@@ -16,6 +16,7 @@ use super::flags::{
     ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, ThrottleChoice,
     WeightsChoice,
 };
+use super::pack::Display;
 use super::progress::Progress;
 use super::resources::{self, Budgets, Wishes};
 use super::{say, signals, stats};
@@ -31,8 +32,8 @@ use crate::memory::disk;
 use crate::memory::limits;
 use crate::model::Model;
 use crate::model::dtype::DType;
-use crate::model::packed::Packed;
-use crate::model::packed::pack::Packer;
+use crate::model::packed::read::PackedModel;
+use crate::model::packed::{Packed, cache};
 use crate::schedule::placement::Placement;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
@@ -114,6 +115,9 @@ pub struct Arguments {
     /// Disk space to use there [default: 80 % of what is free].
     #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
     disk_space: Option<Size>,
+    /// Where packed models are kept [default: `tidemill` in the user's cache directory].
+    #[arg(long, env = "TIDEMILL_CACHE_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
+    cache_dir: Option<PathBuf>,
     /// Hold links to a rate, such as `h2d=2GB/s,disk_read=300MB/s`.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE,...", help_heading = "Budgets and numerics")]
     throttle: Option<ThrottleChoice>,
@@ -234,6 +238,7 @@ impl Arguments {
         let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?.unwrap_or_default();
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
+        let converted = model.packed.as_ref().and_then(PackedModel::weights);
         let config = &model.config;
         let kv = KvLayout {
             num_layers: config.num_layers,
@@ -242,13 +247,13 @@ impl Arguments {
             dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
         };
         let budgets = self.budgets()?;
-        let packed = Packer::new(model, weights.dtype());
+        let packed = model.packed(weights.dtype())?;
         let bytes = model_bytes(config, packed.layout(), &kv);
         let wishes = Wishes { config, bytes: &bytes, policy: &policy, budgets, name: &model.name };
         let placement = resources::fit(&wishes)?;
         let batch = resources::batch(&placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
-            ("weights", weights.dtype().unwrap_or(stored).to_string()),
+            ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
             ("kv_dtype", kv.dtype.to_string()),
             ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
@@ -400,14 +405,18 @@ impl Running<'_> {
     fn run(self, job: job::Job) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = &self;
         say::line(&self.summary(&job));
+        let cached = self.cached()?;
         let name = format!("model `{}`", model.name);
         let (device_bytes, host_bytes) = resolved.placement.arenas();
         let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
         let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
-        let packed = Packer::new(model, resolved.weights);
+        let packed: Box<dyn Packed + '_> = match &cached {
+            Some(cached) => Box::new(cached),
+            None => model.packed(resolved.weights)?,
+        };
         let parts = Parts {
-            packed: &packed,
+            packed: &*packed,
             config: &model.config,
             placement: resolved.placement.clone(),
             kv: resolved.kv,
@@ -446,6 +455,22 @@ impl Running<'_> {
             load_secs,
         ));
         Ok(summary.exit_code())
+    }
+
+    /// Packed files for weights that are read from disk, unless the model is such files; made on first use.
+    fn cached(&self) -> Result<Option<PackedModel>> {
+        let Running { arguments, model, resolved, .. } = self;
+        let placement = &resolved.placement;
+        let on_disk = placement.embed == Tier::Disk || placement.stages.iter().any(|stage| stage.disk > 0);
+        if !on_disk || model.packed.is_some() {
+            return Ok(None);
+        }
+        let directory = cache::directory(arguments.cache_dir.as_deref())?;
+        let what = format!("packing {} into {}", model.name, directory.display());
+        let mut display = Display::new(arguments.progress, what);
+        let packed = cache::ensure(model, resolved.weights, &directory, &mut |progress| display.show(progress));
+        display.end();
+        packed.map(Some)
     }
 
     /// The resolved configuration, in one line.

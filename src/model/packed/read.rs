@@ -8,12 +8,12 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Packed;
 use super::files::{FilePlan, Holds, plans};
 use super::layout::{ModelLayout, StageId};
 use super::manifest::{FileEntry, Manifest, checksum, damaged};
+use super::{Extent, Packed};
 use crate::error::{Error, Result, Tier};
 use crate::memory::arena::Arena;
 use crate::memory::disk::{self, DirectFile, DiskQueue, How, Read};
@@ -22,28 +22,18 @@ use crate::model::dtype::DType;
 /// A packed directory.
 pub struct PackedModel {
     directory: PathBuf,
+    weights: Option<DType>,
     layout: ModelLayout,
     stages: HashMap<StageId, PackedFile>,
     small: PackedFile,
     queue: Mutex<DiskQueue>,
 }
 
-/// Where a stage lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent<'a> {
-    /// The file.
-    pub path: &'a Path,
-    /// Where the stage begins in it; a multiple of the chunks' alignment.
-    pub offset: u64,
-    /// Bytes of the stage.
-    pub bytes: u64,
-}
-
 /// A file, its plan and the checksum of each block.
 struct PackedFile {
     path: PathBuf,
     file: File,
-    direct: DirectFile,
+    direct: Arc<DirectFile>,
     plan: FilePlan,
     checksums: Vec<String>,
 }
@@ -70,7 +60,8 @@ impl PackedModel {
         }
         let small = small.expect("every layout has a file of small tensors");
         let queue = Mutex::new(DiskQueue::new(disk::DEPTH, How::Auto)?);
-        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small, queue })
+        let weights = manifest.identity.weights(directory)?;
+        Ok(PackedModel { directory: directory.to_owned(), weights, layout, stages, small, queue })
     }
 
     /// The directory.
@@ -78,10 +69,9 @@ impl PackedModel {
         &self.directory
     }
 
-    /// Where `stage` lies: its chunks in one extent, at the layout's offsets.
-    pub fn extent(&self, stage: StageId) -> Extent<'_> {
-        let file = &self.stages[&stage];
-        Extent { path: &file.path, offset: file.plan.header.len() as u64, bytes: file.plan.data_bytes as u64 }
+    /// The dtype that matrices were asked in when they were packed; none for the checkpoint's.
+    pub fn weights(&self) -> Option<DType> {
+        self.weights
     }
 
     /// Compares bytes read from a chunk's extent with what was packed.
@@ -151,6 +141,11 @@ impl Packed for &PackedModel {
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
         self.read(&self.small, index, out)
     }
+
+    fn extent(&self, stage: StageId) -> Option<Extent> {
+        let file = &self.stages[&stage];
+        Some(Extent { file: file.direct.clone(), offset: file.plan.header.len() as u64 })
+    }
 }
 
 impl PackedFile {
@@ -175,7 +170,7 @@ impl PackedFile {
         if entry.checksums.len() != plan.blocks.len() {
             return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
         }
-        let direct = DirectFile::open(&path)?;
+        let direct = Arc::new(DirectFile::open(&path)?);
         Ok(PackedFile { path, file, direct, plan, checksums: entry.checksums.clone() })
     }
 
