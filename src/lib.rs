@@ -3,15 +3,18 @@
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
 pub mod cli;
+pub mod cost;
 pub mod device;
 pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod executor;
+pub mod hardware;
 pub mod job;
 pub mod kv;
 pub mod memory;
 pub mod model;
+pub mod planner;
 pub mod policy;
 pub mod rng;
 pub mod schedule;

@@ -110,20 +110,21 @@ fn files_are_safetensors_whose_data_is_one_aligned_extent() {
     let on_the_fly = demo.packed(None).unwrap();
     let mut queue = DiskQueue::new(4, How::Auto).unwrap();
     for (id, stage) in on_the_fly.layout().stages() {
-        let extent = packed.extent(id).unwrap();
+        let extent = packed.extent(id).unwrap().unwrap();
+        let path = extent.file().path();
         assert_eq!(extent.offset % 4096, 0);
-        assert_eq!(extent.file.len().unwrap(), extent.offset + stage.bytes as u64);
-        let tensors = SafetensorsFile::open(extent.file.path()).unwrap();
+        assert_eq!(fs::metadata(path).unwrap().len(), extent.offset + stage.bytes as u64);
+        let tensors = SafetensorsFile::open(path).unwrap();
         assert!(tensors.names().filter(|name| !name.starts_with("hole.")).count() == stage.chunks.len());
         let mut memory = Arena::new("test", tidemill::error::Tier::Cpu, stage.bytes).unwrap();
         let mut memory = memory.carve_aligned(stage.bytes, disk::ALIGNMENT);
-        queue.read(&mut [Read { file: &extent.file, offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
+        queue.read(&mut [Read { file: extent.file(), offset: extent.offset, buffer: memory.bytes_mut() }]).unwrap();
         for (index, chunk) in stage.chunks.iter().enumerate() {
             let found = &memory.bytes()[chunk.offset..chunk.offset + chunk.bytes];
             let mut expected = vec![0; chunk.bytes];
             on_the_fly.chunk(id, index, &mut expected).unwrap();
             assert!(found == expected);
-            packed.check_chunk(id, index, found).unwrap();
+            extent.check(index, found).unwrap();
         }
     }
 }
@@ -171,7 +172,8 @@ fn damage_is_named_and_packing_again_mends_it() {
     let (_scratch, output, demo) = packed_demo();
     let path = output.join("layer-001.safetensors");
     let healthy = fs::read(&path).unwrap();
-    let begin = (&open(&output).unwrap().packed.unwrap()).extent(StageId::Layer(1)).unwrap().offset;
+    let packed = open(&output).unwrap().packed.unwrap();
+    let begin = (&packed).extent(StageId::Layer(1)).unwrap().unwrap().offset;
     let mend = |what: &str| {
         assert!(matches!(quiet(&demo, None, &output).unwrap(), Outcome::Written(1)), "{what}");
         assert!(fs::read(&path).unwrap() == healthy, "{what}");
@@ -291,10 +293,10 @@ fn rates() {
         let started = std::time::Instant::now();
         let mut total = 0;
         for layer in 0..layers {
-            let extent = packed.extent(StageId::Layer(layer)).unwrap();
+            let extent = packed.extent(StageId::Layer(layer)).unwrap().unwrap();
             let buffer = &mut memory.bytes_mut()[..packed.layout().layers[layer].bytes];
             total += buffer.len();
-            queue.read(&mut [Read { file: &extent.file, offset: extent.offset, buffer }]).unwrap();
+            queue.read(&mut [Read { file: extent.file(), offset: extent.offset, buffer }]).unwrap();
         }
         total as f64 / started.elapsed().as_secs_f64() / 1e9
     };

@@ -16,10 +16,9 @@ use super::flags::{
     ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, ThrottleChoice,
     WeightsChoice,
 };
-use super::pack::Display;
 use super::progress::Progress;
 use super::resources::{self, Budgets, Wishes};
-use super::{say, signals, stats};
+use super::{pack, say, signals, stats};
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
@@ -115,7 +114,7 @@ pub struct Arguments {
     /// Disk space to use there [default: 80 % of what is free].
     #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
     disk_space: Option<Size>,
-    /// Where packed models are kept [default: `tidemill` in the user's cache directory].
+    /// Where packed models and offloaded files are kept [default: tidemill in the user's cache directory].
     #[arg(long, env = "TIDEMILL_CACHE_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
     cache_dir: Option<PathBuf>,
     /// Hold links to a rate, such as `h2d=2GB/s,disk_read=300MB/s`.
@@ -279,12 +278,12 @@ impl Arguments {
                 hint: Some(format!("use --cpu-memory {}MiB or less", available.saturating_sub(rehearsed) >> 20)),
             });
         }
-        let free = match &self.offload_dir {
-            Some(directory) => disk::free_space(directory)?,
-            None => 0,
-        };
+        let offload = self.offload_directory()?;
+        // The directory need not exist yet.
+        let existing = offload.ancestors().find(|directory| directory.is_dir()).unwrap_or(Path::new("."));
+        let free = disk::free_space(existing)?;
         let disk = match self.disk_space {
-            Some(size) if size.0 > free && self.offload_dir.is_some() => {
+            Some(size) if size.0 > free => {
                 return Err(Error::OverBudget {
                     what: "--disk-space".into(),
                     tier: Tier::Disk,
@@ -297,6 +296,23 @@ impl Arguments {
             None => free / 10 * 8,
         };
         Ok(Budgets { gpu, cpu, disk })
+    }
+
+    fn offload_directory(&self) -> Result<PathBuf> {
+        match &self.offload_dir {
+            Some(directory) => Ok(directory.clone()),
+            None => Ok(cache::directory(self.cache_dir.as_deref())?.join("offload")),
+        }
+    }
+
+    /// The packed model in the cache, made now if it is not there.
+    fn pack(&self, model: &Model, weights: Option<DType>) -> Result<PackedModel> {
+        let directory = cache::directory(self.cache_dir.as_deref())?;
+        let what = format!("packing {} into {}", model.name, directory.display());
+        let mut display = pack::Display::new(self.progress, what);
+        let packed = cache::ensure(model, weights, &directory, &mut |progress| display.show(progress))?;
+        display.end();
+        Ok(packed)
     }
 
     fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
@@ -405,22 +421,26 @@ impl Running<'_> {
     fn run(self, job: job::Job) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = &self;
         say::line(&self.summary(&job));
-        let cached = self.cached()?;
         let name = format!("model `{}`", model.name);
         let (device_bytes, host_bytes) = resolved.placement.arenas();
         let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
         let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
-        let packed: Box<dyn Packed + '_> = match &cached {
-            Some(cached) => Box::new(cached),
-            None => model.packed(resolved.weights)?,
+        let made;
+        let packed: Box<dyn Packed> = match model.packed {
+            None if resolved.placement.reads_weights() => {
+                made = arguments.pack(model, resolved.weights)?;
+                Box::new(&made)
+            }
+            _ => model.packed(resolved.weights)?,
         };
+        let offload = arguments.offload_directory()?;
         let parts = Parts {
             packed: &*packed,
             config: &model.config,
             placement: resolved.placement.clone(),
             kv: resolved.kv,
-            offload: arguments.offload_dir.as_deref(),
+            offload: Some(&offload),
             throttle: arguments.throttle.as_ref().map_or([None; 6], |throttle| throttle.0),
         };
         let executor = Executor::new(device, host, parts)?;
@@ -455,22 +475,6 @@ impl Running<'_> {
             load_secs,
         ));
         Ok(summary.exit_code())
-    }
-
-    /// Packed files for weights that are read from disk, unless the model is such files; made on first use.
-    fn cached(&self) -> Result<Option<PackedModel>> {
-        let Running { arguments, model, resolved, .. } = self;
-        let placement = &resolved.placement;
-        let on_disk = placement.embed == Tier::Disk || placement.stages.iter().any(|stage| stage.disk > 0);
-        if !on_disk || model.packed.is_some() {
-            return Ok(None);
-        }
-        let directory = cache::directory(arguments.cache_dir.as_deref())?;
-        let what = format!("packing {} into {}", model.name, directory.display());
-        let mut display = Display::new(arguments.progress, what);
-        let packed = cache::ensure(model, resolved.weights, &directory, &mut |progress| display.show(progress));
-        display.end();
-        packed.map(Some)
     }
 
     /// The resolved configuration, in one line.

@@ -8,6 +8,7 @@ mod doctor;
 mod flags;
 mod generate;
 mod pack;
+mod plan;
 mod progress;
 mod resources;
 mod say;
@@ -37,6 +38,8 @@ enum Command {
     Pack(pack::Arguments),
     /// Say what this machine offers: CPU, memory, disk, GPU.
     Doctor(doctor::Arguments),
+    /// Say what a job would take on a machine; needs no weights.
+    Plan(Box<plan::Arguments>),
     /// Write a model with seeded Gaussian weights in the shape of a configuration.
     Synth {
         /// A Hugging Face config.json.
@@ -77,6 +80,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Generate(arguments) => generate::run(*arguments),
         Command::Pack(arguments) => pack::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Synth { config, seed, output } => {
             crate::model::synth_files::write_directory(&config, seed, &output)?;
             say::line(&format!("synthetic model written to {}", output.display()));

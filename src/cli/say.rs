@@ -4,7 +4,7 @@
 
 use std::io::Write;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// One line.
 pub fn line(text: &str) {
@@ -17,4 +17,13 @@ pub fn error(error: &Error) {
     if let Some(hint) = error.hint() {
         line(&format!("hint: {hint}"));
     }
+}
+
+/// What a command was asked for, on standard output.
+///
+/// # Errors
+/// When standard output cannot be written to.
+pub fn data(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", "standard output"))
 }

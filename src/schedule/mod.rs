@@ -9,7 +9,9 @@ pub mod fences;
 pub mod lower;
 pub mod pass;
 pub mod placement;
+pub mod price;
 pub mod shape;
+pub mod simulate;
 pub mod step;
 
 pub use pass::{Block, Pass, Run};

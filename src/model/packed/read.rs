@@ -24,16 +24,18 @@ pub struct PackedModel {
     directory: PathBuf,
     weights: Option<DType>,
     layout: ModelLayout,
-    stages: HashMap<StageId, PackedFile>,
+    stages: HashMap<StageId, Arc<PackedFile>>,
     small: PackedFile,
     queue: Mutex<DiskQueue>,
 }
 
 /// A file, its plan and the checksum of each block.
-struct PackedFile {
+pub(super) struct PackedFile {
+    /// The packed directory, for hints.
+    directory: PathBuf,
     path: PathBuf,
     file: File,
-    direct: Arc<DirectFile>,
+    direct: DirectFile,
     plan: FilePlan,
     checksums: Vec<String>,
 }
@@ -54,7 +56,7 @@ impl PackedModel {
             let entry = entry.ok_or_else(|| damaged(directory, &path, "is not in the manifest".into()))?;
             let file = PackedFile::open(directory, plan, entry)?;
             match file.plan.holds {
-                Holds::Stage(stage) => drop(stages.insert(stage, file)),
+                Holds::Stage(stage) => drop(stages.insert(stage, Arc::new(file))),
                 Holds::Small => small = Some(file),
             }
         }
@@ -74,22 +76,15 @@ impl PackedModel {
         self.weights
     }
 
-    /// Compares bytes read from a chunk's extent with what was packed.
-    ///
-    /// # Errors
-    /// `Error::Model` naming file and offset.
-    pub fn check_chunk(&self, stage: StageId, chunk: usize, bytes: &[u8]) -> Result<()> {
-        self.stages[&stage].check(&self.directory, chunk, bytes)
-    }
-
     /// Reads every block and compares it with what was packed; `progress` gets the bytes of each.
     ///
     /// # Errors
     /// As [`PackedModel::check_chunk`], or `Error::IoAt`.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let mut files: Vec<&PackedFile> = self.stages.values().chain([&self.small]).collect();
+        let stages = self.stages.values().map(|file| &**file);
+        let mut files: Vec<&PackedFile> = stages.chain([&self.small]).collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
-        files.iter().try_for_each(|file| file.verify(&self.directory, progress))
+        files.iter().try_for_each(|file| file.verify(progress))
     }
 
     /// The weights, if matrices are stored in `weights`; none asks for whatever they are stored in.
@@ -125,7 +120,7 @@ impl PackedModel {
         if !rest.is_empty() {
             file.read_buffered(offset + pages as u64, rest)?;
         }
-        file.check(&self.directory, block, out)
+        file.check(block, out)
     }
 }
 
@@ -142,9 +137,9 @@ impl Packed for &PackedModel {
         self.read(&self.small, index, out)
     }
 
-    fn extent(&self, stage: StageId) -> Option<Extent> {
-        let file = &self.stages[&stage];
-        Some(Extent { file: file.direct.clone(), offset: file.plan.header.len() as u64 })
+    fn extent(&self, stage: StageId) -> Result<Option<Extent>> {
+        let packed = self.stages[&stage].clone();
+        Ok(Some(Extent { offset: packed.plan.header.len() as u64, packed }))
     }
 }
 
@@ -170,8 +165,14 @@ impl PackedFile {
         if entry.checksums.len() != plan.blocks.len() {
             return Err(damaged(directory, &path, "has another number of checksums than of chunks".into()));
         }
-        let direct = Arc::new(DirectFile::open(&path)?);
-        Ok(PackedFile { path, file, direct, plan, checksums: entry.checksums.clone() })
+        let direct = DirectFile::open(&path)?;
+        let (directory, checksums) = (directory.to_owned(), entry.checksums.clone());
+        Ok(PackedFile { directory, path, file, direct, plan, checksums })
+    }
+
+    /// The file, for reads past the page cache.
+    pub(super) fn direct(&self) -> &DirectFile {
+        &self.direct
     }
 
     /// Through the page cache, and out of it again: what is placed in memory is read once.
@@ -182,17 +183,18 @@ impl PackedFile {
         Ok(())
     }
 
-    fn check(&self, directory: &Path, block: usize, bytes: &[u8]) -> Result<()> {
+    /// Compares a block's bytes with what was packed.
+    pub(super) fn check(&self, block: usize, bytes: &[u8]) -> Result<()> {
         assert_eq!(bytes.len(), self.plan.blocks[block].extent.len());
         if checksum(bytes) == self.checksums[block] {
             return Ok(());
         }
         let offset = self.plan.file_offset(block);
         let what = format!("the {} bytes at offset {offset} are not those that were packed", bytes.len());
-        Err(damaged(directory, &self.path, what))
+        Err(damaged(&self.directory, &self.path, what))
     }
 
-    fn verify(&self, directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let parts = self.plan.parts();
         let bytes = parts.iter().map(|part| part.bytes.len()).max().unwrap_or(0);
         let mut buffer = Arena::new("checking", Tier::Cpu, bytes)?.carve_aligned(bytes, disk::ALIGNMENT);
@@ -203,7 +205,7 @@ impl PackedFile {
             for block in part.blocks {
                 let start = self.plan.file_offset(block) as usize - part.bytes.start;
                 let len = self.plan.blocks[block].extent.len();
-                self.check(directory, block, &buffer.bytes()[start..start + len])?;
+                self.check(block, &buffer.bytes()[start..start + len])?;
                 progress(len as u64);
             }
         }
@@ -218,7 +220,7 @@ pub(super) fn is_intact(
     entry: &FileEntry,
     progress: &mut dyn FnMut(u64),
 ) -> Result<bool> {
-    let checked = PackedFile::open(directory, plan, entry).and_then(|file| file.verify(directory, progress));
+    let checked = PackedFile::open(directory, plan, entry).and_then(|file| file.verify(progress));
     match checked {
         Ok(()) => Ok(true),
         Err(Error::Model { .. }) => Ok(false),

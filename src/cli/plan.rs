@@ -1,0 +1,437 @@
+//! `tidemill plan`: what a job would take on a machine.
+//!
+//! **Invariant:** neither weights nor a GPU are needed; the plan goes to standard output, everything else to standard
+//! error.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::flags::{DeviceChoice, Size};
+use super::say;
+use crate::error::{Bytes, Error, Result, Tier};
+use crate::hardware::{Element, Hardware, Throttles};
+use crate::planner::draw;
+use crate::planner::explain::{Explanation, explain, words};
+use crate::planner::job::{Job, Request};
+use crate::planner::lp::{Budgets, Capabilities};
+use crate::planner::model::{Numerics, PlanModel};
+use crate::planner::search::{Plan, Question};
+
+/// Sequences of a job of which only lengths are given.
+const NUM_PROMPTS: usize = 1000;
+/// Tokens that a line may generate when nothing says otherwise.
+const GEN_LEN: usize = 256;
+
+/// The arguments of `plan`, as typed.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    /// A config.json, or a directory with one.
+    #[arg(long, env = "TIDEMILL_MODEL", value_name = "MODEL|CONFIG.json")]
+    model: String,
+    /// JSONL prompts; text is counted as a token per 4 bytes.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_len")]
+    input: Option<PathBuf>,
+    /// Prompt tokens of every sequence.
+    #[arg(long, value_name = "N", required_unless_present = "input")]
+    prompt_len: Option<usize>,
+    /// Tokens that every sequence generates; with --input, where a line does not say [default: 256].
+    #[arg(long, value_name = "N")]
+    gen_len: Option<usize>,
+    /// Sequences of the job [default: 1000].
+    #[arg(long, value_name = "N", conflicts_with = "input")]
+    num_prompts: Option<usize>,
+    /// Tokens that a sequence is expected to generate, where it may generate more.
+    #[arg(long, value_name = "N")]
+    expect_output_len: Option<usize>,
+    /// A hardware profile.
+    #[arg(long, env = "TIDEMILL_HARDWARE", value_name = "FILE")]
+    hardware: Option<PathBuf>,
+    /// What computes.
+    #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE", help_heading = "Budgets and numerics")]
+    device: Option<DeviceChoice>,
+    /// Device memory to use; of a machine without a device, main memory that plays one [default: 90 %].
+    #[arg(long, env = "TIDEMILL_GPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    gpu_memory: Option<Size>,
+    /// Main memory to use [default: 70 %].
+    #[arg(long, env = "TIDEMILL_CPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    cpu_memory: Option<Size>,
+    /// Disk space to use [default: 80 %].
+    #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
+    disk_space: Option<Size>,
+    /// Dtype of the weights: native, f32, bf16, f16, int8, int4 [default: native].
+    #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    weights: Option<String>,
+    /// Dtype of the KV cache: auto, f32, bf16, f16, int8, int4 [default: auto, the checkpoint's].
+    #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    kv_dtype: Option<String>,
+    /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.
+    #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
+    throttle: Option<String>,
+    /// Plan with what is not built yet: attention by the CPU for a device.
+    #[arg(long, hide = true)]
+    cpu_attention: bool,
+    /// Say why, and what would help.
+    #[arg(long)]
+    explain: bool,
+    /// Write the policy.
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// Draw one pass.
+    #[arg(long, value_name = "FILE.svg")]
+    draw: Option<PathBuf>,
+    /// Write the plan as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command; gives the exit code.
+///
+/// # Errors
+/// A model, profile, input or flag that cannot be used; [`Error::OverBudget`] when nothing fits.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let model = arguments.model()?;
+    let (hardware, budgets) = arguments.hardware()?;
+    let job = arguments.job(&model)?;
+    let capabilities = Capabilities { cpu_attention: arguments.cpu_attention };
+    let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+    let started = Instant::now();
+    let plan = question.plan()?;
+    let planning_secs = started.elapsed().as_secs_f64();
+    let explanation = arguments.explain.then(|| explain(&question, &plan));
+    let bound = match &explanation {
+        Some(explanation) => Some((explanation.bound_tokens_per_s, explanation.bound_by)),
+        None => question.bound(),
+    };
+    let report = Report { model: &model, hardware: &hardware, budgets, job: &job, plan: &plan, bound, planning_secs };
+    if let Some(file) = &arguments.save {
+        write(file, &report.policy_file())?;
+    }
+    if let Some(file) = &arguments.draw {
+        write(file, &draw::svg(&question.rehearse(&plan, 3), 1, &report.title()))?;
+    }
+    let text = if arguments.json { report.json(explanation.as_ref()) } else { report.text(explanation.as_ref()) };
+    say::data(&text)?;
+    Ok(0)
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    fs::write(file, text).map_err(Error::io("write", file))
+}
+
+fn read_json(file: &Path) -> Result<Value> {
+    let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+    serde_json::from_str(&text).map_err(|error| Error::model(file, format!("is no JSON: {error}")))
+}
+
+fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<Element>> {
+    let Some(text) = text.filter(|text| *text != native) else { return Ok(None) };
+    let known = Element::ALL.map(Element::name).join(", ");
+    let found = Element::ALL.into_iter().find(|element| element.name() == text);
+    found
+        .map(Some)
+        .ok_or_else(|| Error::usage(format!("{flag} {text}: no such dtype"), format!("use {native}, {known}")))
+}
+
+impl Arguments {
+    fn model(&self) -> Result<PlanModel> {
+        let numerics = Numerics {
+            weights: dtype("--weights", self.weights.as_deref(), "native")?,
+            kv: dtype("--kv-dtype", self.kv_dtype.as_deref(), "auto")?,
+        };
+        let spec = self
+            .model
+            .strip_prefix("synth:")
+            .map_or(self.model.as_str(), |rest| rest.rsplit_once('#').map_or(rest, |(config, _)| config));
+        let path = Path::new(spec);
+        let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        if !file.is_file() {
+            let hint = "name a config.json (policies/models/ has some) or a model directory";
+            return Err(Error::usage(format!("--model {}: no such configuration", self.model), hint));
+        }
+        let name = match path.is_dir() {
+            true => path.file_name(),
+            false => path.file_stem(),
+        };
+        let name = name.map_or_else(|| self.model.clone(), |name| name.to_string_lossy().into_owned());
+        PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)
+    }
+
+    fn hardware(&self) -> Result<(Hardware, Budgets)> {
+        let Some(file) = &self.hardware else {
+            let hint = "name a profile: policies/hardware/ has those of known machines";
+            return Err(Error::usage("--hardware is missing", hint));
+        };
+        let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+        let mut hardware = Hardware::from_toml(&text, &file.display().to_string())?;
+        if self.device == Some(DeviceChoice::Host) {
+            hardware = hardware.without_gpu();
+        }
+        if let (None, Some(size)) = (&hardware.gpu, self.gpu_memory) {
+            hardware = hardware.rehearsed(size.0);
+        }
+        if let Some(throttle) = &self.throttle {
+            let throttles: Throttles = throttle
+                .parse()
+                .map_err(|what: String| Error::usage(format!("--throttle: {what}"), "write it as h2d=2GB/s"))?;
+            hardware = hardware.throttled(&throttles);
+        }
+        let flags = [
+            ("--gpu-memory", self.gpu_memory, 0.9, Tier::Gpu),
+            ("--cpu-memory", self.cpu_memory, 0.7, Tier::Cpu),
+            ("--disk-space", self.disk_space, 0.8, Tier::Disk),
+        ];
+        let mut budgets = [0.0; 3];
+        for (flag, size, share, tier) in flags {
+            let capacity = hardware.capacity_bytes(tier);
+            budgets[tier as usize] = size.map_or(share * capacity as f64, |size| size.0 as f64);
+            if budgets[tier as usize] > capacity as f64 {
+                return Err(Error::OverBudget {
+                    what: flag.into(),
+                    tier,
+                    need: Bytes(budgets[tier as usize] as u64),
+                    have: Bytes(capacity),
+                    hint: Some(format!("use {flag} {}MiB or less", capacity >> 20)),
+                });
+            }
+        }
+        Ok((hardware, Budgets(budgets)))
+    }
+
+    fn job(&self, model: &PlanModel) -> Result<Job> {
+        let context = model.config.context_len;
+        let gen_len = self.gen_len.unwrap_or(GEN_LEN).max(1);
+        let expected = |most: usize| self.expect_output_len.unwrap_or(most).clamp(1, most);
+        let requests = match (&self.input, self.prompt_len) {
+            (Some(file), _) => read_requests(file, gen_len, context)?,
+            (None, prompt_len) => {
+                let prompt_len = prompt_len.unwrap_or(1).max(1);
+                if prompt_len >= context {
+                    let what = format!("--prompt-len {prompt_len} leaves no room in a context of {context}");
+                    return Err(Error::usage(what, format!("use at most {}", context.saturating_sub(1))));
+                }
+                vec![Request { prompt_len, gen_len, max_tokens: gen_len.min(context - prompt_len) }]
+            }
+        };
+        let requests: Vec<Request> =
+            requests.into_iter().map(|request| Request { gen_len: expected(request.max_tokens), ..request }).collect();
+        let job = Job::of(&requests);
+        match self.input {
+            Some(_) => Ok(job),
+            None => Ok(Job { requests: self.num_prompts.unwrap_or(NUM_PROMPTS).max(1), ..job }),
+        }
+    }
+}
+
+/// The lengths of a job's lines.
+fn read_requests(file: &Path, gen_len: usize, context: usize) -> Result<Vec<Request>> {
+    let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+    let mut requests = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let value: Value = serde_json::from_str(line).map_err(|error| Error::Input {
+            path: file.to_owned(),
+            what: format!("line {}: {error}", number + 1),
+            hint: Some("every line is a JSON object".into()),
+        })?;
+        let body = value.get("body").unwrap_or(&value);
+        let prompt_len = prompt_tokens(body).clamp(1, context.saturating_sub(1).max(1));
+        let count = |key: &str| body.get(key).and_then(Value::as_u64).map(|count| count.clamp(1, 1 << 30) as usize);
+        let most = count("max_tokens").or_else(|| count("max_completion_tokens")).unwrap_or(gen_len);
+        let max_tokens = most.min(context - prompt_len).max(1);
+        let request = Request { prompt_len, gen_len: max_tokens, max_tokens };
+        requests.extend(std::iter::repeat_n(request, count("n").unwrap_or(1).min(1 << 16)));
+    }
+    if requests.is_empty() {
+        let hint = Some("write one JSON object with a `prompt` per line".into());
+        return Err(Error::Input { path: file.to_owned(), what: "has no lines".into(), hint });
+    }
+    Ok(requests)
+}
+
+/// Tokens of a line's prompt: ids as they are, text by its bytes.
+fn prompt_tokens(body: &Value) -> usize {
+    fn text(value: &Value) -> usize {
+        match value {
+            Value::String(text) => text.len().div_ceil(4),
+            Value::Array(parts) if parts.iter().all(Value::is_u64) => parts.len(),
+            Value::Array(parts) => parts.iter().map(text).sum(),
+            Value::Object(object) => object.get("content").or(object.get("text")).map_or(0, |value| text(value) + 4),
+            _ => 0,
+        }
+    }
+    body.get("prompt").or(body.get("messages")).map_or(1, text)
+}
+
+/// Everything that is said about a plan.
+struct Report<'a> {
+    model: &'a PlanModel,
+    hardware: &'a Hardware,
+    budgets: Budgets,
+    job: &'a Job,
+    plan: &'a Plan,
+    bound: Option<(f64, crate::schedule::price::Bottleneck)>,
+    planning_secs: f64,
+}
+
+fn percent(split: &crate::policy::Split) -> String {
+    Tier::ALL
+        .into_iter()
+        .filter(|&tier| split.share(tier) > 0.0)
+        .map(|tier| format!("{:.1} % {tier}", 100.0 * split.share(tier)))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+impl Report<'_> {
+    fn title(&self) -> String {
+        let (model, cost) = (self.model, &self.model.cost);
+        format!(
+            "{} ({} weights, {} KV) on {}: one pass of {:.0} rows in {}",
+            model.name,
+            cost.weights,
+            cost.kv,
+            self.hardware.name,
+            self.plan.steady.rows(),
+            draw::duration(self.plan.pass_secs)
+        )
+    }
+
+    fn text(&self, explanation: Option<&Explanation>) -> String {
+        let Report { model, job, plan, .. } = self;
+        let policy = &plan.policy;
+        let mut text = String::new();
+        let (total, active) = model.parameters();
+        let bytes = Bytes(model.weight_bytes());
+        let _ = writeln!(
+            text,
+            "model       {}: {:.1} B parameters ({:.1} B active), {} weights {bytes}, {} KV {} a token",
+            model.name,
+            total / 1e9,
+            active / 1e9,
+            model.cost.weights,
+            model.cost.kv,
+            Bytes((model.cost.frame_bytes / 64.0) as u64 * model.cost.num_layers as u64),
+        );
+        let _ = writeln!(text, "machine     {}", self.hardware.name);
+        let _ = writeln!(
+            text,
+            "job         {} sequences, {:.0} prompt and {:.0} generated tokens each",
+            job.requests, job.prompt_len, job.gen_len
+        );
+        let _ = writeln!(
+            text,
+            "batch       {} sequences in flight, {} prompt tokens a pass, {} blocks of up to {} rows",
+            policy.sequences, policy.chunk_tokens, policy.blocks, policy.block_rows
+        );
+        let _ = writeln!(text, "weights     {}", percent(&policy.weights));
+        let _ = writeln!(text, "kv          {}, {} pages", percent(&policy.kv), policy.pages);
+        let _ = writeln!(text, "hidden      {}", percent(&policy.hidden));
+        let compressed = if policy.compressed { "; weights on disk compressed" } else { "" };
+        let _ = writeln!(text, "embed, head {}, {}{compressed}", policy.embed, policy.head);
+        for tier in Tier::ALL {
+            let (need, have) = (plan.placement.bytes[tier as usize], self.budgets.0[tier as usize]);
+            if have > 0.0 {
+                let _ = writeln!(text, "{:<11} {} of {}", tier.to_string(), Bytes(need), Bytes(have as u64));
+            }
+        }
+        let _ = writeln!(
+            text,
+            "pass        {:.0} rows in {} (at least {}): {}",
+            plan.steady.rows(),
+            draw::duration(plan.pass_secs),
+            draw::duration(plan.pass_bound_secs),
+            words(plan.bottleneck)
+        );
+        let _ = writeln!(
+            text,
+            "predicted   {:.2} generated tokens/s, {:.2} in all; {} for the job",
+            plan.generated_tokens_per_s,
+            plan.total_tokens_per_s,
+            draw::duration(plan.secs)
+        );
+        if let Some((bound, by)) = self.bound {
+            let generated = bound * job.gen_len / (job.prompt_len + job.gen_len);
+            let _ = writeln!(
+                text,
+                "bound       {generated:.2} generated tokens/s, {bound:.2} in all, set by {}; {:.0} % of it planned",
+                words(by),
+                100.0 * plan.total_tokens_per_s / bound
+            );
+        }
+        for change in explanation.map_or(&[][..], |explanation| &explanation.changes) {
+            let lossy = if change.lossy { " (changes tokens)" } else { "" };
+            let _ = writeln!(text, "would help  {:.2} times as fast with {}{lossy}", change.gain, change.what);
+        }
+        text
+    }
+
+    fn json(&self, explanation: Option<&Explanation>) -> String {
+        let Report { model, job, plan, .. } = self;
+        let (total, active) = model.parameters();
+        let mut value = json!({
+            "model": {
+                "name": model.name, "parameters": total, "active_parameters": active,
+                "weight_bytes": model.weight_bytes(),
+            },
+            "numerics": {"weights": model.cost.weights, "kv_dtype": model.cost.kv},
+            "hardware": self.hardware.name,
+            "job": {"requests": job.requests, "prompt_len": job.prompt_len, "gen_len": job.gen_len},
+            "policy": plan.policy,
+            "bytes": {
+                "gpu": plan.placement.bytes[0], "cpu": plan.placement.bytes[1], "disk": plan.placement.bytes[2],
+            },
+            "budget_bytes": {
+                "gpu": self.budgets.0[0], "cpu": self.budgets.0[1], "disk": self.budgets.0[2],
+            },
+            "predicted": {
+                "secs": plan.secs, "passes": plan.passes, "total_tokens_per_s": plan.total_tokens_per_s,
+                "generated_tokens_per_s": plan.generated_tokens_per_s,
+                "pass_secs": plan.pass_secs, "pass_bound_secs": plan.pass_bound_secs,
+            },
+            "binding": plan.bottleneck.name(),
+            "bound_tokens_per_s": self.bound.map(|bound| bound.0),
+            "bound_by": self.bound.map(|bound| bound.1.name()),
+            "planning_secs": self.planning_secs,
+        });
+        if let Some(explanation) = explanation {
+            let change = |change: &crate::planner::explain::Change| json!({"what": change.what, "gain": change.gain, "lossy": change.lossy});
+            value["would_help"] = explanation.changes.iter().map(change).collect();
+        }
+        format!("{value:#}\n")
+    }
+
+    fn policy_file(&self) -> String {
+        let plan = self.plan;
+        let policy = toml::to_string(&plan.policy).expect("a policy is plain data");
+        format!(
+            "# {}\n# {:.2} generated tokens/s predicted for {} sequences of {:.0} + {:.0} tokens.\n{policy}",
+            self.title(),
+            plan.generated_tokens_per_s,
+            self.job.requests,
+            self.job.prompt_len,
+            self.job.gen_len
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_are_counted_in_every_form() {
+        assert_eq!(prompt_tokens(&json!({"prompt": "12345678"})), 2);
+        assert_eq!(prompt_tokens(&json!({"prompt": [5, 6, 7]})), 3);
+        assert_eq!(prompt_tokens(&json!({"messages": [{"role": "user", "content": "12345678"}]})), 6);
+    }
+
+    #[test]
+    fn dtypes_are_named_or_refused() {
+        assert_eq!(dtype("--weights", Some("native"), "native").unwrap(), None);
+        assert_eq!(dtype("--weights", Some("int4"), "native").unwrap(), Some(Element::Int4));
+        assert!(dtype("--kv-dtype", Some("int3"), "auto").unwrap_err().hint().unwrap().contains("int4"));
+    }
+}

@@ -1,0 +1,192 @@
+//! The job in numbers, and the passes that it is made of.
+//!
+//! **Invariant:** rows, keys and pages of a pass are those of the sequences it stands for, spread evenly over its
+//! blocks; nothing here knows a tier.
+
+use crate::schedule::shape::BlockShape;
+
+/// Positions of a page.
+const PAGE: f64 = 64.0;
+
+/// What is to be generated, in averages.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Job {
+    /// Sequences in all.
+    pub requests: usize,
+    /// Prompt tokens of a sequence.
+    pub prompt_len: f64,
+    /// Their mean square: attention in a prompt goes by it.
+    pub prompt_len_squared: f64,
+    /// Tokens that a sequence generates.
+    pub gen_len: f64,
+    /// Pages that a sequence reserves.
+    pub pages: f64,
+    /// Pages that the longest sequence reserves.
+    pub most_pages: usize,
+}
+
+/// A sequence of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Prompt tokens.
+    pub prompt_len: usize,
+    /// Tokens that it will generate.
+    pub gen_len: usize,
+    /// Tokens that it may generate: what is reserved for.
+    pub max_tokens: usize,
+}
+
+impl Job {
+    /// `requests` equal sequences.
+    pub fn uniform(requests: usize, prompt_len: usize, gen_len: usize) -> Self {
+        let request = Request { prompt_len, gen_len, max_tokens: gen_len };
+        Job { requests: requests.max(1), ..Job::of(&[request]) }
+    }
+
+    /// The averages of many sequences.
+    pub fn of(requests: &[Request]) -> Self {
+        let count = requests.len().max(1) as f64;
+        let mean = |value: &dyn Fn(&Request) -> f64| requests.iter().map(value).sum::<f64>() / count;
+        let pages = |request: &Request| (request.prompt_len + request.max_tokens).div_ceil(PAGE as usize);
+        Job {
+            requests: requests.len().max(1),
+            prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
+            prompt_len_squared: mean(&|request| (request.prompt_len * request.prompt_len) as f64).max(1.0),
+            gen_len: mean(&|request| request.gen_len as f64).max(1.0),
+            pages: mean(&|request| pages(request) as f64).max(1.0),
+            most_pages: requests.iter().map(pages).max().unwrap_or(1).max(1),
+        }
+    }
+
+    /// Prompt and generated tokens of all sequences.
+    pub fn tokens(&self) -> f64 {
+        self.requests as f64 * (self.prompt_len + self.gen_len)
+    }
+
+    /// Prompt tokens per pass that keep `sequences` in flight, each decoding as soon as its prompt is done.
+    pub fn balanced_chunk(&self, sequences: usize) -> usize {
+        let (count, steps) = (sequences as f64, self.gen_len);
+        let tokens = match count >= steps || steps < 2.0 {
+            // Prompts take one pass each.
+            true => count * self.prompt_len / steps,
+            // One prompt at a time, in several passes.
+            false => (count - 1.0) * self.prompt_len / (steps - 1.0),
+        };
+        tokens.ceil().max(16.0) as usize
+    }
+
+    /// The mean pass of a long job with `sequences` in flight and at most `chunk_tokens` prompt tokens in a pass.
+    pub fn steady(&self, sequences: usize, chunk_tokens: usize) -> PassLoad {
+        let (count, chunk, steps) = (sequences as f64, chunk_tokens as f64, self.gen_len);
+        // Passes that a prompt takes on its own.
+        let prefill = (self.prompt_len / chunk).max(1.0);
+        let rate = (chunk / self.prompt_len).min(count / (prefill + steps - 1.0));
+        PassLoad { prompt_tokens: rate * self.prompt_len, prompts: rate, decodes: rate * (steps - 1.0) }
+    }
+}
+
+/// What a pass carries, in averages.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PassLoad {
+    /// Prompt tokens.
+    pub prompt_tokens: f64,
+    /// Prompts that they complete.
+    pub prompts: f64,
+    /// Sequences that decode.
+    pub decodes: f64,
+}
+
+/// A block of a pass before placement: its shape without transfers, and the pages that transfers would be about.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Block {
+    /// The shape; `loads` and `stores` are empty.
+    pub shape: BlockShape,
+    /// Pages with positions from before the pass.
+    pub old_pages: f64,
+    /// Pages that the pass writes to.
+    pub written_pages: f64,
+    /// Pages of either kind.
+    pub touched_pages: f64,
+}
+
+impl PassLoad {
+    /// Rows of the pass.
+    pub fn rows(&self) -> f64 {
+        self.prompt_tokens + self.decodes
+    }
+
+    /// The pass in `count` equal blocks, as near as whole rows allow.
+    pub fn blocks(&self, job: &Job, count: usize) -> Vec<Block> {
+        let parts = count as f64;
+        let rows = self.prompt_tokens / parts;
+        // A prompt is cut by the passes and blocks that it goes through; a cut segment attends to what was before it.
+        let cuts = if rows > 0.0 { (job.prompt_len / rows).max(1.0) } else { 1.0 };
+        let started = self.prompt_tokens / job.prompt_len;
+        let own_pages = job.prompt_len / PAGE;
+        let prompt_keys = started * (job.prompt_len_squared + job.prompt_len) / 2.0;
+        let prompt_old = started * own_pages * (cuts - 1.0) / 2.0;
+        let prompt_written = started * (own_pages + cuts / 2.0);
+        let decode_len = job.prompt_len + job.gen_len / 2.0;
+        let decode_pages = decode_len / PAGE + 0.5;
+        let totals = [
+            self.prompt_tokens,
+            self.decodes,
+            prompt_keys + self.decodes * decode_len,
+            prompt_old + started * own_pages + self.decodes * decode_pages,
+            self.prompts + self.decodes,
+            started * cuts + self.decodes,
+        ];
+        // Whole numbers that add up over the blocks.
+        let part = |total: f64, index: usize| {
+            let upto = |index: usize| (total * index as f64 / parts).round();
+            upto(index + 1) - upto(index)
+        };
+        let shape = |index: usize| {
+            let [prompt, decodes, keys, pages, outputs, segments] = totals.map(|total| part(total, index));
+            let rows = prompt + decodes;
+            BlockShape {
+                rows: rows as usize,
+                segments: segments.min(rows).max(f64::from(u8::from(rows > 0.0))) as usize,
+                keys: keys as u64,
+                pages: pages as u64,
+                outputs: outputs.min(rows) as usize,
+                ..BlockShape::default()
+            }
+        };
+        let old_pages = (prompt_old + self.decodes * decode_pages) / parts;
+        let written_pages = (prompt_written + self.decodes) / parts;
+        let touched_pages = (prompt_old + prompt_written + self.decodes * decode_pages) / parts;
+        let blocks = (0..count).map(|index| Block { shape: shape(index), old_pages, written_pages, touched_pages });
+        blocks.filter(|block| block.shape.rows > 0).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_balanced_pass_keeps_everything_in_flight() {
+        let job = Job::uniform(10_000, 512, 32);
+        assert_eq!((job.pages, job.most_pages), (9.0, 9));
+        let load = job.steady(320, job.balanced_chunk(320));
+        assert!((load.prompts - 10.0).abs() < 1e-9 && (load.decodes - 310.0).abs() < 1e-6, "{load:?}");
+        let few = job.steady(8, job.balanced_chunk(8));
+        assert!(few.decodes > 6.0 && few.decodes < 8.0, "{few:?}");
+        // A smaller chunk than that leaves places empty.
+        assert!(job.steady(320, 512).decodes < 32.0);
+    }
+
+    #[test]
+    fn blocks_add_up_to_the_pass() {
+        let job = Job::uniform(10_000, 512, 32);
+        let load = job.steady(320, 5120);
+        for count in [1, 3, 8, 40] {
+            let blocks = load.blocks(&job, count);
+            let sum = |value: &dyn Fn(&Block) -> f64| blocks.iter().map(value).sum::<f64>();
+            assert_eq!(sum(&|block| block.shape.rows as f64), 5430.0);
+            assert_eq!(sum(&|block| block.shape.outputs as f64), 320.0);
+            assert!(sum(&|block| block.written_pages) >= 10.0 * 8.0 + 310.0);
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! The search over what is not linear: sequences, blocks, slots, compression, where embeddings and head lie.
+//!
+//! Every outline is bounded by its linear program; the best few are rounded to placements, lowered, simulated, and
+//! compared by the time of the whole finite job.
+//!
+//! **Invariant:** a plan fits its budgets as `schedule::placement` counts, and its prediction is that of the rounded
+//! placement, never of the program.
+
+use super::job::{Block, Job, PassLoad};
+use super::lp::{Budgets, Capabilities, Outline, Problem, Shares, Solution};
+use super::model::PlanModel;
+use super::rollout::rollout;
+use crate::cost::Costs;
+use crate::error::{Bytes, Error, Result, Tier};
+use crate::hardware::Hardware;
+use crate::policy::Policy;
+use crate::schedule::fences::Fences;
+use crate::schedule::lower::{Carried, lower};
+use crate::schedule::placement::Placement;
+use crate::schedule::price::{Bottleneck, Resources, step_work};
+use crate::schedule::shape::{BlockShape, Pages};
+use crate::schedule::simulate::{Timeline, simulate};
+use crate::schedule::step::Step;
+
+/// Outlines that are simulated.
+const FINALISTS: usize = 10;
+/// Times that budgets are tightened until a rounded placement fits.
+const ATTEMPTS: usize = 8;
+/// Sequences in flight at most.
+const MOST_SEQUENCES: usize = 1 << 15;
+/// Blocks of a pass that are tried.
+const BLOCKS: [usize; 14] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
+
+/// What is asked of the planner.
+#[derive(Clone, Copy)]
+pub struct Question<'a> {
+    /// The model, its numerics resolved.
+    pub model: &'a PlanModel,
+    /// The machine.
+    pub hardware: &'a Hardware,
+    /// What may be used.
+    pub budgets: Budgets,
+    /// What the executor can do.
+    pub capabilities: Capabilities,
+    /// What is to be generated.
+    pub job: &'a Job,
+}
+
+/// A placement and what is known about it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The policy.
+    pub policy: Policy,
+    /// The policy in whole numbers.
+    pub placement: Placement,
+    /// Seconds of the whole job.
+    pub secs: f64,
+    /// Passes of the whole job.
+    pub passes: f64,
+    /// Prompt and generated tokens per second over the whole job.
+    pub total_tokens_per_s: f64,
+    /// Generated tokens per second over the whole job.
+    pub generated_tokens_per_s: f64,
+    /// The mean pass of a long job.
+    pub steady: PassLoad,
+    /// Seconds of that pass, simulated: the middle one of three.
+    pub pass_secs: f64,
+    /// The program's bound on it.
+    pub pass_bound_secs: f64,
+    /// What the program says takes the time.
+    pub bottleneck: Bottleneck,
+    /// The program's solution.
+    pub solution: Solution,
+    /// The outline that the program was given.
+    pub outline: Outline,
+}
+
+/// A few consecutive passes in time.
+#[derive(Clone, Debug)]
+pub struct Rehearsed {
+    /// All steps.
+    pub steps: Vec<Step>,
+    /// The pass that each step belongs to.
+    pub passes: Vec<usize>,
+    /// When they run.
+    pub timeline: Timeline,
+    /// When each pass has computed its last.
+    pub ends: Vec<f64>,
+}
+
+/// An outline with its bound.
+struct Candidate {
+    outline: Outline,
+    load: PassLoad,
+    solution: Solution,
+    /// The job's seconds if every pass were as fast as the program says.
+    secs: f64,
+}
+
+impl<'a> Question<'a> {
+    fn problem<'b>(&'b self, outline: Outline, blocks: &'b [Block]) -> Problem<'b> {
+        let Question { model, hardware, budgets, capabilities, .. } = *self;
+        Problem { model, hardware, budgets, capabilities, outline, blocks }
+    }
+
+    /// The best plan.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] if nothing fits, with what would.
+    pub fn plan(&self) -> Result<Plan> {
+        let mut candidates = self.candidates();
+        candidates.sort_by(|a, b| a.secs.total_cmp(&b.secs));
+        let mut best: Option<Plan> = None;
+        let mut finished = 0;
+        for candidate in candidates {
+            // Whatever is bounded above the best cannot win.
+            if finished >= FINALISTS || best.as_ref().is_some_and(|best| candidate.secs > best.secs) {
+                break;
+            }
+            let Some(plan) = self.finish(&candidate) else { continue };
+            finished += 1;
+            if best.as_ref().is_none_or(|best| plan.secs < best.secs) {
+                best = Some(plan);
+            }
+        }
+        best.ok_or_else(|| self.refusal())
+    }
+
+    /// The bound that the machine sets to this question whatever the program: the program's own at raw rates.
+    pub fn bound(&self) -> Option<(f64, Bottleneck)> {
+        let ideal = self.hardware.ideal();
+        let capabilities = Capabilities { cpu_attention: self.hardware.gpu.is_some() };
+        let question = Question { hardware: &ideal, capabilities, ..*self };
+        let candidates = question.candidates();
+        let tokens = self.job.prompt_len + self.job.gen_len;
+        let rate = |candidate: &Candidate| candidate.load.prompts * tokens / candidate.solution.secs;
+        let best = candidates.into_iter().max_by(|a, b| rate(a).total_cmp(&rate(b)))?;
+        Some((rate(&best), best.solution.bottleneck))
+    }
+
+    /// Seconds of the job if every pass were as fast as the best program says.
+    pub fn best_program_secs(&self) -> Option<f64> {
+        self.candidates().iter().map(|candidate| candidate.secs).min_by(f64::total_cmp)
+    }
+
+    /// A plan's passes in time.
+    pub fn rehearse(&self, plan: &Plan, passes: usize) -> Rehearsed {
+        let shapes = place(&plan.steady.blocks(self.job, plan.outline.blocks), &plan.placement);
+        let mut costs = Costs::new(&self.model.cost, self.hardware);
+        costs.head_parts = (plan.placement.stages.len() - plan.placement.num_layers).max(1);
+        rehearse(&plan.placement, &shapes, &costs, passes)
+    }
+
+    /// Every outline that the program finds room for.
+    fn candidates(&self) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        let compute = self.hardware.compute_tier();
+        let mut places = vec![(compute, compute)];
+        if compute == Tier::Gpu {
+            places.push((Tier::Cpu, Tier::Cpu));
+            if !self.model.bytes.tied {
+                places.push((Tier::Cpu, Tier::Gpu));
+            }
+        }
+        if self.budgets.0[2] > 0.0 {
+            places.push((Tier::Disk, Tier::Disk));
+        }
+        let compression: &[bool] =
+            if self.model.cost.compressed_ratio < 1.0 && self.budgets.0[2] > 0.0 { &[false, true] } else { &[false] };
+        for sequences in self.sequences() {
+            let chunk_tokens = self.job.balanced_chunk(sequences);
+            let load = self.job.steady(sequences, chunk_tokens);
+            for count in BLOCKS.into_iter().filter(|&count| count == 1 || count as f64 * 2.0 <= load.rows()) {
+                let blocks = load.blocks(self.job, count);
+                if blocks.len() != count {
+                    continue;
+                }
+                for &(embed, head) in &places {
+                    for &compressed in compression {
+                        let outline = self.outline(sequences, chunk_tokens, &blocks, (embed, head), compressed);
+                        let Some(solution) = self.problem(outline, &blocks).solve() else { continue };
+                        if compressed && solution.shares.weights[2] < 1e-6 {
+                            continue;
+                        }
+                        let secs = self.job_secs(&outline, &solution.shares, 1.0).0;
+                        candidates.push(Candidate { outline, load, solution, secs });
+                    }
+                }
+            }
+        }
+        candidates
+    }
+
+    /// Numbers of sequences to try: up to what memory holds, about a fifth apart.
+    fn sequences(&self) -> Vec<usize> {
+        let frames = self.model.cost.num_layers as f64 * self.model.bytes.frame as f64;
+        let room: f64 = self.budgets.0.iter().sum();
+        let most = (room / (self.job.pages * frames)) as usize;
+        let most = most.clamp(1, MOST_SEQUENCES).min(self.job.requests);
+        let mut all: Vec<usize> = vec![most];
+        let mut count = most as f64;
+        while count > 1.0 && all.len() < 60 {
+            count = (count / if count > 64.0 { 1.15 } else { 1.3 }).floor();
+            all.push((count as usize).max(1));
+        }
+        all.dedup();
+        all
+    }
+
+    fn outline(
+        &self,
+        sequences: usize,
+        chunk_tokens: usize,
+        blocks: &[Block],
+        places: (Tier, Tier),
+        compressed: bool,
+    ) -> Outline {
+        let rows = blocks.iter().map(|block| block.shape.rows).max().unwrap_or(1);
+        // Passes of a real job carry a few rows more than the mean one.
+        let spare = if blocks.len() == 1 { rows.max(sequences + chunk_tokens) } else { rows + rows.div_ceil(16) };
+        let pages = (sequences as f64 * self.job.pages).ceil() as usize;
+        Outline {
+            sequences,
+            chunk_tokens,
+            blocks: blocks.len(),
+            block_rows: spare.max((sequences + chunk_tokens).div_ceil(blocks.len())),
+            pages: pages.max(self.job.most_pages) + 1,
+            weight_slots: 3,
+            kv_slots: if blocks.len() == 1 { 2 } else { 3 },
+            embed: places.0,
+            head: places.1,
+            compressed,
+        }
+    }
+
+    /// Seconds and passes of the job when a pass takes `factor` times what its demand says.
+    fn job_secs(&self, outline: &Outline, shares: &Shares, factor: f64) -> (f64, f64) {
+        let mut known: Vec<(PassLoad, f64)> = Vec::new();
+        let mut price = |load: &PassLoad| {
+            // Steady passes repeat.
+            if let Some((_, secs)) = known.iter().rev().take(8).find(|(before, _)| before == load) {
+                return *secs;
+            }
+            let count = outline.blocks.min(load.rows().ceil() as usize).max(1);
+            let blocks = load.blocks(self.job, count);
+            let secs = factor * self.problem(*outline, &blocks).evaluate(shares.clone()).secs;
+            known.push((*load, secs));
+            secs
+        };
+        let result = rollout(self.job, outline.sequences, outline.chunk_tokens, &mut price);
+        (result.secs, result.passes)
+    }
+
+    /// Rounds, lowers and simulates a candidate; none if it does not fit when rounded.
+    fn finish(&self, candidate: &Candidate) -> Option<Plan> {
+        let blocks = candidate.load.blocks(self.job, candidate.outline.blocks);
+        let (policy, placement, solution) = self.round(candidate, &blocks)?;
+        let shapes = place(&blocks, &placement);
+        let mut costs = Costs::new(&self.model.cost, self.hardware);
+        costs.head_parts = (placement.stages.len() - placement.num_layers).max(1);
+        let rehearsed = rehearse(&placement, &shapes, &costs, 3);
+        let pass_secs = rehearsed.ends[1] - rehearsed.ends[0];
+        let (secs, passes) = self.job_secs(&candidate.outline, &solution.shares, pass_secs / solution.secs);
+        Some(Plan {
+            total_tokens_per_s: self.job.tokens() / secs,
+            generated_tokens_per_s: self.job.requests as f64 * self.job.gen_len / secs,
+            steady: candidate.load,
+            pass_secs,
+            pass_bound_secs: solution.secs,
+            bottleneck: solution.bottleneck,
+            outline: candidate.outline,
+            policy,
+            placement,
+            secs,
+            passes,
+            solution,
+        })
+    }
+
+    /// The candidate's placement, with budgets tightened until the rounded one fits.
+    fn round(&self, candidate: &Candidate, blocks: &[Block]) -> Option<(Policy, Placement, Solution)> {
+        let mut budgets = self.budgets;
+        let mut solution = candidate.solution.clone();
+        for _ in 0..ATTEMPTS {
+            let policy = policy(&candidate.outline, &solution.shares, blocks);
+            let placement = Placement::new(&self.model.bytes, &policy, self.hardware.compute_tier());
+            let over: Vec<f64> = (0..3).map(|tier| placement.bytes[tier] as f64 - self.budgets.0[tier]).collect();
+            if over.iter().all(|&over| over <= 0.0) {
+                return Some((policy, placement, solution));
+            }
+            for (budget, over) in budgets.0.iter_mut().zip(over) {
+                *budget -= if over > 0.0 { 1.1 * over + 1e6 } else { 0.0 };
+            }
+            let question = Question { budgets, ..*self };
+            solution = question.problem(candidate.outline, blocks).solve()?;
+        }
+        None
+    }
+
+    /// Why nothing fits.
+    fn refusal(&self) -> Error {
+        // What one sequence takes with everything as far away as it may be.
+        let load = self.job.steady(1, 16);
+        let blocks = load.blocks(self.job, 1);
+        let compute = self.hardware.compute_tier();
+        let far = if self.budgets.0[2] > 0.0 { Tier::Disk } else { Tier::Cpu };
+        let outline = Outline { weight_slots: 2, ..self.outline(1, 16, &blocks, (far, far), false) };
+        let mut shares = [0.0; 3];
+        shares[far as usize] = 1.0;
+        let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
+        let shares = Shares { weights: shares, kv: shares, attended: 0.0, hidden: home };
+        let placement = Placement::new(&self.model.bytes, &policy(&outline, &shares, &blocks), compute);
+        let tier = Tier::ALL
+            .into_iter()
+            .filter(|&tier| placement.bytes[tier as usize] as f64 > self.budgets.0[tier as usize])
+            .max_by_key(|&tier| placement.bytes[tier as usize])
+            .unwrap_or(compute);
+        let need = (placement.bytes[tier as usize] as f64 * 1.1) as u64;
+        let flag = match tier {
+            Tier::Gpu => "--gpu-memory",
+            Tier::Cpu => "--cpu-memory",
+            Tier::Disk => "--disk-space",
+        };
+        Error::OverBudget {
+            what: format!("model `{}`", self.model.name),
+            tier,
+            need: Bytes(need),
+            have: Bytes(self.budgets.0[tier as usize] as u64),
+            hint: Some(format!("use {flag} {}MiB or more", need.div_ceil(1 << 20))),
+        }
+    }
+}
+
+/// The policy of an outline and shares.
+fn policy(outline: &Outline, shares: &Shares, blocks: &[Block]) -> Policy {
+    let [weights, kv, hidden] = shares.splits();
+    let streamed = 1.0 - kv.gpu;
+    let most = blocks.iter().map(|block| block.touched_pages).fold(0.0, f64::max);
+    Policy {
+        sequences: outline.sequences,
+        chunk_tokens: outline.chunk_tokens,
+        blocks: outline.blocks,
+        block_rows: outline.block_rows,
+        weight_slots: outline.weight_slots,
+        kv_slots: outline.kv_slots,
+        pages: outline.pages,
+        block_pages: (most * streamed * 1.06).ceil() as usize + 1,
+        weights,
+        kv,
+        hidden,
+        embed: outline.embed,
+        head: outline.head,
+        compressed: outline.compressed,
+    }
+}
+
+/// The blocks' shapes with what the placement makes them transfer.
+pub fn place(blocks: &[Block], placement: &Placement) -> Vec<BlockShape> {
+    let total = placement.total_pages().max(1) as f64;
+    let share = |tier: Tier| placement.pages[tier as usize] as f64 / total;
+    let cpu = if placement.compute == Tier::Gpu { share(Tier::Cpu) } else { 0.0 };
+    let pages =
+        |count: f64| Pages { cpu: (count * cpu).ceil() as usize, disk: (count * share(Tier::Disk)).ceil() as usize };
+    blocks
+        .iter()
+        .map(|block| BlockShape { loads: pages(block.old_pages), stores: pages(block.written_pages), ..block.shape })
+        .collect()
+}
+
+/// `passes` equal passes in time.
+pub fn rehearse(placement: &Placement, shapes: &[BlockShape], costs: &Costs<'_>, passes: usize) -> Rehearsed {
+    let (mut steps, mut numbers, mut carried) = (Vec::new(), Vec::new(), Carried::default());
+    for pass in 0..passes {
+        steps.extend(lower(placement, shapes, &mut carried));
+        numbers.resize(steps.len(), pass);
+    }
+    let fences = Fences::new().of(&steps);
+    let works: Vec<_> = steps.iter().map(|step| step_work(step, shapes, costs)).collect();
+    let timeline = simulate(&steps, &fences, &works, &Resources::of(costs.hardware));
+    let computes = |step: &Step| step.bytes == 0;
+    let mut ends = vec![0.0; passes];
+    for ((step, &pass), span) in steps.iter().zip(&numbers).zip(&timeline.spans) {
+        if computes(step) {
+            ends[pass] = span.end_secs.max(ends[pass]);
+        }
+    }
+    Rehearsed { steps, passes: numbers, timeline, ends }
+}
