@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod cost;
 pub mod device;
+pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod executor;

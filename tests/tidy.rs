@@ -14,12 +14,13 @@ use tidemill::model::config::ModelConfig;
 /// the code does not need is an error: the table says what is, not what might be.
 const GRAPH: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("durable", &["error"]),
     ("rng", &[]),
     ("memory", &["error"]),
-    ("model", &["error", "memory::mapped_file", "rng"]),
+    ("model", &["durable", "error", "memory", "rng"]),
     ("kv", &["model::dtype"]),
     ("schedule", &["kv::pages"]),
-    ("job", &["error"]),
+    ("job", &["durable", "error"]),
     ("device", &["error", "kv", "memory::arena", "model::config", "model::dtype"]),
     ("executor", &["device", "error", "kv", "memory::arena", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),

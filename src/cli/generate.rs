@@ -18,7 +18,7 @@ use super::flags::{
 };
 use super::progress::Progress;
 use super::resources::{self, Budgets, Wishes};
-use super::{say, signals, stats};
+use super::{pack, say, signals, stats};
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
@@ -31,8 +31,8 @@ use crate::memory::disk;
 use crate::memory::limits;
 use crate::model::Model;
 use crate::model::dtype::DType;
-use crate::model::packed::Packed;
-use crate::model::packed::pack::Packer;
+use crate::model::packed::read::PackedModel;
+use crate::model::packed::{Packed, cache};
 use crate::schedule::placement::Placement;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
@@ -114,6 +114,9 @@ pub struct Arguments {
     /// Disk space to use there [default: 80 % of what is free].
     #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
     disk_space: Option<Size>,
+    /// Where packed models and offloaded files are kept [default: tidemill in the user's cache directory].
+    #[arg(long, env = "TIDEMILL_CACHE_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
+    cache_dir: Option<PathBuf>,
     /// Hold links to a rate, such as `h2d=2GB/s,disk_read=300MB/s`.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE,...", help_heading = "Budgets and numerics")]
     throttle: Option<ThrottleChoice>,
@@ -242,7 +245,7 @@ impl Arguments {
             dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
         };
         let budgets = self.budgets()?;
-        let packed = Packer::new(model, weights.dtype());
+        let packed = model.packed(weights.dtype())?;
         let bytes = model_bytes(config, packed.layout(), &kv);
         let wishes = Wishes { config, bytes: &bytes, policy: &policy, budgets, name: &model.name };
         let placement = resources::fit(&wishes)?;
@@ -274,12 +277,12 @@ impl Arguments {
                 hint: Some(format!("use --cpu-memory {}MiB or less", available.saturating_sub(rehearsed) >> 20)),
             });
         }
-        let free = match &self.offload_dir {
-            Some(directory) => disk::free_space(directory)?,
-            None => 0,
-        };
+        let offload = self.offload_directory()?;
+        // The directory need not exist yet.
+        let existing = offload.ancestors().find(|directory| directory.is_dir()).unwrap_or(Path::new("."));
+        let free = disk::free_space(existing)?;
         let disk = match self.disk_space {
-            Some(size) if size.0 > free && self.offload_dir.is_some() => {
+            Some(size) if size.0 > free => {
                 return Err(Error::OverBudget {
                     what: "--disk-space".into(),
                     tier: Tier::Disk,
@@ -292,6 +295,23 @@ impl Arguments {
             None => free / 10 * 8,
         };
         Ok(Budgets { gpu, cpu, disk })
+    }
+
+    fn offload_directory(&self) -> Result<PathBuf> {
+        match &self.offload_dir {
+            Some(directory) => Ok(directory.clone()),
+            None => Ok(cache::directory(self.cache_dir.as_deref())?.join("offload")),
+        }
+    }
+
+    /// The packed model in the cache, made now if it is not there.
+    fn pack(&self, model: &Model, weights: Option<DType>) -> Result<PackedModel> {
+        let directory = cache::directory(self.cache_dir.as_deref())?;
+        let what = format!("packing {} into {}", model.name, directory.display());
+        let mut display = pack::Display::new(self.progress, what);
+        let packed = cache::ensure(model, weights, &directory, &mut |progress| display.show(progress))?;
+        display.end();
+        Ok(packed)
     }
 
     fn job_options(&self, input: Input, output: Output, model: &Model, resolved: &Resolved) -> Result<JobOptions> {
@@ -405,13 +425,21 @@ impl Running<'_> {
         let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
         let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
-        let packed = Packer::new(model, resolved.weights);
+        let made;
+        let packed: Box<dyn Packed> = match model.packed {
+            None if resolved.placement.reads_weights() => {
+                made = arguments.pack(model, resolved.weights)?;
+                Box::new(&made)
+            }
+            _ => model.packed(resolved.weights)?,
+        };
+        let offload = arguments.offload_directory()?;
         let parts = Parts {
-            packed: &packed,
+            packed: &*packed,
             config: &model.config,
             placement: resolved.placement.clone(),
             kv: resolved.kv,
-            offload: arguments.offload_dir.as_deref(),
+            offload: Some(&offload),
             throttle: arguments.throttle.as_ref().map_or([None; 6], |throttle| throttle.0),
         };
         let executor = Executor::new(device, host, parts)?;

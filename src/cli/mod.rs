@@ -4,8 +4,10 @@
 //! this module.
 
 mod config;
+mod doctor;
 mod flags;
 mod generate;
+mod pack;
 mod plan;
 mod progress;
 mod resources;
@@ -32,6 +34,10 @@ struct Arguments {
 enum Command {
     /// Complete every prompt of a JSONL file.
     Generate(Box<generate::Arguments>),
+    /// Write a model in the layout that it is computed from, a file per layer.
+    Pack(pack::Arguments),
+    /// Say what this machine offers: CPU, memory, disk, GPU.
+    Doctor(doctor::Arguments),
     /// Say what a job would take on a machine; needs no weights.
     Plan(Box<plan::Arguments>),
     /// Write a model with seeded Gaussian weights in the shape of a configuration.
@@ -72,6 +78,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Generate(arguments) => generate::run(*arguments),
+        Command::Pack(arguments) => pack::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Synth { config, seed, output } => {
             crate::model::synth_files::write_directory(&config, seed, &output)?;

@@ -146,7 +146,7 @@ impl<D: Device> Lanes<D> {
         let common = self.common.clone();
         let thread = std::thread::Builder::new()
             .name(lane.name().into())
-            .spawn(move || work(&common, lane, Tools { disk }, &receiver))
+            .spawn(move || work(&common, lane, Tools { disk, ..Tools::default() }, &receiver))
             .map_err(Error::io("start a thread for", lane.name()))?;
         self.senders[lane.index()] = Some(sender);
         self.threads.push(thread);

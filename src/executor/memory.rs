@@ -267,7 +267,7 @@ fn small<D: Device>(
 
 impl Source<'_> {
     fn extent(&self, id: StageId, needed: bool) -> Result<Option<Extent>> {
-        let extent = self.packed.extent(id).filter(|_| needed);
+        let extent = if needed { self.packed.extent(id)? } else { None };
         assert!(extent.is_some() || !needed, "weights stream from packed files only");
         Ok(extent)
     }

@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** a step touches the places that it names and nothing else; the locks notice if it does.
 
+use std::collections::HashSet;
 use std::sync::Mutex;
 
 use super::compute::{Compute, Fixed};
@@ -30,6 +31,8 @@ pub struct Workshop<D: Device> {
 pub struct Tools {
     /// For lanes that use the disk.
     pub disk: Option<DiskQueue>,
+    /// Chunks, by stage of the pass, that were compared with their checksums.
+    pub checked: HashSet<(u32, usize)>,
 }
 
 impl Tools {
@@ -89,21 +92,35 @@ impl<D: Device> Workshop<D> {
         let extent = self.shared.extents[step.stage as usize].as_ref().expect("stages on disk have an extent");
         let in_file = self.span(step, 0, &chunks);
         let offset = extent.offset + in_file.start as u64;
-        let file = &*extent.file;
+        let file = extent.file();
         match written(step) {
             Slot::Weights(slot) => {
                 let span = self.span(step, self.slot_base(step), &chunks);
                 let mut slot = write(&self.shared.weights[slot as usize]);
                 let bytes = self.device().bytes_mut(&mut slot).expect("the disk reads into main memory");
-                tools.disk().read(&mut [Read { file, offset, buffer: &mut bytes[span] }])
+                tools.disk().read(&mut [Read { file, offset, buffer: &mut bytes[span.clone()] }])?;
+                self.check(step, chunks, &bytes[span], tools)
             }
             Slot::WeightsStaging(place) => {
                 let mut place = write(&self.shared.weight_staging[place as usize]);
                 let buffer = &mut place.bytes_mut()[..in_file.len()];
-                tools.disk().read(&mut [Read { file, offset, buffer }])
+                tools.disk().read(&mut [Read { file, offset, buffer }])?;
+                self.check(step, chunks, &place.bytes()[..in_file.len()], tools)
             }
             other => unreachable!("weights are not read into {other}"),
         }
+    }
+
+    /// Compares chunks that come for the first time with what was packed.
+    fn check(&self, step: &Step, chunks: std::ops::Range<usize>, bytes: &[u8], tools: &mut Tools) -> Result<()> {
+        let stage = self.fixed.layout.stage(self.fixed.stages[step.stage as usize]);
+        let extent = self.shared.extents[step.stage as usize].as_ref().expect("stages on disk have an extent");
+        let first = stage.chunks[chunks.start].offset;
+        for chunk in chunks.filter(|&chunk| tools.checked.insert((step.stage, chunk))) {
+            let layout = &stage.chunks[chunk];
+            extent.check(chunk, &bytes[layout.offset - first..][..layout.bytes])?;
+        }
+        Ok(())
     }
 
     fn load_weights(&self, step: &Step, chunks: std::ops::Range<usize>) {
@@ -409,7 +426,7 @@ impl<D: Device> Workshop<D> {
             let start = extent.offset as usize + at;
             let aligned = start / ALIGNMENT * ALIGNMENT;
             let len = (start + size).next_multiple_of(ALIGNMENT) - aligned;
-            requests.push(Read { file: &extent.file, offset: aligned as u64, buffer: &mut room[..len] });
+            requests.push(Read { file: extent.file(), offset: aligned as u64, buffer: &mut room[..len] });
         }
         tools.disk().read(&mut requests)
     }

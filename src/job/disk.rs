@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::lines::hex;
+pub(crate) use crate::durable::{remove, rename, replace, sync_directory, with_suffix};
 use crate::error::{Error, Result};
 
 /// How long a file is and what it holds.
@@ -122,41 +123,6 @@ impl io::Write for HashWriter<'_> {
     }
 }
 
-/// Replaces a file by new content in one step that survives a power cut.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let temporary = with_suffix(path, ".tmp");
-    fs::write(&temporary, content).map_err(Error::io("write", &temporary))?;
-    let file = File::open(&temporary).map_err(Error::io("open", &temporary))?;
-    file.sync_all().map_err(Error::io("sync", &temporary))?;
-    rename(&temporary, path)
-}
-
-/// Renames within a directory, durably.
-pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(Error::io("rename", from))?;
-    sync_directory(to)
-}
-
-/// Removes a file if it is there.
-pub(crate) fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// Makes the names in a file's directory durable, where the file system can.
-pub(crate) fn sync_directory(of: &Path) -> Result<()> {
-    let directory = match of.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    match File::open(directory).and_then(|directory| directory.sync_all()) {
-        Err(error) if error.kind() != ErrorKind::InvalidInput => Err(Error::io("sync", directory)(error)),
-        _ => Ok(()),
-    }
-}
-
 /// The length of a file; none if there is none.
 pub(crate) fn length(path: &Path) -> Result<Option<u64>> {
     match fs::metadata(path) {
@@ -164,13 +130,6 @@ pub(crate) fn length(path: &Path) -> Result<Option<u64>> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io("read", path)(error)),
     }
-}
-
-/// A path with something added to its last name.
-pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 /// The error for an output or side file that cannot be used.

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use super::disk::{self, Appender};
 use super::journal::{Journal, Kept, Replay, Waiting};
 use super::options::Summary;
-use super::paths::{Lock, Paths};
+use super::paths::Paths;
 use super::record::{Commit, FINISHED_BYTES, FRAME_BYTES, Record};
 use super::request::SampledToken;
 use super::runs::{Runs, Values};
 use super::state::{RunResult, RunState};
+use crate::durable::Lock;
 use crate::error::{Error, Result};
 
 /// How long finished work may stay in the system's memory only.

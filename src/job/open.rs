@@ -11,7 +11,7 @@ use super::files::{Files, Opened, clear};
 use super::journal::{Journal, Replay};
 use super::lines::Survey;
 use super::options::{Fingerprint, Input, JobOptions, Output, Shard, Summary};
-use super::paths::{Lock, Paths, is_stream};
+use super::paths::{Paths, is_stream};
 use super::reader::{Reader, Reading};
 use super::record::Record;
 use super::render::Names;
@@ -19,6 +19,7 @@ use super::runs::Runs;
 use super::spool::{Spooled, spool};
 use super::state::{RunResult, RunState, now_secs};
 use super::writer::Writer;
+use crate::durable::Lock;
 use crate::error::{Error, Result};
 
 /// What a job needs now.

@@ -3,13 +3,13 @@
 //! **Invariant:** no two roles share a file, whatever names, links or symbolic links lead to it; every side file's
 //! name begins with the output's.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Read, Write};
+use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::disk::{self, with_suffix};
 use super::options::Input;
+use crate::durable::{Lock, with_suffix};
 use crate::error::{Error, Result};
 
 /// Where everything of a job with an output file lies.
@@ -106,72 +106,4 @@ pub(crate) fn is_stream(path: &Path) -> Result<bool> {
     }
     let kind = metadata.file_type();
     Ok(kind.is_fifo() || kind.is_char_device() || kind.is_socket())
-}
-
-/// Sole use of an output, given up when dropped or when the process ends.
-#[derive(Debug)]
-pub(crate) struct Lock {
-    _file: File,
-    path: PathBuf,
-}
-
-impl Lock {
-    fn take(path: &Path) -> Result<Lock> {
-        loop {
-            let mut file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(path)
-                .map_err(Error::io("create", path))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(held(path, &mut file)),
-                Err(TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
-            }
-            // The holder before us may have removed the file between our opening and locking it.
-            let ours = file.metadata().map_err(Error::io("lock", path))?;
-            if fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == (ours.dev(), ours.ino())) {
-                let write_pid =
-                    file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes()));
-                write_pid.map_err(Error::io("write", path))?;
-                return Ok(Lock { _file: file, path: path.to_owned() });
-            }
-        }
-    }
-
-    /// Removes the lock's file while still holding it.
-    pub fn release(self) -> Result<()> {
-        disk::remove(&self.path)
-    }
-}
-
-fn held(path: &Path, file: &mut File) -> Error {
-    let mut pid = String::new();
-    let known = file.read_to_string(&mut pid).is_ok() && pid.trim().parse::<u32>().is_ok();
-    let who = if known { format!("process {}", pid.trim()) } else { "another process".into() };
-    Error::Output {
-        path: path.to_owned(),
-        what: format!("{who} is working on this output"),
-        hint: Some("wait for it to end, or choose another --output".into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_second_lock_is_refused_and_names_the_holder() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("out.lock");
-        let lock = Lock::take(&path).unwrap();
-        let message = Lock::take(&path).unwrap_err().to_string();
-        assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
-        lock.release().unwrap();
-        assert!(!path.exists());
-        drop(Lock::take(&path).unwrap());
-        Lock::take(&path).unwrap();
-    }
 }

@@ -9,7 +9,12 @@ use std::path::{Path, PathBuf};
 /// control group (v1 or v2) has left.
 pub fn available_memory() -> u64 {
     let system = meminfo("MemAvailable").unwrap_or(u64::MAX);
-    cgroup_room().map_or(system, |room| room.min(system))
+    control_group_room().map_or(system, |room| room.min(system))
+}
+
+/// Bytes of main memory that the system has.
+pub fn total_memory() -> Option<u64> {
+    meminfo("MemTotal")
 }
 
 /// The default of `--cpu-memory`: 70 % of the smaller of available memory and the control group's limit.
@@ -35,8 +40,8 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The least room over the process's groups and their ancestors.
-fn cgroup_room() -> Option<u64> {
+/// Bytes that the process's control groups have left, the least over them and their ancestors; none without limit.
+pub fn control_group_room() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     groups.lines().filter_map(group_room).min()
 }

@@ -25,6 +25,14 @@ impl DType {
     }
 }
 
+impl std::str::FromStr for DType {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        [DType::F32, DType::Bf16, DType::F16].into_iter().find(|dtype| dtype.to_string() == name).ok_or(())
+    }
+}
+
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

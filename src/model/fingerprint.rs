@@ -15,6 +15,13 @@ use sha2::{Digest, Sha256};
 use super::files::Files;
 use crate::error::{Error, Result};
 
+/// The names of all files beside the weights that a model may consist of; not all of them need to be there.
+pub fn small_files(files: &Files) -> Vec<String> {
+    let templates = files.list("additional_chat_templates").into_iter();
+    let templates = templates.map(|template| format!("additional_chat_templates/{template}"));
+    SMALL_FILES.map(str::to_owned).into_iter().chain(templates).collect()
+}
+
 /// A fingerprint in the making.
 pub struct Fingerprint(Sha256);
 
@@ -37,13 +44,7 @@ impl Fingerprint {
     /// Begins with the configuration, tokenizer and templates among `files`.
     pub fn of_files(files: &Files) -> Result<Self> {
         let mut fingerprint = Fingerprint(Sha256::new());
-        for name in SMALL_FILES {
-            if let Some(bytes) = files.read(name)? {
-                fingerprint.add_bytes(name, &bytes);
-            }
-        }
-        for template in files.list("additional_chat_templates") {
-            let name = format!("additional_chat_templates/{template}");
+        for name in small_files(files) {
             if let Some(bytes) = files.read(&name)? {
                 fingerprint.add_bytes(&name, &bytes);
             }

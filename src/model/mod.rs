@@ -31,11 +31,17 @@ use std::path::Path;
 use self::chat::ChatTemplate;
 use self::checkpoint::Checkpoint;
 use self::config::ModelConfig;
+use self::dtype::DType;
 use self::files::Files;
 use self::fingerprint::Fingerprint;
 use self::generation::GenerationConfig;
 use self::hub::{EmbeddedFiles, HubCache, Location};
 use self::names::WithConstants;
+use self::packed::Packed;
+use self::packed::layout::ModelLayout;
+use self::packed::manifest::Manifest;
+use self::packed::pack::Packer;
+use self::packed::read::PackedModel;
 use self::safetensors::SafetensorsFile;
 use self::source::{ModelSource, TensorSource};
 use self::synth::SyntheticWeights;
@@ -70,6 +76,10 @@ pub struct Model {
     pub source: ModelSource,
     /// Identifies weights, tokenizer, template and configuration, wherever they lie.
     pub fingerprint: String,
+    /// Configuration, tokenizer and templates as files.
+    pub files: Files,
+    /// The weights in packed form, if that is how they were found; `weights` then knows shapes and dtypes alone.
+    pub packed: Option<PackedModel>,
 }
 
 impl Model {
@@ -93,17 +103,48 @@ impl Model {
         self.chat = self.chat.take().map(at);
     }
 
-    /// Opens a Hugging Face directory.
+    /// The packed weights, with matrices in `weights` or in the checkpoint's dtype: from packed files, or packed when
+    /// they are asked for.
+    ///
+    /// # Errors
+    /// `Error::Usage` when packed files hold another dtype.
+    pub fn packed(&self, weights: Option<DType>) -> Result<Box<dyn Packed + '_>> {
+        match &self.packed {
+            None => Ok(Box::new(Packer::new(self, weights))),
+            Some(packed) => packed.in_dtype(weights).map(|packed| Box::new(packed) as Box<dyn Packed>),
+        }
+    }
+
+    /// Opens a Hugging Face directory or a packed one.
     ///
     /// # Errors
     /// As [`Model::open`].
     pub fn from_directory(name: &str, directory: &Path) -> Result<Model> {
+        match Manifest::read(directory)? {
+            Some(manifest) => Model::from_packed(name, directory, manifest),
+            None => Model::from_checkpoint(name, directory),
+        }
+    }
+
+    fn from_packed(name: &str, directory: &Path, manifest: Manifest) -> Result<Model> {
+        manifest.check_copies(directory)?;
+        let files = Files::Directory(directory.to_owned());
+        let config = ModelConfig { tied_head: manifest.tied_head, ..read_config(&files)? };
+        let tensors = manifest.tensors(directory)?;
+        let fingerprint = manifest.identity.fingerprint.clone();
+        let mut model = Model::assemble(name, config, files, Box::new(tensors), fingerprint)?;
+        let layout = ModelLayout::new(&model, manifest.identity.weights(directory)?);
+        model.packed = Some(PackedModel::open(directory, &manifest, layout)?);
+        Ok(model)
+    }
+
+    fn from_checkpoint(name: &str, directory: &Path) -> Result<Model> {
         let files = Files::Directory(directory.to_owned());
         let config = read_config(&files)?;
         let checkpoint = Checkpoint::open(directory)?;
         let mut fingerprint = Fingerprint::of_files(&files)?;
         checkpoint.files().iter().try_for_each(|file| fingerprint.add_weights(file))?;
-        Model::assemble(name, config, &files, Box::new(checkpoint), fingerprint)
+        Model::assemble(name, config, files, Box::new(checkpoint), fingerprint.finish())
     }
 
     /// Opens a model that is part of the program: config.json, model.safetensors, tokenizer.json and so on.
@@ -120,7 +161,7 @@ impl Model {
         let mut fingerprint = Fingerprint::of_files(&files)?;
         fingerprint.add_bytes("model.safetensors", weights);
         let source = SafetensorsFile::embedded("demo/model.safetensors", weights)?;
-        Model::assemble("demo", config, &files, Box::new(source), fingerprint)
+        Model::assemble("demo", config, files, Box::new(source), fingerprint.finish())
     }
 
     /// Opens seeded weights in the shape of the config.json at `path`.
@@ -132,24 +173,24 @@ impl Model {
         let mut fingerprint = Fingerprint::of_files(&files)?;
         fingerprint.add_bytes("seed", &seed.to_le_bytes());
         let weights = SyntheticWeights::new(&config, seed, path.to_owned());
-        Model::assemble(name, config, &files, Box::new(weights), fingerprint)
+        Model::assemble(name, config, files, Box::new(weights), fingerprint.finish())
     }
 
     fn assemble(
         name: &str,
         mut config: ModelConfig,
-        files: &Files,
+        files: Files,
         weights: Box<dyn TensorSource>,
-        fingerprint: Fingerprint,
+        fingerprint: String,
     ) -> Result<Model> {
         let weights = WithConstants::wrap(&config, weights);
         config.tied_head &= !names::stored_head_differs(&config, weights.as_ref())?;
         let source = names::model_source(&config, weights.as_ref())?;
-        let tokenizer = Tokenizer::load(files)?;
-        let chat = ChatTemplate::load(files, tokenizer.special_texts())?;
-        let generation = GenerationConfig::load(files, &config)?;
-        let fingerprint = fingerprint.finish();
-        Ok(Model { name: name.into(), config, tokenizer, chat, generation, weights, source, fingerprint })
+        let tokenizer = Tokenizer::load(&files)?;
+        let chat = ChatTemplate::load(&files, tokenizer.special_texts())?;
+        let generation = GenerationConfig::load(&files, &config)?;
+        let name = name.into();
+        Ok(Model { name, config, tokenizer, chat, generation, weights, source, fingerprint, files, packed: None })
     }
 }
 

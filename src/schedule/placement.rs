@@ -324,6 +324,11 @@ impl Placement {
         }
     }
 
+    /// Whether weights come from packed files while passes run.
+    pub fn reads_weights(&self) -> bool {
+        self.embed == Tier::Disk || self.stages.iter().any(|stage| stage.disk > 0)
+    }
+
     /// Bytes of weights that come from main memory and from disk for every pass.
     pub fn streamed_bytes(&self) -> (u64, u64) {
         let cpu = self.stages.iter().map(|stage| stage.bytes(stage.from_cpu())).sum();

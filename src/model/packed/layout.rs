@@ -20,7 +20,7 @@ use crate::model::source::{LinearSource, ModelSource, NormSource, Rows, TensorSo
 pub const CHUNK_ALIGNMENT: usize = 4096;
 
 /// Chunks that a stage is cut into, about.
-const CHUNKS_PER_STAGE: usize = 64;
+pub(super) const CHUNKS_PER_STAGE: usize = 64;
 
 /// A stage's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -3,9 +3,14 @@
 //! **Invariant:** the bytes of a chunk are a function of the source's tensors and the layout alone, whether they are
 //! packed on the fly or read from packed files.
 
+pub mod cache;
+mod files;
 pub mod layout;
+pub mod manifest;
 pub mod pack;
 pub mod panels;
+pub mod read;
+pub mod write;
 
 use std::sync::Arc;
 
@@ -30,15 +35,31 @@ pub trait Packed: Send + Sync {
     /// Whatever reading the source gives.
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()>;
 
-    /// Where the extent of `stage` lies in a file; none where weights are packed on the fly.
-    fn extent(&self, stage: StageId) -> Option<Extent>;
+    /// Where `stage` lies in a file; none where weights are packed on the fly.
+    ///
+    /// # Errors
+    /// Whatever opening the file gives.
+    fn extent(&self, stage: StageId) -> Result<Option<Extent>>;
 }
 
-/// A stage's extent in a file.
-#[derive(Clone, Debug)]
+/// A stage's chunks in a file, at the layout's offsets.
 pub struct Extent {
-    /// The file.
-    pub file: Arc<DirectFile>,
-    /// Where chunk offsets count from.
+    /// Where chunk offsets count from; a multiple of the chunks' alignment.
     pub offset: u64,
+    packed: Arc<read::PackedFile>,
+}
+
+impl Extent {
+    /// The file.
+    pub fn file(&self) -> &DirectFile {
+        self.packed.direct()
+    }
+
+    /// Compares the bytes read of a chunk with what was packed.
+    ///
+    /// # Errors
+    /// `Error::Model` naming file and offset.
+    pub fn check(&self, chunk: usize, bytes: &[u8]) -> Result<()> {
+        self.packed.check(chunk, bytes)
+    }
 }

@@ -97,8 +97,8 @@ impl Packed for Packer<'_> {
         }
     }
 
-    fn extent(&self, _: StageId) -> Option<Extent> {
-        None
+    fn extent(&self, _: StageId) -> Result<Option<Extent>> {
+        Ok(None)
     }
 }
 

@@ -1,0 +1,129 @@
+//! `tidemill pack`.
+//!
+//! **Invariant:** the size is said before the first byte is written.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::flags::{ProgressChoice, WeightsChoice};
+use super::say;
+use crate::error::{Bytes, Result};
+use crate::model::Model;
+use crate::model::packed::write::{self, Outcome, Progress, Step};
+
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// The arguments of `pack`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// A Hugging Face directory, a name in the local Hugging Face cache, `demo`, or `synth:CONFIG.json#SEED`.
+    #[arg(long, env = "TIDEMILL_MODEL", value_name = "MODEL")]
+    model: String,
+    /// The directory to make, to go on with, or to check and mend.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Dtype that matrices are stored in.
+    #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", default_value = "native")]
+    weights: WeightsChoice,
+    /// How progress is shown.
+    #[arg(long, env = "TIDEMILL_PROGRESS", value_name = "HOW")]
+    progress: Option<ProgressChoice>,
+}
+
+/// Runs the command; gives the exit code.
+///
+/// # Errors
+/// As [`write::pack`].
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let model = Model::open(&arguments.model)?;
+    let shown = arguments.output.display();
+    let mut display = Display::new(arguments.progress, format!("packing {} into {shown}", model.name));
+    let outcome = write::pack(&model, arguments.weights.dtype(), &arguments.output, &mut |progress| {
+        display.show(progress);
+    })?;
+    display.end();
+    say::line(&match outcome {
+        Outcome::Unchanged => format!("{shown} is packed already, and intact"),
+        Outcome::Written(files) => format!("packed {} into {shown}: {files} files written", model.name),
+    });
+    Ok(0)
+}
+
+/// Shows how far packing is; the first call says the size.
+pub struct Display {
+    choice: ProgressChoice,
+    what: String,
+    bar: Option<ProgressBar>,
+    step: Option<Step>,
+    started: Instant,
+    shown: Instant,
+    before: u64,
+}
+
+impl Display {
+    /// A display that introduces itself with `what`.
+    pub fn new(choice: Option<ProgressChoice>, what: String) -> Display {
+        let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        let default = if terminal { ProgressChoice::Bar } else { ProgressChoice::Line };
+        let now = Instant::now();
+        let choice = choice.unwrap_or(default);
+        Display { choice, what, bar: None, step: None, started: now, shown: now, before: 0 }
+    }
+
+    /// Takes note of progress and shows it, if it is time.
+    pub fn show(&mut self, progress: Progress) {
+        if self.step != Some(progress.step) {
+            self.begin(progress);
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(progress.done);
+        }
+        if self.shown.elapsed() < INTERVAL {
+            return;
+        }
+        self.shown = Instant::now();
+        let rate = (progress.done - self.before) as f64 / self.started.elapsed().as_secs_f64();
+        match self.choice {
+            ProgressChoice::Line => {
+                let (done, total) = (Bytes(progress.done), Bytes(progress.total));
+                say::line(&format!("{done} of {total}, {}/s", Bytes(rate as u64)));
+            }
+            ProgressChoice::Json => {
+                say::line(&serde_json::json!({"done_bytes": progress.done, "total_bytes": progress.total}).to_string())
+            }
+            ProgressChoice::Bar | ProgressChoice::None => {}
+        }
+    }
+
+    /// Clears what is on the screen.
+    pub fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn begin(&mut self, progress: Progress) {
+        self.end();
+        self.step = Some(progress.step);
+        (self.started, self.shown, self.before) = (Instant::now(), Instant::now(), progress.done);
+        if self.choice == ProgressChoice::None {
+            return;
+        }
+        let total = Bytes(progress.total);
+        say::line(&match progress.step {
+            Step::Check => format!("{}: comparing {total} with their checksums", self.what),
+            Step::Write if progress.done > 0 => {
+                format!("{}: {total}, of which {} are there", self.what, Bytes(progress.done))
+            }
+            Step::Write => format!("{}: {total}", self.what),
+        });
+        if self.choice == ProgressChoice::Bar {
+            let bar = ProgressBar::with_draw_target(Some(progress.total), ProgressDrawTarget::stderr_with_hz(4));
+            let template = "{bar:24} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} left {eta}";
+            bar.set_style(ProgressStyle::with_template(template).expect("the template is valid"));
+            self.bar = Some(bar);
+        }
+    }
+}

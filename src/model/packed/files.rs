@@ -1,0 +1,175 @@
+//! The files of a packed directory: which block lies where, and the safetensors header that says so.
+//!
+//! A file's data is one extent that begins on a 4 KiB boundary: the header is padded with spaces, and what lies between
+//! two blocks is a tensor of its own.
+//!
+//! **Invariant:** a file's header and extents follow from the layout alone, so a reader can compare them.
+
+use std::ops::Range;
+
+use serde_json::{Map, Value, json};
+
+use super::Packed;
+use super::layout::{CHUNK_ALIGNMENT, ModelLayout, Small, StageId, StageLayout};
+use super::panels::{PANEL_OUTPUTS, TILE_INPUTS};
+use crate::error::Result;
+use crate::model::dtype::DType;
+
+/// Bytes of a part, unless a single block is larger.
+const PART_BYTES: usize = 32 << 20;
+
+/// A file to be written, or expected.
+pub(super) struct FilePlan {
+    /// Its name within the directory.
+    pub name: String,
+    /// What it holds.
+    pub holds: Holds,
+    /// Everything before the data.
+    pub header: Vec<u8>,
+    /// The blocks in order.
+    pub blocks: Vec<Block>,
+    /// Bytes of the data.
+    pub data_bytes: usize,
+}
+
+/// What a file's blocks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holds {
+    /// The chunks of a stage.
+    Stage(StageId),
+    /// The small tensors.
+    Small,
+}
+
+/// A tensor of the file.
+pub(super) struct Block {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Its place in the data.
+    pub extent: Range<usize>,
+}
+
+/// Consecutive blocks that are written or read together.
+pub(super) struct Part {
+    /// Which.
+    pub blocks: Range<usize>,
+    /// Their extent in the file, holes included.
+    pub bytes: Range<usize>,
+}
+
+impl FilePlan {
+    /// The blocks in parts of some megabytes, or a block each where they are larger.
+    pub fn parts(&self) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            let start = self.header.len() + block.extent.start;
+            let end = self.header.len() + block.extent.end.next_multiple_of(CHUNK_ALIGNMENT);
+            match parts.last_mut() {
+                Some(part) if end - part.bytes.start <= PART_BYTES => {
+                    part.blocks.end = index + 1;
+                    part.bytes.end = end;
+                }
+                _ => parts.push(Part { blocks: index..index + 1, bytes: start..end }),
+            }
+        }
+        parts
+    }
+
+    /// Bytes of the whole file.
+    pub fn bytes(&self) -> u64 {
+        (self.header.len() + self.data_bytes) as u64
+    }
+
+    /// Where block `index` begins in the file.
+    pub fn file_offset(&self, index: usize) -> u64 {
+        (self.header.len() + self.blocks[index].extent.start) as u64
+    }
+
+    /// Writes block `index` of `packed` to `out`.
+    pub fn fill(&self, packed: &dyn Packed, index: usize, out: &mut [u8]) -> Result<()> {
+        match self.holds {
+            Holds::Stage(stage) => packed.chunk(stage, index, out),
+            Holds::Small => packed.small(index, out),
+        }
+    }
+
+    fn new(name: String, holds: Holds, blocks: Vec<Block>, data_bytes: usize) -> FilePlan {
+        let header = header(&blocks, data_bytes);
+        FilePlan { name, holds, header, blocks, data_bytes }
+    }
+}
+
+/// Every file of a layout.
+pub(super) fn plans(layout: &ModelLayout) -> Vec<FilePlan> {
+    let stages = layout.stages().map(|(id, stage)| {
+        let blocks = stage.chunks.iter().map(|chunk| chunk_block(id, stage, chunk)).collect();
+        FilePlan::new(stage_file(id), Holds::Stage(id), blocks, stage.bytes)
+    });
+    let mut at = 0;
+    let mut blocks = Vec::new();
+    for tensor in &layout.small {
+        let (dtype, shape) = match &tensor.what {
+            Small::Vector(_) => (DType::F32, vec![tensor.bytes / 4]),
+            Small::Matrix(linear, dtype) => {
+                (*dtype, panel_shape(linear.outputs.div_ceil(PANEL_OUTPUTS), linear.inputs))
+            }
+        };
+        blocks.push(Block { name: tensor.key.clone(), dtype, shape, extent: at..at + tensor.bytes });
+        at = (at + tensor.bytes).next_multiple_of(CHUNK_ALIGNMENT);
+    }
+    let small = FilePlan::new("small.safetensors".into(), Holds::Small, blocks, at);
+    stages.chain([small]).collect()
+}
+
+fn stage_file(id: StageId) -> String {
+    match id {
+        StageId::Table(part) => format!("table-{part:03}.safetensors"),
+        StageId::Layer(layer) => format!("layer-{layer:03}.safetensors"),
+        StageId::Head(part) => format!("head-{part:03}.safetensors"),
+    }
+}
+
+fn chunk_block(id: StageId, stage: &StageLayout, chunk: &super::layout::ChunkLayout) -> Block {
+    let matrix = &stage.matrices[chunk.matrix];
+    let name = match id {
+        StageId::Table(_) => "table",
+        StageId::Layer(_) => ["qkv", "o", "up", "down"][chunk.matrix],
+        StageId::Head(_) => "head",
+    };
+    Block {
+        name: format!("{name}.panels.{}", chunk.panels.start),
+        dtype: matrix.dtype,
+        shape: panel_shape(chunk.panels.len(), matrix.source.inputs),
+        extent: chunk.offset..chunk.offset + chunk.bytes,
+    }
+}
+
+fn panel_shape(panels: usize, inputs: usize) -> Vec<usize> {
+    vec![panels, inputs.next_multiple_of(TILE_INPUTS), PANEL_OUTPUTS]
+}
+
+fn header(blocks: &[Block], data_bytes: usize) -> Vec<u8> {
+    let mut map = Map::new();
+    map.insert("__metadata__".into(), json!({"format": "tidemill"}));
+    let hole = |map: &mut Map<String, Value>, extent: Range<usize>| {
+        if !extent.is_empty() {
+            let entry = json!({"dtype": "U8", "shape": [extent.len()], "data_offsets": [extent.start, extent.end]});
+            map.insert(format!("hole.{}", extent.start), entry);
+        }
+    };
+    let mut at = 0;
+    for Block { name, dtype, shape, extent } in blocks {
+        hole(&mut map, at..extent.start);
+        let dtype = dtype.to_string().to_uppercase();
+        map.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [extent.start, extent.end]}));
+        at = extent.end;
+    }
+    hole(&mut map, at..data_bytes);
+    let json = Value::Object(map).to_string();
+    let len = (8 + json.len()).next_multiple_of(CHUNK_ALIGNMENT);
+    let mut header = ((len - 8) as u64).to_le_bytes().to_vec();
+    header.extend_from_slice(json.as_bytes());
+    header.resize(len, b' ');
+    header
+}

@@ -1,0 +1,115 @@
+//! `pack` and `doctor` as commands: kills, full disks, what is said.
+#![allow(missing_docs)]
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::json;
+use support::process::{signal, start, wait};
+use support::{Scratch, tidemill};
+
+fn config(layers: usize, hidden: usize) -> String {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": hidden / 64,
+        "num_key_value_heads": hidden / 64, "vocab_size": 512, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1,
+        "eos_token_id": 2, "torch_dtype": "bfloat16"
+    })
+    .to_string()
+}
+
+fn pack(model: &str, output: &Path) -> Command {
+    let mut command = tidemill(&["pack", "--model", model, "--output", output.to_str().unwrap()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+fn said(command: &mut Command) -> (Option<i32>, String) {
+    let result = command.output().expect("the binary runs");
+    (result.status.code(), String::from_utf8_lossy(&result.stderr).into_owned())
+}
+
+#[test]
+fn kills_cost_no_finished_file() {
+    let scratch = Scratch::new();
+    let config = scratch.write("config.json", config(24, 256));
+    let model = format!("synth:{}#3", config.display());
+    let whole = scratch.path("whole");
+    let (code, text) = said(&mut pack(&model, &whole));
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("whole: 48.9 MiB\n") && text.contains("27 files written"), "{text}");
+    let output = scratch.path("killed");
+    let mut kills = 0;
+    for attempt in 0.. {
+        let mut child = start(pack(&model, &output), &scratch.path("said"));
+        if let Some(status) = wait(&mut child, Duration::from_millis(20 + 5 * attempt)) {
+            assert!(status.success(), "{}", fs::read_to_string(scratch.path("said")).unwrap());
+            break;
+        }
+        signal(&child, Signal::KILL);
+        child.wait().unwrap();
+        kills += 1;
+        assert!(kills < 200, "no end");
+    }
+    assert!(kills > 0, "never killed");
+    for entry in fs::read_dir(&whole).unwrap() {
+        let name = entry.unwrap().file_name();
+        let same = fs::read(whole.join(&name)).unwrap() == fs::read(output.join(&name)).unwrap();
+        assert!(same, "{name:?}");
+    }
+    assert_eq!(fs::read_dir(&whole).unwrap().count(), fs::read_dir(&output).unwrap().count());
+    let (code, text) = said(&mut pack(&model, &output));
+    assert!(code == Some(0) && text.contains("is packed already, and intact"), "{text}");
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_refused_before_anything_is_written() {
+    let scratch = Scratch::new();
+    let config = scratch.write("config.json", config(4096, 1 << 16));
+    let output = scratch.path("packed");
+    let (code, text) = said(&mut pack(&format!("synth:{}", config.display()), &output));
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("packing needs") && text.contains("are free") && text.contains("hint:"), "{text}");
+    assert!(!output.exists());
+}
+
+#[test]
+fn a_disk_that_fills_up_names_the_file_and_the_rerun_goes_on() {
+    let scratch = Scratch::new();
+    let config = scratch.write("config.json", config(2, 256));
+    let model = format!("synth:{}", config.display());
+    let output = scratch.path("packed");
+    let limited = |kib: &str| {
+        let mut command = Command::new("sh");
+        let program = env!("CARGO_BIN_EXE_tidemill");
+        let script = format!("trap '' XFSZ; ulimit -f {kib}; exec {program} pack --model {model} --output \"$0\"");
+        command.args(["-c", &script, output.to_str().unwrap()]);
+        command
+    };
+    // Blocks of 512 bytes: the parts of the table fit, a layer does not.
+    let (code, text) = said(&mut limited("2000"));
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("layer-000.safetensors.tmp"), "{text}");
+    assert!(output.join("table-000.safetensors").exists() && !output.join("layer-000.safetensors.tmp").exists());
+    let (code, text) = said(&mut limited("unlimited"));
+    assert!(code == Some(0) && text.contains("4 files written"), "{text}");
+}
+
+#[test]
+fn doctor_says_what_is_there() {
+    let scratch = Scratch::new();
+    let cache = scratch.path("not/made/yet");
+    let result = tidemill(&["doctor", "--cache-dir", cache.to_str().unwrap()]).output().unwrap();
+    let text = String::from_utf8(result.stdout).unwrap();
+    assert!(result.status.success() && result.stderr.is_empty(), "{text}");
+    for expected in ["cpu ", "memory ", "O_DIRECT: ", "io_uring: ", " free", "gpu      none"] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    assert!(text.contains(cache.to_str().unwrap()) && !cache.exists());
+}

@@ -1,0 +1,106 @@
+//! Any placement over three tiers gives the bytes of the single-tier run, within the budgets that it was given.
+//!
+//! `PLACEMENTS=N` draws N policies instead of 40; the long check draws 1,000.
+#![allow(missing_docs)]
+
+mod support;
+
+use std::path::Path;
+
+use serde_json::Value;
+use support::jobs::{Chance, DEMO, DYNAMIC, Mix, OPT, WINDOW, file, mixed};
+use support::{Scratch, generate_ok};
+
+/// The norm after each half layer, embeddings narrower than the hidden state.
+const POST_NORM: Mix = Mix { model: "tests/goldens/opt-postln", vocab: 288, context: 180, chat: false };
+/// A tied head that streams is the table that embeddings are looked up in.
+const TIED: Mix = Mix { model: "tests/goldens/llama-gqa-tied", vocab: 288, context: 256, chat: false };
+
+/// Shares of three tiers; often some are zero.
+fn split(chance: &mut Chance) -> String {
+    let mut parts = [0, 0, 0].map(|_| if chance.below(2) == 0 { 0 } else { chance.below(8) });
+    if parts.iter().all(|&part| part == 0) {
+        parts[chance.below(3) as usize] = 1;
+    }
+    let sum: u64 = parts.iter().sum();
+    let [gpu, cpu, disk] = parts.map(|part| part as f64 / sum as f64);
+    format!("{{ gpu = {gpu}, cpu = {cpu}, disk = {disk} }}")
+}
+
+fn policy(chance: &mut Chance, mix: &Mix) -> String {
+    let sequences: u64 = [1, 2, 5, 12, 40][chance.below(5) as usize];
+    let blocks = 1 + chance.below(4);
+    let longest = mix.context.div_ceil(64) + 1;
+    let rows = [sequences, 16, 70][chance.below(3) as usize].max(sequences.div_ceil(blocks));
+    let tier = |chance: &mut Chance| ["gpu", "cpu", "disk"][chance.below(3) as usize];
+    format!(
+        "sequences = {sequences}\nchunk-tokens = {}\nblocks = {blocks}\nblock-rows = {rows}\nweight-slots = {}\n\
+         kv-slots = {}\npages = {}\nblock-pages = {}\nweights = {}\nkv = {}\nhidden = {}\nembed = \"{}\"\nhead = \"{}\"\n",
+        [1, 7, 64, 300][chance.below(4) as usize],
+        1 + chance.below(4),
+        1 + chance.below(4),
+        longest + chance.below(60),
+        longest + chance.below(30),
+        split(chance),
+        split(chance),
+        split(chance),
+        tier(chance),
+        tier(chance),
+    )
+}
+
+fn stats(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn random_policies_change_no_byte_and_keep_the_budgets() {
+    let count: u64 = std::env::var("PLACEMENTS").map_or(40, |count| count.parse().unwrap());
+    let scratch = Scratch::new();
+    let mixes = [DEMO, WINDOW, DYNAMIC, OPT, POST_NORM, TIED];
+    let expected: Vec<(std::path::PathBuf, Vec<u8>)> = mixes
+        .iter()
+        .enumerate()
+        .map(|(index, mix)| {
+            let input = scratch.write(&format!("in-{index}.jsonl"), file(&mixed(mix, 24, index as u64)));
+            let output = scratch.path(&format!("expected-{index}.jsonl"));
+            generate_ok(mix.model, &input, &output, &["--progress", "none"], 3);
+            (input, std::fs::read(output).unwrap())
+        })
+        .collect();
+    let cache = scratch.path("cache");
+    let mut streamed = [0u64; 4];
+    for seed in 0..count {
+        let mut chance = Chance::new(1000 + seed);
+        let which = (seed % mixes.len() as u64) as usize;
+        let text = policy(&mut chance, &mixes[which]);
+        let file = scratch.write("policy.toml", &text);
+        let (output, figures) = (scratch.path(&format!("out-{seed}.jsonl")), scratch.path("stats.json"));
+        let threads = (1 + seed % 2).to_string();
+        let mut extra = vec!["--progress", "none", "--policy", file.to_str().unwrap(), "--threads", &threads];
+        extra.extend(["--cache-dir", cache.to_str().unwrap(), "--stats", figures.to_str().unwrap()]);
+        extra.extend(["--cpu-memory", "400MiB", "--disk-space", "400MiB"]);
+        // Every fourth has no device: main memory and files alone.
+        if seed % 4 != 3 {
+            extra.extend(["--gpu-memory", "200MiB", "--device", "host"]);
+        }
+        let (input, expected) = &expected[which];
+        generate_ok(mixes[which].model, input, &output, &extra, 3);
+        let got = std::fs::read(&output).unwrap();
+        if got != *expected {
+            let (got, expected) = (String::from_utf8_lossy(&got), String::from_utf8_lossy(expected));
+            let lines = expected.lines().zip(got.lines()).find(|(a, b)| a != b);
+            panic!("seed {seed}, {}:\n{text}\n{lines:?}", mixes[which].model);
+        }
+        std::fs::remove_file(&output).unwrap();
+        let figures = stats(&figures);
+        for tier in ["gpu", "cpu", "disk"] {
+            let (peak, budget) = (&figures["peak_bytes"][tier], &figures["budget_bytes"][tier]);
+            assert!(peak.as_u64() <= budget.as_u64(), "seed {seed}: {peak} of {budget} bytes on {tier}");
+        }
+        for (count, lane) in streamed.iter_mut().zip(["disk_read", "disk_write", "h2d", "d2h"]) {
+            *count += u64::from(figures["lanes"][lane]["bytes"].as_u64().unwrap_or(0) > 0);
+        }
+    }
+    assert!(streamed.iter().all(|&runs| runs * 5 > count), "lanes that moved bytes, of {count} runs: {streamed:?}");
+}
