@@ -159,6 +159,10 @@ impl Problem<'_> {
         let (old, written) = (frames(&|block| block.old_pages), frames(&|block| block.written_pages));
         let rows: usize = self.blocks.iter().map(|block| block.shape.rows).sum();
         let hidden = rows as f64 * model.hidden_row as f64 * (layers - 1.0);
+        let embed = if model.tied { self.outline.head } else { self.outline.embed };
+        let away = !(model.tied && self.head_resident());
+        let embeddings = rows as f64 * model.hidden_row as f64;
+        let embedded_in = |tier: Tier| S::from(if away && embed == tier { embeddings } else { 0.0 });
         let on_device = |share: S| if device { share } else { S::from(0.0) };
         let streamed = on_device(combine(&[(1.0, &shares.kv[1]), (-1.0, &shares.attended)]));
         Traffic {
@@ -170,6 +174,8 @@ impl Problem<'_> {
             kv_store_disk: shares.kv[2].clone() * written,
             hidden_cpu: on_device(shares.hidden[1].clone() * hidden),
             hidden_disk: shares.hidden[2].clone() * hidden,
+            embeddings_cpu: on_device(embedded_in(Tier::Cpu)),
+            embeddings_disk: embedded_in(Tier::Disk),
             attended: on_device(shares.attended.clone()),
         }
     }

@@ -65,6 +65,12 @@ impl PlanModel {
         PlanModel { name: name.to_owned(), config, experts, cost, bytes }
     }
 
+    /// The same model with its parts' bytes known exactly, from its files.
+    #[must_use]
+    pub fn with_bytes(self, bytes: ModelBytes) -> Self {
+        PlanModel { bytes, ..self }
+    }
+
     /// The same model with other dtypes.
     #[must_use]
     pub fn with(&self, numerics: Numerics) -> Self {
@@ -193,9 +199,9 @@ fn model_bytes(config: &ModelConfig, experts: Option<Experts>, cost: &ModelCost)
         tied: config.tied_head,
         small: f32s(positions + config.num_layers * (norms + biases)),
         frame: cost.frame_bytes as u64,
-        // As the executor has them: hidden, normed, update, qkv, attended, up, activated, scratch.
-        activations: [wide, wide, wide, query + 2 * key, query, up * active, inner * active, widest].map(f32s).to_vec(),
-        embedding_row: f32s(config.embed_size),
+        // As the executor has them: normed, update, qkv, attended, up, activated, scratch.
+        activations: [wide, wide, query + 2 * key, query, up * active, inner * active, widest].map(f32s).to_vec(),
+        embedding_row: f32s(config.embed_size.next_multiple_of(TILE_INPUTS)),
         hidden_row: f32s(hidden),
         logit_row: f32s(config.vocab_size),
     }

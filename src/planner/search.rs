@@ -22,8 +22,12 @@ use crate::schedule::shape::{BlockShape, Pages};
 use crate::schedule::simulate::{Timeline, simulate};
 use crate::schedule::step::Step;
 
-/// Outlines that are simulated.
+/// Outlines whose neighbours are looked at.
 const FINALISTS: usize = 10;
+/// Outlines that are simulated.
+const SIMULATED: usize = 28;
+/// Of these, outlines of a kind, their numbers of sequences a tenth apart.
+const OF_A_KIND: usize = 3;
 /// Times that budgets are tightened until a rounded placement fits.
 const ATTEMPTS: usize = 8;
 /// Sequences in flight at most.
@@ -108,17 +112,27 @@ impl<'a> Question<'a> {
     /// # Errors
     /// [`Error::OverBudget`] if nothing fits, with what would.
     pub fn plan(&self) -> Result<Plan> {
-        let mut candidates = self.candidates();
-        candidates.sort_by(|a, b| a.secs.total_cmp(&b.secs));
+        let candidates = self.candidates();
         let mut best: Option<Plan> = None;
-        let mut finished = 0;
-        for candidate in candidates {
+        // The program does not see how well blocks overlap, so a few outlines of each kind are simulated.
+        let kind = |outline: &Outline| (outline.blocks, outline.head, outline.embed, outline.compressed);
+        let mut simulated: Vec<Outline> = Vec::new();
+        for candidate in &candidates {
             // Whatever is bounded above the best cannot win.
-            if finished >= FINALISTS || best.as_ref().is_some_and(|best| candidate.secs > best.secs) {
+            if simulated.len() >= SIMULATED || best.as_ref().is_some_and(|best| candidate.secs > best.secs) {
                 break;
             }
-            let Some(plan) = self.finish(&candidate) else { continue };
-            finished += 1;
+            let count = candidate.outline.sequences as f64;
+            let alike: Vec<f64> = simulated
+                .iter()
+                .filter(|outline| kind(outline) == kind(&candidate.outline))
+                .map(|outline| outline.sequences as f64)
+                .collect();
+            if alike.len() >= OF_A_KIND || alike.iter().any(|other| (count / other - 1.0).abs() < 0.1) {
+                continue;
+            }
+            let Some(plan) = self.finish(candidate) else { continue };
+            simulated.push(candidate.outline);
             if best.as_ref().is_none_or(|best| plan.secs < best.secs) {
                 best = Some(plan);
             }
@@ -151,8 +165,31 @@ impl<'a> Question<'a> {
         rehearse(&plan.placement, &shapes, &costs, passes)
     }
 
-    /// Every outline that the program finds room for.
+    /// Outlines that the program finds room for, the best first; numbers of sequences are looked at closely where
+    /// they look good from afar.
     fn candidates(&self) -> Vec<Candidate> {
+        let mut tried = self.sequences();
+        let mut candidates = self.outlines(&tried);
+        let by_secs = |a: &Candidate, b: &Candidate| a.secs.total_cmp(&b.secs);
+        for apart in [0.05, 0.015] {
+            candidates.sort_by(by_secs);
+            let mut near: Vec<usize> = Vec::new();
+            for candidate in candidates.iter().take(FINALISTS) {
+                let count = candidate.outline.sequences as f64;
+                near.extend([1.0 - apart, 1.0 + apart].map(|factor| (count * factor).round() as usize));
+            }
+            let most = tried.iter().copied().max().unwrap_or(1);
+            near.retain(|count| (1..=most).contains(count) && !tried.contains(count));
+            near.sort_unstable();
+            near.dedup();
+            candidates.extend(self.outlines(&near));
+            tried.extend(near);
+        }
+        candidates.sort_by(by_secs);
+        candidates
+    }
+
+    fn outlines(&self, sequences: &[usize]) -> Vec<Candidate> {
         let mut candidates = Vec::new();
         let compute = self.hardware.compute_tier();
         let mut places = vec![(compute, compute)];
@@ -167,7 +204,7 @@ impl<'a> Question<'a> {
         }
         let compression: &[bool] =
             if self.model.cost.compressed_ratio < 1.0 && self.budgets.0[2] > 0.0 { &[false, true] } else { &[false] };
-        for sequences in self.sequences() {
+        for &sequences in sequences {
             let chunk_tokens = self.job.balanced_chunk(sequences);
             let load = self.job.steady(sequences, chunk_tokens);
             for count in BLOCKS.into_iter().filter(|&count| count == 1 || count as f64 * 2.0 <= load.rows()) {
@@ -178,7 +215,12 @@ impl<'a> Question<'a> {
                 for &(embed, head) in &places {
                     for &compressed in compression {
                         let outline = self.outline(sequences, chunk_tokens, &blocks, (embed, head), compressed);
-                        let Some(solution) = self.problem(outline, &blocks).solve() else { continue };
+                        // Fewer slots where there is no room for more.
+                        let fewer = Outline { weight_slots: 2, kv_slots: 2, ..outline };
+                        let solved = [outline, fewer].into_iter().find_map(|outline| {
+                            self.problem(outline, &blocks).solve().map(|solution| (outline, solution))
+                        });
+                        let Some((outline, solution)) = solved else { continue };
                         if compressed && solution.shares.weights[2] < 1e-6 {
                             continue;
                         }
@@ -289,7 +331,7 @@ impl<'a> Question<'a> {
                 return Some((policy, placement, solution));
             }
             for (budget, over) in budgets.0.iter_mut().zip(over) {
-                *budget -= if over > 0.0 { 1.1 * over + 1e6 } else { 0.0 };
+                *budget -= if over > 0.0 { 1.1 * over + 1e-3 * *budget } else { 0.0 };
             }
             let question = Question { budgets, ..*self };
             solution = question.problem(candidate.outline, blocks).solve()?;
@@ -304,7 +346,8 @@ impl<'a> Question<'a> {
         let blocks = load.blocks(self.job, 1);
         let compute = self.hardware.compute_tier();
         let far = if self.budgets.0[2] > 0.0 { Tier::Disk } else { Tier::Cpu };
-        let outline = Outline { weight_slots: 2, ..self.outline(1, 16, &blocks, (far, far), false) };
+        let outline = self.outline(1, 16, &blocks, (far, far), false);
+        let outline = Outline { weight_slots: 2, kv_slots: 2, ..outline };
         let mut shares = [0.0; 3];
         shares[far as usize] = 1.0;
         let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
@@ -385,4 +428,79 @@ pub fn rehearse(placement: &Placement, shapes: &[BlockShape], costs: &Costs<'_>,
         }
     }
     Rehearsed { steps, passes: numbers, timeline, ends }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cost::tests::config;
+    use crate::hardware::Element;
+    use crate::hardware::tests::example;
+    use crate::rng::Philox;
+
+    fn model() -> PlanModel {
+        PlanModel::new("m", config(), None, Element::Bf16, Element::F16)
+    }
+
+    #[test]
+    fn plans_fit_and_no_simulation_beats_its_program() {
+        let model = model();
+        let bytes = model.weight_bytes() as f64;
+        let mut planned = 0;
+        for case in 0..12 {
+            let rng = Philox::new(case, 11);
+            let between = |index: u64, low: f64, high: f64| low * (high / low).powf(rng.uniform(index));
+            let mut hardware = example();
+            if case % 3 == 2 {
+                hardware = hardware.without_gpu();
+            } else if case % 3 == 1 {
+                hardware = hardware.without_gpu().rehearsed(1 << 30);
+            }
+            let throttles = format!("h2d={:.0}MB/s,disk_read={:.0}MB/s", between(0, 20.0, 9e3), between(1, 20.0, 2e3));
+            let hardware = hardware.throttled(&throttles.parse().unwrap());
+            let gpu = if case % 3 == 2 { 0.0 } else { between(2, 4.0, 12.0) * bytes };
+            let budgets = Budgets([gpu, between(3, 4.0, 30.0) * bytes, 1e11]);
+            let job = Job::uniform(200, 30 + (rng.uniform(4) * 300.0) as usize, 1 + (rng.uniform(5) * 60.0) as usize);
+            let capabilities = Capabilities::default();
+            let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+            let Ok(plan) = question.plan() else { continue };
+            planned += 1;
+            for tier in 0..3 {
+                assert!(plan.placement.bytes[tier] as f64 <= budgets.0[tier], "case {case}");
+            }
+            assert!(plan.pass_secs >= plan.pass_bound_secs * (1.0 - 1e-6), "case {case}: {plan:?}");
+            assert!(plan.pass_secs <= plan.pass_bound_secs * 3.0, "case {case}: {plan:?}");
+            let (bound, _) = question.bound().unwrap();
+            assert!(plan.total_tokens_per_s <= bound * 1.001, "case {case}: {} {bound}", plan.total_tokens_per_s);
+        }
+        assert!(planned >= 8, "{planned}");
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_what_would() {
+        let (model, hardware) = (model(), example());
+        let job = Job::uniform(10, 64, 8);
+        let capabilities = Capabilities::default();
+        let budgets = Budgets([1e6, 1e9, 0.0]);
+        let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+        let error = question.plan().unwrap_err();
+        let Error::OverBudget { tier: Tier::Gpu, need, .. } = &error else { panic!("{error}") };
+        let enough = Question { budgets: Budgets([need.0 as f64, 1e9, 0.0]), ..question };
+        enough.plan().unwrap();
+        assert!(error.hint().unwrap().contains("--gpu-memory"));
+    }
+
+    #[test]
+    fn more_of_anything_is_never_worse() {
+        let (model, hardware) = (model(), example());
+        let job = Job::uniform(500, 200, 30);
+        let capabilities = Capabilities::default();
+        let bytes = model.weight_bytes() as f64;
+        let secs = |gpu: f64| {
+            let budgets = Budgets([gpu * bytes, 20.0 * bytes, 0.0]);
+            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job }.plan().unwrap().secs
+        };
+        let all = [3.0, 4.0, 6.0, 12.0, 40.0].map(secs);
+        assert!(all.windows(2).all(|pair| pair[1] <= pair[0] * 1.02), "{all:?}");
+    }
 }

@@ -177,6 +177,10 @@ pub struct Traffic<S = f64> {
     pub hidden_cpu: S,
     /// Hidden states to and from the disk, each way.
     pub hidden_disk: S,
+    /// Embeddings from a table in main memory.
+    pub embeddings_cpu: S,
+    /// Embeddings from a table on disk.
+    pub embeddings_disk: S,
     /// The share of attention that the CPU does for a device, over pages in main memory.
     pub attended: S,
 }
@@ -194,6 +198,8 @@ impl<S: Scalar> Traffic<S> {
             kv_store_disk: zero(),
             hidden_cpu: zero(),
             hidden_disk: zero(),
+            embeddings_cpu: zero(),
+            embeddings_disk: zero(),
             attended: zero(),
         }
     }
@@ -212,7 +218,7 @@ pub fn pass_demand<S: Scalar>(
     let mut move_bytes = |link: Link, lane: Lane, bytes: S| demand.add(lane, costs.transfer(link, bytes, 0.0));
     let both = |a: &S, b: &S| a.clone() + b.clone();
     let ratio = if compressed { costs.model.compressed_ratio } else { 1.0 };
-    let read = traffic.weights_disk.clone() * ratio;
+    let read = traffic.weights_disk.clone() * ratio + traffic.embeddings_disk.clone();
     move_bytes(Link::DiskRead, Lane::DiskRead, read + both(&traffic.kv_load_disk, &traffic.hidden_disk));
     move_bytes(Link::DiskWrite, Lane::DiskWrite, both(&traffic.kv_store_disk, &traffic.hidden_disk));
     if device {
@@ -220,7 +226,7 @@ pub fn pass_demand<S: Scalar>(
         let hidden = both(&traffic.hidden_cpu, &traffic.hidden_disk);
         let loads = both(&traffic.kv_load_cpu, &traffic.kv_load_disk);
         let stores = both(&traffic.kv_store_cpu, &traffic.kv_store_disk);
-        move_bytes(Link::H2d, Lane::H2d, weights + loads + hidden.clone());
+        move_bytes(Link::H2d, Lane::H2d, weights + loads + hidden.clone() + traffic.embeddings_cpu.clone());
         move_bytes(Link::D2h, Lane::D2h, stores + hidden);
     }
     if compressed {
