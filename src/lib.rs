@@ -2,6 +2,7 @@
 //!
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
+pub mod bench;
 pub mod cli;
 pub mod cost;
 pub mod device;

@@ -235,6 +235,11 @@ fn other_contents_are_refused_and_left_alone() {
     assert!(refused(None, &taken).contains("holds something else"));
     assert_eq!(fs::read_dir(&taken).unwrap().count(), 1);
     assert!(refused(Some(DType::F16), &output).contains("holds another pack"));
+    // A kill just after the directory was made, before the journal had its name.
+    let unborn = scratch.path().join("unborn");
+    fs::create_dir(&unborn).unwrap();
+    fs::write(unborn.join("tidemill.journal.tmp"), "{").unwrap();
+    assert_eq!(quiet(&demo, None, &unborn).unwrap(), Outcome::Written(6));
     let lock = tidemill::durable::Lock::take(&scratch.path().join("packed.lock")).unwrap();
     assert!(refused(None, &output).contains("is working on this output"));
     drop(lock);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::json;
 use support::process::{signal, start, wait};
-use support::{Scratch, tidemill};
+use support::{Scratch, generate_ok, tidemill};
 
 fn config(layers: usize, hidden: usize) -> String {
     json!({
@@ -99,6 +99,43 @@ fn a_disk_that_fills_up_names_the_file_and_the_rerun_goes_on() {
     assert!(output.join("table-000.safetensors").exists() && !output.join("layer-000.safetensors.tmp").exists());
     let (code, text) = said(&mut limited("unlimited"));
     assert!(code == Some(0) && text.contains("4 files written"), "{text}");
+}
+
+#[test]
+fn completions_do_not_depend_on_where_weights_come_from() {
+    let scratch = Scratch::new();
+    let prompts = ["Once upon a time", "12 + 30 =", "The ship"].map(|prompt| json!({"prompt": prompt}));
+    let input = scratch.jsonl("in.jsonl", &prompts);
+    let policy = scratch.write("disk.toml", "embed = \"disk\"\nhead = \"disk\"\nweights = { cpu = 0.3, disk = 0.7 }\n");
+    let (cache, packed) = (scratch.path("cache"), scratch.path("packed"));
+    let (code, text) = said(&mut pack("demo", &packed));
+    assert_eq!(code, Some(0), "{text}");
+    let on_disk = ["--policy", policy.to_str().unwrap(), "--cache-dir", cache.to_str().unwrap()];
+    let runs: [(&str, &[&str], bool); 5] = [
+        ("demo", &[], false),
+        ("demo", &on_disk, true),
+        ("demo", &on_disk, false),
+        (packed.to_str().unwrap(), &on_disk, false),
+        (packed.to_str().unwrap(), &[], false),
+    ];
+    let mut outputs = Vec::new();
+    for (number, (model, extra, packs)) in runs.into_iter().enumerate() {
+        let output = scratch.path(&format!("{number}.jsonl"));
+        let extra = [extra, &["--max-tokens", "16", "--cpu-memory", "200MiB"]].concat();
+        let text = generate_ok(model, &input, &output, &extra, 0);
+        assert_eq!(text.contains("packing demo into"), packs, "{text}");
+        outputs.push(fs::read(output).unwrap());
+    }
+    assert!(outputs.iter().all(|output| *output == outputs[0]));
+    assert!(cache.join("packs").is_dir());
+
+    let broken = packed.join("layer-002.safetensors");
+    let len = fs::metadata(&broken).unwrap().len();
+    fs::File::options().write(true).open(&broken).unwrap().set_len(len - 4096).unwrap();
+    let text = generate_ok(packed.to_str().unwrap(), &input, &scratch.path("broken.jsonl"), &[], 1);
+    assert!(text.contains("layer-002.safetensors: has ") && text.contains("hint: run `tidemill pack` again"), "{text}");
+    assert_eq!(said(&mut pack("demo", &packed)).0, Some(0));
+    generate_ok(packed.to_str().unwrap(), &input, &scratch.path("mended.jsonl"), &[], 0);
 }
 
 #[test]

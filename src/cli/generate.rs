@@ -237,6 +237,7 @@ impl Arguments {
         let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?.unwrap_or_default();
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
+        let converted = model.packed.as_ref().and_then(PackedModel::weights);
         let config = &model.config;
         let kv = KvLayout {
             num_layers: config.num_layers,
@@ -251,7 +252,7 @@ impl Arguments {
         let placement = resources::fit(&wishes)?;
         let batch = resources::batch(&placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
-            ("weights", weights.dtype().unwrap_or(stored).to_string()),
+            ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
             ("kv_dtype", kv.dtype.to_string()),
             ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),

@@ -5,6 +5,7 @@
 
 mod config;
 mod doctor;
+mod estimate;
 mod flags;
 mod generate;
 mod pack;

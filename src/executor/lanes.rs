@@ -101,9 +101,9 @@ impl<D: Device> Lanes<D> {
         &self.common.workshop
     }
 
-    /// Notes every step from now on.
-    pub fn trace(&self) {
-        self.common.traces.store(true, Ordering::Relaxed);
+    /// Notes every step from now on, or no more.
+    pub fn trace(&self, on: bool) {
+        self.common.traces.store(on, Ordering::Relaxed);
     }
 
     /// Takes the steps that were noted.

@@ -31,7 +31,8 @@ use crate::schedule::check::Checker;
 use crate::schedule::fences::{Fence, Fences};
 use crate::schedule::lower::{Carried, lower};
 use crate::schedule::placement::Placement;
-use crate::schedule::step::Lane;
+use crate::schedule::shape::BlockShape;
+use crate::schedule::step::{Lane, Step};
 use crate::schedule::{Block, Pass};
 use compute::{Compute, Fixed};
 use lanes::Lanes;
@@ -48,7 +49,24 @@ pub struct Executor<D: Device> {
     fences: Fences,
     checker: Checker,
     host_bytes: usize,
+    /// Passes since tracing began.
+    records: Option<Vec<PassRecord>>,
+    passes: u64,
 }
+
+/// A pass that was traced.
+#[derive(Clone, Debug)]
+pub struct PassRecord {
+    /// The pass, from 0.
+    pub pass: u64,
+    /// Its blocks.
+    pub blocks: Vec<BlockShape>,
+    /// Its steps.
+    pub steps: Vec<Step>,
+}
+
+/// Steps that a trace has at most: about 100 MB of text.
+const TRACED_STEPS: usize = 250_000;
 
 /// What an executor is made from.
 pub struct Parts<'a> {
@@ -88,6 +106,8 @@ impl<D: Device> Executor<D> {
             fences: Fences::new(),
             checker: Checker::new(),
             host_bytes: host.used(),
+            records: None,
+            passes: 0,
         })
     }
 
@@ -106,14 +126,16 @@ impl<D: Device> Executor<D> {
         (self.device().used_bytes(), self.host_bytes)
     }
 
-    /// Notes every step from now on, for [`Executor::take_events`].
-    pub fn trace(&self) {
-        self.lanes.trace();
+    /// Notes every step from now on, until there are very many, for [`Executor::take_trace`].
+    pub fn trace(&mut self) {
+        self.lanes.trace(true);
+        self.records = Some(Vec::new());
     }
 
-    /// Takes the steps that ran since tracing began.
-    pub fn take_events(&self) -> Vec<Event> {
-        self.lanes.take_events()
+    /// Takes the steps that ran since tracing began, and the passes that they belong to.
+    pub fn take_trace(&mut self) -> (Vec<Event>, Vec<PassRecord>) {
+        self.lanes.trace(false);
+        (self.lanes.take_events(), self.records.take().unwrap_or_default())
     }
 
     /// What each lane has done so far.
@@ -142,6 +164,7 @@ impl<D: Device> Executor<D> {
             assert!(checked.is_ok(), "{checked:?}");
         }
         let fences = self.fences.of(&steps);
+        self.record(&shapes, &steps);
         let data = Arc::new(PassData {
             tokens: pass.tokens.clone(),
             positions: pass.positions.clone(),
@@ -154,6 +177,17 @@ impl<D: Device> Executor<D> {
         self.lanes.issue(&steps, &fences, &data)?;
         self.lanes.wait(self.until(&[Lane::Gpu, Lane::Cpu]))?;
         Ok(self.computing().take_drawn())
+    }
+
+    fn record(&mut self, blocks: &[BlockShape], steps: &[Step]) {
+        let Some(records) = &mut self.records else { return };
+        let recorded: usize = records.iter().map(|record| record.steps.len()).sum();
+        if recorded < TRACED_STEPS {
+            records.push(PassRecord { pass: self.passes, blocks: blocks.to_vec(), steps: steps.to_vec() });
+        } else {
+            self.lanes.trace(false);
+        }
+        self.passes += 1;
     }
 
     fn computing(&self) -> std::sync::MutexGuard<'_, Compute<D>> {

@@ -191,7 +191,8 @@ pub enum Op {
 }
 
 impl Op {
-    fn name(self) -> &'static str {
+    /// Its name in steps and traces.
+    pub fn name(self) -> &'static str {
         match self {
             Op::ReadWeights { .. } => "read_weights",
             Op::DecodeWeights { .. } => "decode_weights",

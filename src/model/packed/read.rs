@@ -22,6 +22,7 @@ use crate::model::dtype::DType;
 /// A packed directory.
 pub struct PackedModel {
     directory: PathBuf,
+    weights: Option<DType>,
     layout: ModelLayout,
     stages: HashMap<StageId, Arc<PackedFile>>,
     small: PackedFile,
@@ -61,12 +62,18 @@ impl PackedModel {
         }
         let small = small.expect("every layout has a file of small tensors");
         let queue = Mutex::new(DiskQueue::new(disk::DEPTH, How::Auto)?);
-        Ok(PackedModel { directory: directory.to_owned(), layout, stages, small, queue })
+        let weights = manifest.identity.weights(directory)?;
+        Ok(PackedModel { directory: directory.to_owned(), weights, layout, stages, small, queue })
     }
 
     /// The directory.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The dtype that matrices were asked in when they were packed; none for the checkpoint's.
+    pub fn weights(&self) -> Option<DType> {
+        self.weights
     }
 
     /// Reads every block and compares it with what was packed; `progress` gets the bytes of each.

@@ -301,10 +301,11 @@ impl Writer<'_> {
     }
 }
 
-/// Whether a directory has anything in it.
+/// Whether a directory has anything in it but a journal that a kill kept from its name.
 fn is_taken(directory: &Path) -> Result<bool> {
+    let unborn = with_suffix(Path::new(JOURNAL), TEMPORARY);
     match fs::read_dir(directory) {
-        Ok(mut entries) => Ok(entries.next().is_some()),
+        Ok(mut entries) => Ok(entries.any(|entry| entry.map_or(true, |entry| entry.file_name() != unborn.as_os_str()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(Error::io("inspect", directory)(error)),
     }

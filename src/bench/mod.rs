@@ -1,0 +1,5 @@
+//! What was measured, for people to look at.
+//!
+//! **Invariant:** nothing here decides anything; it shows what others did.
+
+pub mod trace;
