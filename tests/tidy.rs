@@ -27,13 +27,14 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("schedule", &["cost", "error::Tier", "hardware", "kv", "policy"]),
     ("planner", &["cost", "error", "hardware", "model::config", "model::dtype", "policy", "schedule"]),
     ("job", &["durable", "error"]),
-    ("device", &["error", "kv", "memory::arena", "model::config", "model::dtype"]),
-    ("executor", &["device", "error", "kv", "memory::arena", "model", "schedule"]),
+    ("device", &["kv", "memory::arena", "model::config", "model::dtype", "model::packed::panels"]),
+    ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
+    ("bench", &["cost", "executor", "schedule"]),
     (
         "cli",
         &[
-            "device::host",
+            "device",
             "engine",
             "error",
             "executor",

@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** an estimate: it decides placement, never an answer, and lines that do not parse are left to the job.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -13,6 +14,34 @@ use crate::planner::job::{Job, Request};
 
 /// Lines that are looked at; the rest of a long file is taken to be like them.
 const LINES: usize = 10_000;
+
+/// Counts tokens of texts: exactly for the first ones, by their bytes from then on.
+pub struct Counter<F> {
+    tokenize: F,
+    /// Texts, bytes and tokens that were counted exactly.
+    known: Cell<(usize, usize, usize)>,
+}
+
+/// Texts that are tokenized for an estimate.
+const EXACT: usize = 64;
+
+impl<F: Fn(&str) -> usize> Counter<F> {
+    /// A counter over a tokenizer.
+    pub fn new(tokenize: F) -> Self {
+        Counter { tokenize, known: Cell::default() }
+    }
+
+    /// Tokens of a text, about.
+    pub fn count(&self, text: &str) -> usize {
+        let (texts, bytes, tokens) = self.known.get();
+        if texts < EXACT {
+            let count = (self.tokenize)(text);
+            self.known.set((texts + 1, bytes + text.len(), tokens + count));
+            return count;
+        }
+        (text.len() * tokens).div_ceil(bytes.max(1))
+    }
+}
 
 /// How lines are read.
 pub struct Reading<'a> {
@@ -61,9 +90,9 @@ impl Reading<'_> {
         let number = |key: &str| body.get(key).and_then(Value::as_u64).map(|number| number.min(1 << 20) as usize);
         let most = number("max_tokens").or_else(|| number("max_completion_tokens")).unwrap_or(default);
         let samples = number("n").unwrap_or(1).min(4096);
-        let many = prompt.as_array().is_some_and(|all| {
-            body.get("prompt").is_some() && all.iter().all(|one| one.is_string() || one.is_array())
-        });
+        let many = prompt
+            .as_array()
+            .is_some_and(|all| body.get("prompt").is_some() && all.iter().all(|one| one.is_string() || one.is_array()));
         let prompts: Vec<&Value> = if many { prompt.as_array().into_iter().flatten().collect() } else { vec![prompt] };
         let requests = prompts.into_iter().flat_map(|prompt| {
             let prompt_len = self.tokens(prompt).clamp(1, self.context_len.saturating_sub(1).max(1));

@@ -10,6 +10,7 @@ mod flags;
 mod generate;
 mod pack;
 mod plan;
+mod planning;
 mod progress;
 mod resources;
 mod say;
