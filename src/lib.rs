@@ -3,6 +3,7 @@
 //! JSONL prompts in, completions out. See ARCHITECTURE.md for how the modules fit together.
 
 pub mod bench;
+pub mod calibrate;
 pub mod cli;
 pub mod cost;
 pub mod device;

@@ -189,16 +189,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let signal = signals::watch()?;
     let (model_spec, input, output) = arguments.required()?;
     arguments.check_paths()?;
-    if let Some(threads) = arguments.threads {
-        if !(1..=1024).contains(&threads) {
-            return Err(Error::usage(
-                format!("--threads {threads} is not between 1 and 1024"),
-                "leave it out for all cores",
-            ));
-        }
-        // Fails only when the pool exists already, which nothing before this line makes.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    }
+    resources::use_threads(arguments.threads)?;
     let started = Instant::now();
     let mut model = Model::open(&model_spec)?;
     let resolved = arguments.resolve(&model)?;
@@ -356,10 +347,7 @@ impl Arguments {
     }
 
     fn offload_directory(&self) -> Result<PathBuf> {
-        match &self.offload_dir {
-            Some(directory) => Ok(directory.clone()),
-            None => Ok(cache::directory(self.cache_dir.as_deref())?.join("offload")),
-        }
+        resources::offload_directory(self.offload_dir.as_deref(), self.cache_dir.as_deref())
     }
 
     /// The packed model in the cache, made now if it is not there.

@@ -3,6 +3,7 @@
 //! **Invariant:** standard output carries data alone; everything said to the user goes to standard error through
 //! this module.
 
+mod calibrate;
 mod config;
 mod doctor;
 mod estimate;
@@ -38,6 +39,8 @@ enum Command {
     Generate(Box<generate::Arguments>),
     /// Write a model in the layout that it is computed from, a file per layer.
     Pack(pack::Arguments),
+    /// Measure what this machine computes, copies and reads: the profile that plans are made with.
+    Calibrate(calibrate::Arguments),
     /// Say what this machine offers: CPU, memory, disk, GPU.
     Doctor(doctor::Arguments),
     /// Say what a job would take on a machine; needs no weights.
@@ -81,6 +84,7 @@ fn run(command: Command) -> Result<u8> {
     match command {
         Command::Generate(arguments) => generate::run(*arguments),
         Command::Pack(arguments) => pack::run(&arguments),
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Synth { config, seed, output } => {

@@ -3,11 +3,14 @@
 //! **Invariant:** what is refused here is refused before any weight is read, with the numbers and a budget that
 //! would do.
 
+use std::path::{Path, PathBuf};
+
 use super::config::PolicyFile;
 use crate::engine::Batch;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::kv::layout::pages_for;
 use crate::model::config::ModelConfig;
+use crate::model::packed::cache;
 use crate::policy::{Policy, Split};
 use crate::schedule::placement::{ModelBytes, Placement};
 
@@ -53,6 +56,32 @@ pub struct Wishes<'a> {
     pub budgets: Budgets,
     /// The model's name, for messages.
     pub name: &'a str,
+}
+
+/// Lets as many threads compute, all cores by default.
+///
+/// # Errors
+/// [`Error::Usage`] for a number that makes no sense.
+pub fn use_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if !(1..=1024).contains(&threads) {
+        let what = format!("--threads {threads} is not between 1 and 1024");
+        return Err(Error::usage(what, "leave it out for all cores"));
+    }
+    // Fails only when the pool exists already, which nothing before this makes.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    Ok(())
+}
+
+/// Where files for what does not fit into memory are made: `given`, else in the cache directory.
+///
+/// # Errors
+/// As [`cache::directory`].
+pub fn offload_directory(given: Option<&Path>, cache: Option<&Path>) -> Result<PathBuf> {
+    match given {
+        Some(directory) => Ok(directory.to_owned()),
+        None => Ok(cache::directory(cache)?.join("offload")),
+    }
 }
 
 /// The placement that the policy file asks for, its gaps filled: everything where it is computed, as many sequences

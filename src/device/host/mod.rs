@@ -15,7 +15,7 @@ mod sample;
 mod shared;
 mod softmax;
 
-pub use raw::raw_fma_gflops;
+pub use raw::{raw_fma_gflops, raw_int8_gops};
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};

@@ -10,6 +10,9 @@ use super::lanes::{LANES, Lanes, fold};
 /// Independent chains: enough to cover the latency of two units.
 const CHAINS: usize = 12;
 const ROUNDS: usize = 2_000_000;
+/// Rounds of 8-bit chains.
+#[cfg(target_arch = "x86_64")]
+const INT8_ROUNDS: usize = 1_000_000;
 
 /// Fused multiply-adds of one core, in 1e9 operations per second (two per multiply-add).
 pub fn raw_fma_gflops(isa: Isa) -> f64 {
@@ -42,4 +45,40 @@ impl Kernel for Chains {
             fold(total.to_array())
         }
     }
+}
+
+/// 8-bit multiply-adds of one core, in 1e9 operations per second (two per multiply-add); none where the processor
+/// has no instruction for them.
+#[cfg(target_arch = "x86_64")]
+pub fn raw_int8_gops() -> Option<f64> {
+    let there = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+    if !there {
+        return None;
+    }
+    let started = Instant::now();
+    // SAFETY: the instructions exist, as was asked above; no memory is touched.
+    std::hint::black_box(unsafe { int8_chains() });
+    Some(2.0 * (CHAINS * INT8_ROUNDS * 64) as f64 / started.elapsed().as_secs_f64() / 1e9)
+}
+
+/// 8-bit multiply-adds of one core; none where the processor has no instruction for them.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn raw_int8_gops() -> Option<f64> {
+    None
+}
+
+/// # Safety
+/// The processor has the instructions.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn int8_chains() -> i32 {
+    use std::arch::x86_64::{_mm512_add_epi32, _mm512_dpbusd_epi32, _mm512_reduce_add_epi32, _mm512_set1_epi32};
+    let (a, b) = (_mm512_set1_epi32(std::hint::black_box(3)), _mm512_set1_epi32(std::hint::black_box(5)));
+    let mut sums = [a; CHAINS];
+    for _ in 0..INT8_ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, a, b);
+        }
+    }
+    _mm512_reduce_add_epi32(sums.into_iter().fold(a, |total, sum| _mm512_add_epi32(total, sum)))
 }

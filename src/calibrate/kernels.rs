@@ -1,0 +1,405 @@
+//! Kernels at work as the executor calls them: through a device, on layers of a realistic shape.
+//!
+//! Weights and keys are walked through in memory that is much larger than the caches, so that a product of few rows
+//! pays for reading its weights, as it does in a pass.
+//!
+//! **Invariant:** a rate is what the cost formulas have to be given so that they name the time that was measured; it is
+//! found by turning those formulas around, not by counting anew.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::measure::{median, repeated, rounds};
+use crate::cost::ModelCost;
+use crate::device::sampling::{Draw, SampleRule, Target as Wanted};
+use crate::device::{AttentionSpan, Device, Frames, Heads, KvView, KvViewMut, Matrix, NormParameters, Piece};
+use crate::device::{Rotation, Target};
+use crate::error::Result;
+use crate::hardware::{Curve, Element, Kernels};
+use crate::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
+use crate::kv::pages::Segment;
+use crate::memory::arena::aligned;
+use crate::model::config::{Activation, ModelConfig};
+use crate::model::dtype::DType;
+use crate::model::packed::panels::packed_bytes;
+use crate::rng::Philox;
+
+/// Rows of the points of a curve.
+pub const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+/// Weights that are measured.
+const ELEMENTS: [(Element, DType); 3] =
+    [(Element::F32, DType::F32), (Element::Bf16, DType::Bf16), (Element::F16, DType::F16)];
+
+/// Layers of the widest weights that the region holds.
+const LAYERS: usize = 2;
+/// Rows of element-wise work: a chunk of a prompt, whose activations leave the caches as they do in a pass.
+const POINTWISE_ROWS: usize = 256;
+/// Rows that are sampled at once.
+const SAMPLED_ROWS: usize = 32;
+/// The vocabulary that is sampled from.
+const VOCAB_SIZE: usize = 32_000;
+/// Keys that single queries attend to.
+const CONTEXT: usize = 1024;
+/// Queries of a prompt.
+const PROMPT: usize = 512;
+/// Bytes of random numbers that everything is filled with.
+const PATTERN_BYTES: usize = 1 << 20;
+/// A sample takes at least this long, so that clocks and wake-ups do not count.
+const SAMPLE_TIME: Duration = Duration::from_millis(8);
+
+/// Widths of what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    hidden: usize,
+    intermediate: usize,
+    rows: usize,
+    kv_bytes: usize,
+}
+
+impl Shape {
+    /// The shape of a model with 1.1 B parameters, or of one with widths 2^`halvings` times less; products of up to
+    /// `rows` rows.
+    pub fn new(halvings: u32, rows: usize) -> Self {
+        Shape { hidden: 2048 >> halvings, intermediate: 5632 >> halvings, rows, kv_bytes: (160 << 20) >> halvings }
+    }
+
+    /// Heads of attention with `group` query heads to every key head.
+    fn heads(&self, group: usize) -> Heads {
+        Heads { num_heads: 8 * group, num_kv_heads: 8, head_dim: 128 }
+    }
+
+    fn layout(&self) -> KvLayout {
+        let Heads { num_kv_heads, head_dim, .. } = self.heads(1);
+        KvLayout { num_layers: 1, num_kv_heads, head_dim, dtype: DType::Bf16 }
+    }
+
+    fn num_frames(&self) -> usize {
+        self.kv_bytes / self.layout().layer_bytes()
+    }
+
+    /// Heads of the layer whose products and element-wise work are measured.
+    fn layer_heads(&self) -> Heads {
+        Heads { num_heads: self.hidden / 64, num_kv_heads: self.hidden / 512, head_dim: 64 }
+    }
+
+    /// (inputs, outputs) of the products of a layer: q k v, o, gate and up, down.
+    fn products(&self) -> [(usize, usize); 4] {
+        let Shape { hidden, intermediate, .. } = *self;
+        let qkv = self.layer_heads().qkv_width();
+        [(hidden, qkv), (hidden, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
+    }
+
+    fn weights(&self) -> usize {
+        self.products().iter().map(|(inputs, outputs)| inputs * outputs).sum()
+    }
+
+    /// Bytes of every buffer: weights, keys and values, hidden, normed, qkv, attended, up, activated, update, scratch,
+    /// logits, scale of norms.
+    fn buffers(&self) -> [usize; 12] {
+        let Shape { hidden, intermediate, rows, .. } = *self;
+        let layer: usize = self.products().iter().map(|&(i, o)| packed_bytes(i, o, DType::F32)).sum();
+        let qkv = self.layer_heads().qkv_width().max(self.heads(WIDE_GROUP).qkv_width());
+        let attended = hidden.max(self.heads(WIDE_GROUP).query_width());
+        let row = |width: usize| 4 * rows.max(PROMPT) * width;
+        [
+            LAYERS * layer,
+            self.num_frames() * self.layout().layer_bytes(),
+            row(hidden),
+            row(hidden),
+            row(qkv),
+            row(attended),
+            row(2 * intermediate),
+            row(intermediate),
+            row(hidden),
+            row(intermediate),
+            4 * SAMPLED_ROWS * VOCAB_SIZE,
+            4 * hidden,
+        ]
+    }
+
+    /// Bytes of an arena for all of it.
+    pub fn bytes(&self) -> usize {
+        self.buffers().into_iter().map(aligned).sum()
+    }
+
+    /// The configuration of a model of that shape.
+    fn config(&self, heads: Heads) -> ModelConfig {
+        let json = json!({
+            "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": 1, "num_attention_heads": heads.num_heads, "head_dim": heads.head_dim,
+            "num_key_value_heads": heads.num_kv_heads, "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        });
+        ModelConfig::from_json(&json, std::path::Path::new("calibration")).expect("a configuration of ours")
+    }
+}
+
+/// Query heads to a key head in grouped attention: arithmetic counts, not bytes alone.
+const WIDE_GROUP: usize = 8;
+
+/// What is measured in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Probe {
+    /// Products of a layer.
+    Products(Element, DType, usize),
+    /// Attention of a prompt.
+    Prompt,
+    /// Attention of single queries, with so many query heads to a key head.
+    Single(usize),
+    /// Norms, rotation, keys put away, activation, sums.
+    Pointwise,
+    /// Tokens drawn.
+    Sampling,
+}
+
+/// A device, and buffers for a layer's work.
+pub struct Bench<D: Device> {
+    device: D,
+    shape: Shape,
+    weights: D::Buffer,
+    weights_at: usize,
+    frames: Frames<D::Buffer>,
+    frames_at: usize,
+    hidden: D::Buffer,
+    normed: D::Buffer,
+    qkv: D::Buffer,
+    attended: D::Buffer,
+    up: D::Buffer,
+    activated: D::Buffer,
+    update: D::Buffer,
+    scratch: D::Buffer,
+    logits: D::Buffer,
+    norm: NormParameters<D::Buffer>,
+    draws: Vec<Draw>,
+}
+
+impl<D: Device> Bench<D> {
+    /// Allocates [`Shape::bytes`] of `device` and fills them with random numbers.
+    pub fn new(mut device: D, shape: Shape) -> Self {
+        let pattern = pattern();
+        let mut buffers = shape.buffers().into_iter().map(|bytes| {
+            let mut buffer = device.allocate(bytes);
+            for at in (0..bytes).step_by(PATTERN_BYTES) {
+                device.copy_in(&pattern[..PATTERN_BYTES.min(bytes - at)], &mut buffer, at);
+            }
+            buffer
+        });
+        let mut next = || buffers.next().expect("as many buffers as sizes");
+        let (weights, memory) = (next(), next());
+        let (hidden, normed, qkv, attended, up) = (next(), next(), next(), next(), next());
+        let (activated, update, scratch, logits, scale) = (next(), next(), next(), next(), next());
+        drop(buffers);
+        let layout = shape.layout();
+        let frames = Frames { memory, layout, stride: layout.layer_bytes(), count: shape.num_frames() };
+        let norm = NormParameters { norm: shape.config(shape.layer_heads()).norm, weight: scale, bias: None };
+        let rule = SampleRule {
+            allowed: None,
+            banned: [].into(),
+            bias: [].into(),
+            counts: [].into(),
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            temperature: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            uniform: 0.5,
+        };
+        let draws = (0..SAMPLED_ROWS).map(|row| Draw { row, target: Wanted::Sample(rule.clone()), top: 0 }).collect();
+        Bench {
+            device,
+            shape,
+            weights,
+            weights_at: 0,
+            frames,
+            frames_at: 0,
+            hidden,
+            normed,
+            qkv,
+            attended,
+            up,
+            activated,
+            update,
+            scratch,
+            logits,
+            norm,
+            draws,
+        }
+    }
+
+    /// Measures everything within `budget`; `step_secs` is known from elsewhere.
+    ///
+    /// # Errors
+    /// None so far: a device that computes in main memory cannot fail.
+    pub fn measure(&mut self, budget: Duration, step_secs: f64) -> Result<Kernels> {
+        let curves = ELEMENTS.into_iter().flat_map(|(element, dtype)| {
+            let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
+            rows.map(move |rows| Probe::Products(element, dtype, rows))
+        });
+        let others = [Probe::Prompt, Probe::Single(1), Probe::Single(WIDE_GROUP), Probe::Pointwise, Probe::Sampling];
+        let probes: Vec<Probe> = curves.chain(others).collect();
+        let patience = budget / 20;
+        let mut too_slow = None;
+        let samples = rounds(&probes, budget, |probe| {
+            if let (Probe::Products(element, _, rows), Some((slow, limit))) = (probe, too_slow)
+                && element == slow
+                && rows > limit
+            {
+                return Ok(None);
+            }
+            let mut secs = 0.0;
+            rayon::scope(|_| secs = self.sample(probe));
+            if let Probe::Products(element, _, rows) = probe
+                && secs > patience.as_secs_f64()
+            {
+                too_slow = Some((element, rows));
+            }
+            Ok(Some(secs))
+        })?;
+        let secs = |wanted: Probe| {
+            let index = probes.iter().position(|&probe| probe == wanted)?;
+            median(&samples[index])
+        };
+        Ok(self.rates(&secs, step_secs))
+    }
+
+    /// Turns the cost formulas around; `secs` of a sample of a probe.
+    fn rates(&self, secs: &dyn Fn(Probe) -> Option<f64>, step_secs: f64) -> Kernels {
+        let shape = self.shape;
+        let always = |probe: Probe| secs(probe).expect("only products can be left out");
+        let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
+        let mut matmul = BTreeMap::new();
+        for (element, dtype) in ELEMENTS {
+            let points = ROWS.into_iter().filter_map(|rows| {
+                let secs = secs(Probe::Products(element, dtype, rows))?;
+                Some((rows as f64, flops(rows) / secs))
+            });
+            matmul.insert(element, Curve(points.collect()));
+        }
+        let cost = |heads: Heads| ModelCost::new(&shape.config(heads), None, Element::Bf16, Element::Bf16);
+        let (narrow, wide) = (cost(shape.heads(1)), cost(shape.heads(WIDE_GROUP)));
+        let pages = self.single_segments(1).len() * pages_for(CONTEXT);
+        let (page_narrow, page_wide) =
+            (always(Probe::Single(1)) / pages as f64, always(Probe::Single(WIDE_GROUP)) / pages as f64);
+        let positions = PAGE_POSITIONS as f64;
+        // A prompt's pages are read and widened once besides what its keys take.
+        let prompt_keys = (PROMPT * (PROMPT + 1) / 2) as f64;
+        let prompt_pages = pages_for(PROMPT) as f64;
+        let key_secs =
+            (always(Probe::Prompt) - prompt_pages * page_wide).max(0.0) / (prompt_keys - prompt_pages * positions);
+        let layer = cost(shape.layer_heads());
+        let pointwise_rows = POINTWISE_ROWS.min(shape.rows) as f64;
+        Kernels {
+            matmul,
+            attention_prefill_flops: wide.key_flops() / key_secs,
+            attention_decode_flops: positions * wide.key_flops() / page_wide,
+            attention_bytes_per_s: narrow.frame_bytes / page_narrow,
+            pointwise_bytes_per_s: pointwise_rows * layer.pointwise_bytes / always(Probe::Pointwise),
+            sampled_logits_per_s: (SAMPLED_ROWS * VOCAB_SIZE) as f64 / always(Probe::Sampling),
+            step_secs,
+        }
+    }
+
+    /// Seconds of a probe's work.
+    fn sample(&mut self, probe: Probe) -> f64 {
+        repeated(SAMPLE_TIME, || match probe {
+            Probe::Products(_, dtype, rows) => self.products(dtype, rows),
+            Probe::Prompt => self.attend(&[self.segment(0, PROMPT, 0)], WIDE_GROUP),
+            Probe::Single(group) => self.attend(&self.single_segments(self.frames_at), group),
+            Probe::Pointwise => self.pointwise(POINTWISE_ROWS.min(self.shape.rows)),
+            Probe::Sampling => {
+                let draws: Vec<(usize, &Draw)> = self.draws.iter().map(|draw| (draw.row, draw)).collect();
+                std::hint::black_box(self.device.sample(&self.logits, VOCAB_SIZE, &draws));
+            }
+        })
+    }
+
+    /// The four products of a layer, with weights that have not been used for long.
+    fn products(&mut self, dtype: DType, rows: usize) {
+        let [qkv, o, up, down] = self.shape.products();
+        let Bench { device, weights, weights_at, normed, attended, activated, scratch, .. } = self;
+        let end = self.shape.buffers()[0];
+        let calls = [
+            (qkv, &*normed, &mut self.qkv),
+            (o, &*attended, &mut self.update),
+            (up, &*normed, &mut self.up),
+            (down, &*activated, &mut self.hidden),
+        ];
+        for ((inputs, outputs), from, to) in calls {
+            let bytes = packed_bytes(inputs, outputs, dtype);
+            if *weights_at + bytes > end {
+                *weights_at = 0;
+            }
+            let pieces = vec![Piece { buffer: &*weights, bytes: *weights_at..*weights_at + bytes }];
+            *weights_at += bytes;
+            let matrix = Matrix { pieces, dtype, inputs, outputs };
+            device.linear(from, rows, &matrix, None, scratch, Target { buffer: to, stride: outputs, column: 0 });
+        }
+        settle(device, &self.hidden);
+    }
+
+    /// A sequence whose frames begin with `first`, in turn.
+    fn segment(&self, start: usize, len: usize, first: usize) -> Segment {
+        let count = self.shape.num_frames();
+        let pages = (0..pages_for(start + len)).map(|page| ((first + page) % count) as u32).collect();
+        Segment { first_row: 0, len, start, pages }
+    }
+
+    /// Single queries, each with frames of its own, of as many sequences as there are frames for.
+    fn single_segments(&self, first: usize) -> Vec<Segment> {
+        let pages = pages_for(CONTEXT);
+        let count = (self.shape.num_frames() / pages).clamp(1, self.shape.rows.max(PROMPT));
+        let segment = |row: usize| Segment { first_row: row, ..self.segment(CONTEXT - 1, 1, first + row * pages) };
+        (0..count).map(segment).collect()
+    }
+
+    fn attend(&mut self, segments: &[Segment], group: usize) {
+        let heads = self.shape.heads(group);
+        let kv = KvView { resident: &self.frames, streamed: None };
+        let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt() };
+        self.device.attend(kv, span, segments, &self.qkv, heads, &mut self.attended);
+        self.frames_at += 1;
+        settle(&self.device, &self.attended);
+    }
+
+    /// What a layer does element by element, in its order.
+    fn pointwise(&mut self, rows: usize) {
+        let (width, heads) = (self.shape.hidden, self.shape.layer_heads());
+        let half = heads.head_dim / 2;
+        let (cos, sin) = (vec![0.8f32; rows * half], vec![0.6f32; rows * half]);
+        let rotation = Rotation { cos: &cos, sin: &sin, rotary_dim: heads.head_dim };
+        // Stored keys have the layer's own, smaller layout.
+        let segment = self.segment(0, rows, 0);
+        let layout = KvLayout { num_kv_heads: heads.num_kv_heads, head_dim: heads.head_dim, ..self.frames.layout };
+        let stored = std::mem::replace(&mut self.frames.layout, layout);
+        let device = &self.device;
+        device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
+        device.rotate(&mut self.qkv, rows, heads, &rotation);
+        let view = KvViewMut { resident: &mut self.frames, streamed: None };
+        device.append_kv(view, &[segment], &self.qkv, heads);
+        device.add(&mut self.hidden, &self.update, rows * width);
+        device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
+        device.activate(Activation::Silu, true, &self.up, rows, self.shape.intermediate, &mut self.activated);
+        device.add(&mut self.hidden, &self.update, rows * width);
+        settle(device, &self.hidden);
+        self.frames.layout = stored;
+    }
+}
+
+/// Waits for a device: what can be read has been computed.
+fn settle<D: Device>(device: &D, buffer: &D::Buffer) {
+    let mut bytes = [0u8; 4];
+    device.copy_out(buffer, 0, &mut bytes);
+    std::hint::black_box(bytes);
+}
+
+/// Random bits that are numbers of a moderate size in every dtype: sign and mantissa vary.
+fn pattern() -> Vec<u8> {
+    let random = Philox::new(7, 0);
+    let halves = |word: u32| [word as u16, (word >> 16) as u16].map(|bits| 0x3c00 | bits & 0x83ff);
+    let words = (0..PATTERN_BYTES as u64 / 16).flat_map(|index| random.words(index));
+    words.flat_map(halves).flat_map(u16::to_le_bytes).collect()
+}

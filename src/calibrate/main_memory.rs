@@ -1,0 +1,173 @@
+//! What the processor and main memory do on their own: arithmetic, reading, copying, decoding.
+//!
+//! **Invariant:** arrays are walked from end to end, so that what a pass over them finds in the caches is little.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use super::measure::{repeated, timed};
+use crate::error::{Result, Tier};
+use crate::memory::arena::{Arena, Region};
+use crate::rng::Philox;
+
+/// Bytes of a copy, about those of a chunk of weights on its way to a device.
+const COPY_BYTES: usize = 8 << 20;
+
+/// Weights of a piece of compressed planes.
+const PLANE_WEIGHTS: usize = 1 << 20;
+
+/// Compression that planes are stored with.
+const ZSTD_LEVEL: i32 = 1;
+
+/// Large arrays in main memory.
+pub struct MainMemory {
+    arrays: [Region; 3],
+    copied: usize,
+}
+
+impl MainMemory {
+    /// Arrays of `bytes` in all, touched.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn new(bytes: usize) -> Result<Self> {
+        let each = (bytes / 3).next_multiple_of(COPY_BYTES);
+        let mut arena = Arena::new("calibration", Tier::Cpu, 3 * each)?;
+        let mut arrays = [arena.carve(each), arena.carve(each), arena.carve(each)];
+        // Main memory is given out when it is written.
+        rayon::scope(|scope| {
+            for array in &mut arrays {
+                for piece in array.bytes_mut().chunks_mut(COPY_BYTES) {
+                    scope.spawn(|_| piece.fill(1));
+                }
+            }
+        });
+        Ok(MainMemory { arrays, copied: 0 })
+    }
+
+    /// Bytes/s that all threads read.
+    pub fn read(&self) -> f64 {
+        let words: usize = self.arrays.iter().map(|array| array.len() / 8).sum();
+        let (secs, sums) = timed(|| {
+            rayon::broadcast(|thread| {
+                let part = |array: &Region| {
+                    let words = array.as_slice::<u64>();
+                    let each = words.len().div_ceil(thread.num_threads());
+                    let part = words.chunks(each).nth(thread.index()).unwrap_or_default();
+                    part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word))
+                };
+                self.arrays.iter().map(part).fold(0, u64::wrapping_add)
+            })
+        });
+        black_box(sums);
+        8.0 * words as f64 / secs
+    }
+
+    /// Bytes/s of `a = b + 3 c` by all threads, counted as STREAM does: two arrays read, one written.
+    pub fn triad(&mut self) -> f64 {
+        let [a, b, c] = &mut self.arrays;
+        let bytes = 3 * a.len();
+        let (a, b, c) = (a.as_mut_slice::<f32>(), b.as_slice::<f32>(), c.as_slice::<f32>());
+        let each = a.len().div_ceil(rayon::current_num_threads());
+        let (secs, ()) = timed(|| {
+            rayon::scope(|scope| {
+                for ((a, b), c) in a.chunks_mut(each).zip(b.chunks(each)).zip(c.chunks(each)) {
+                    scope.spawn(move |_| a.iter_mut().zip(b).zip(c).for_each(|((a, b), c)| *a = b + 3.0 * c));
+                }
+            });
+        });
+        bytes as f64 / secs
+    }
+
+    /// Bytes/s that one core copies.
+    pub fn copy(&mut self) -> f64 {
+        let [to, from, _] = &mut self.arrays;
+        let pieces = to.len() / COPY_BYTES;
+        let secs = repeated(Duration::from_millis(6), || {
+            let at = self.copied % pieces * COPY_BYTES;
+            to.bytes_mut()[at..at + COPY_BYTES].copy_from_slice(&from.bytes()[at..at + COPY_BYTES]);
+            self.copied += 1;
+        });
+        COPY_BYTES as f64 / secs
+    }
+
+    /// Bytes/s that each of two cores copies while the other does.
+    pub fn copy_together(&mut self) -> f64 {
+        let [to, from, _] = &mut self.arrays;
+        let half = to.len() / 2 / COPY_BYTES * COPY_BYTES;
+        let (first, second) = to.bytes_mut()[..2 * half].split_at_mut(half);
+        let copy = |to: &mut [u8], from: &[u8]| {
+            for (to, from) in to.chunks_exact_mut(COPY_BYTES).zip(from.chunks_exact(COPY_BYTES)) {
+                to.copy_from_slice(from);
+            }
+        };
+        let from = &from.bytes()[..2 * half];
+        let (secs, ()) = timed(|| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| copy(first, &from[..half]));
+                copy(second, &from[half..]);
+            });
+        });
+        half as f64 / secs
+    }
+}
+
+/// Weights as they may lie on disk: the exponents of bfloat16 apart and compressed.
+pub struct Planes {
+    exponents: Vec<u8>,
+    rest: Vec<u8>,
+    decoded: Vec<u8>,
+    weights: Vec<u16>,
+}
+
+impl Planes {
+    /// Gaussian weights.
+    pub fn new() -> Self {
+        let random = Philox::new(1, 0);
+        let weights: Vec<u16> = (0..PLANE_WEIGHTS as u64 / 4)
+            .flat_map(|index| random.normals(index))
+            .map(|value| half::bf16::from_f32(0.02 * value).to_bits())
+            .collect();
+        let exponents: Vec<u8> = weights.iter().map(|bits| (bits >> 7) as u8).collect();
+        let rest = weights.iter().map(|bits| (bits >> 8 & 0x80 | bits & 0x7f) as u8).collect();
+        let compressed = zstd::bulk::compress(&exponents, ZSTD_LEVEL).expect("the buffer is as large as zstd asks");
+        Planes { exponents: compressed, rest, decoded: exponents, weights }
+    }
+
+    /// Bytes/s of weights that one core puts together again.
+    pub fn decode(&mut self) -> f64 {
+        let Planes { exponents, rest, decoded, weights } = self;
+        let mut decoder = zstd::bulk::Decompressor::new().expect("a decoder is a few kilobytes");
+        let secs = repeated(Duration::from_millis(6), || {
+            decoder.decompress_to_buffer(exponents, decoded).expect("it has just been compressed");
+            for ((weight, exponent), rest) in weights.iter_mut().zip(&*decoded).zip(&*rest) {
+                *weight = u16::from(rest & 0x80) << 8 | u16::from(*exponent) << 7 | u16::from(rest & 0x7f);
+            }
+            black_box(&weights);
+        });
+        2.0 * PLANE_WEIGHTS as f64 / secs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_give_the_weights_again() {
+        let mut planes = Planes::new();
+        let weights = planes.weights.clone();
+        planes.weights.fill(0);
+        assert!(planes.decode() > 0.0);
+        assert_eq!(planes.weights, weights);
+        assert!(planes.exponents.len() < PLANE_WEIGHTS / 2);
+    }
+
+    #[test]
+    fn memory_has_rates() {
+        let mut memory = MainMemory::new(1 << 20).unwrap();
+        for rate in [memory.read(), memory.triad(), memory.copy(), memory.copy_together()] {
+            assert!(rate.is_finite() && rate > 0.0);
+        }
+    }
+}
