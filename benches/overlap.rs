@@ -114,7 +114,10 @@ fn main() {
     let options = Options { quick: false, disk: Some(directory.clone()), memory_bytes: 1 << 30 };
     let machine = calibrate(&options, &mut |_| {}).expect("measures");
     println!("{} cores, {} settings; pass times in ms", machine.cpu.cores, settings);
-    println!("{:>4} {:>9} {:>9} {:>9} {:>9} {:>9}  binds", "seed", "measured", "simulated", "bound", "meas/sim", "sim/bound");
+    println!(
+        "{:>4} {:>9} {:>9} {:>9} {:>9} {:>9}  binds",
+        "seed", "measured", "simulated", "bound", "meas/sim", "sim/bound"
+    );
     let mut ratios = Vec::new();
     for seed in 0..settings {
         let row = run(&model, &packed, &machine, &setting(seed), &directory);
@@ -171,7 +174,10 @@ fn run(
         let at = setting.context + number;
         let mut pass = Pass::default();
         let mut draws = Vec::new();
-        for pages in &pages {
+        for (index, pages) in pages.iter().enumerate() {
+            if index.is_multiple_of(setting.policy.block_rows) {
+                pass.open_block();
+            }
             assert_eq!(pass.room(executor.placement(), pages, at..at + 1), 1, "every sequence has room");
             let row = pass.push(&Run { tokens: &tokens, range: at..at + 1, prompt_len: at, pages });
             draws.push(Draw { row, target: Target::Score(1), top: 0 });

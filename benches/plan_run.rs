@@ -16,7 +16,6 @@ use tidemill::hardware::{Curve, Element, Hardware, Throttles};
 use tidemill::kv::layout::KvLayout;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
-use tidemill::model::packed::Packed;
 use tidemill::planner::job::Job;
 use tidemill::planner::model::PlanModel;
 use tidemill::planner::predict::predict;
@@ -100,7 +99,9 @@ fn main() {
     std::fs::write(&small, SMALL).expect("writes");
     let large = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies/models/llama-1.1b.json");
     let only = std::env::var("ONLY").ok();
-    println!("| job | sequences x prompt + generated | flags | predicted tokens/s | measured | ratio | probes differ |");
+    println!(
+        "| job | sequences x prompt + generated | flags | predicted tokens/s | measured | ratio | probes differ |"
+    );
     println!("|---|---|---|---|---|---|---|");
     let mut ratios = Vec::new();
     for setting in GRID.iter().filter(|setting| only.as_ref().is_none_or(|only| only == setting.name)) {
@@ -139,7 +140,8 @@ fn probe(directory: &Path) -> Hardware {
 }
 
 fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run {
-    let (input, output, stats) = (directory.join("in.jsonl"), directory.join("out.jsonl"), directory.join("stats.json"));
+    let (input, output, stats) =
+        (directory.join("in.jsonl"), directory.join("out.jsonl"), directory.join("stats.json"));
     let line = |index: usize| {
         let tokens: Vec<usize> = (0..setting.prompt_len).map(|i| 5 + (i * 31 + index * 977) % 7000).collect();
         json!({"prompt": tokens, "max_tokens": setting.gen_len, "temperature": 0, "ignore_eos": true})
@@ -183,7 +185,8 @@ fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run
         dtype: DType::Bf16,
     };
     let bytes = model_bytes(&model.config, model.packed(None).expect("packs").layout(), &kv);
-    let plan_model = PlanModel::new("plan_run", model.config.clone(), None, Element::Bf16, Element::Bf16).with_bytes(bytes);
+    let plan_model =
+        PlanModel::new("plan_run", model.config.clone(), None, Element::Bf16, Element::Bf16).with_bytes(bytes);
     let compute = if setting.flags.contains(&"--gpu-memory") { Tier::Gpu } else { Tier::Cpu };
     let placement = Placement::new(&plan_model.bytes, &policy, compute);
     let job = Job::uniform(setting.requests, setting.prompt_len, setting.gen_len);
@@ -199,7 +202,8 @@ fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run
 
 /// The profile that the program measured for itself.
 fn profile(directory: &Path) -> Hardware {
-    let files = std::fs::read_dir(directory.join("calibration")).expect("it measured").map(|entry| entry.expect("an entry"));
+    let files =
+        std::fs::read_dir(directory.join("calibration")).expect("it measured").map(|entry| entry.expect("an entry"));
     let file: PathBuf = files.map(|entry| entry.path()).find(|path| path.extension().is_some()).expect("a profile");
     Hardware::from_toml(&std::fs::read_to_string(&file).expect("reads"), "profile").expect("a profile")
 }

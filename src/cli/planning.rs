@@ -3,12 +3,13 @@
 //!
 //! **Invariant:** a plan is placement alone; whatever is decided here changes no token.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
 use super::say;
-use crate::calibrate::{self, calibrate};
+use crate::calibrate::{Options, calibrate};
 use crate::durable;
 use crate::error::{Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
@@ -18,6 +19,9 @@ use crate::planner::model::PlanModel;
 use crate::planner::predict::{Prediction, predict};
 use crate::planner::search::Question;
 use crate::schedule::placement::Placement;
+
+/// Main memory that measuring takes at most.
+const CALIBRATION_BYTES: u64 = 1 << 30;
 
 /// What is known before anything is placed.
 pub struct Situation<'a> {
@@ -132,14 +136,17 @@ impl Situation<'_> {
         Ok(Decision { placement, prediction, bound_tokens_per_s, hardware, said })
     }
 
+    /// A name for what is measured: the machine, its threads, and the disk.
+    fn machine(&self) -> String {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let existing = self.offload.ancestors().find_map(|directory| std::fs::metadata(directory).ok());
+        let disk = existing.map_or(0, |directory| directory.dev());
+        format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
+    }
+
     /// This machine, as measured before; measured now if it must be.
     fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
-        let options = calibrate::Options {
-            threads: rayon::current_num_threads(),
-            directory: Some(self.offload.clone()),
-            quick: false,
-        };
-        let file = self.cache.join("calibration").join(format!("{}.toml", options.key()));
+        let file = self.cache.join("calibration").join(format!("{}.toml", self.machine()));
         let known = std::fs::read_to_string(&file).ok();
         let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
         let measured = match known {
@@ -147,6 +154,8 @@ impl Situation<'_> {
             None if !measure => return Ok(None),
             None => {
                 say::line("measuring this machine, once: up to ten seconds");
+                let memory_bytes = self.budgets.cpu.min(CALIBRATION_BYTES);
+                let options = Options { quick: false, disk: Some(self.offload.clone()), memory_bytes };
                 let hardware = calibrate(&options, &mut |_| {})?;
                 keep(&file, &hardware)?;
                 hardware
