@@ -139,7 +139,10 @@ impl Situation<'_> {
     /// A name for what is measured: the machine, its threads, and the disk.
     fn machine(&self) -> String {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let existing = self.offload.ancestors().find_map(|directory| std::fs::metadata(directory).ok());
+        // The directory need not exist yet; a relative path's last ancestor is the empty path.
+        let named =
+            |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
+        let existing = self.offload.ancestors().find_map(|directory| std::fs::metadata(named(directory)).ok());
         let disk = existing.map_or(0, |directory| directory.dev());
         format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
     }
