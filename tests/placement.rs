@@ -35,7 +35,8 @@ fn policy(chance: &mut Chance, mix: &Mix) -> String {
     let tier = |chance: &mut Chance| ["gpu", "cpu", "disk"][chance.below(3) as usize];
     format!(
         "sequences = {sequences}\nchunk-tokens = {}\nblocks = {blocks}\nblock-rows = {rows}\nweight-slots = {}\n\
-         kv-slots = {}\npages = {}\nblock-pages = {}\nweights = {}\nkv = {}\nhidden = {}\nembed = \"{}\"\nhead = \"{}\"\n",
+         kv-slots = {}\npages = {}\nblock-pages = {}\nweights = {}\nkv = {}\nhidden = {}\n\
+         embed = \"{}\"\nhead = \"{}\"\n",
         [1, 7, 64, 300][chance.below(4) as usize],
         1 + chance.below(4),
         1 + chance.below(4),

@@ -58,11 +58,11 @@ fn a_model_that_fits_is_computation_alone() {
     let placement = Placement::new(&model(2, 4), &policy(), Tier::Gpu);
     let steps = lower(&placement, &[block(Pages::default(), Pages::default())], &mut Carried::default());
     let expected = "\
-gpu        embed L0 b0   -> 
-gpu        layer L0 b0   -> 
-gpu        layer L1 b0   -> 
-gpu        gather L1 b0   -> 
-gpu        head L2 b0   -> 
+gpu        embed L0 b0
+gpu        layer L0 b0
+gpu        layer L1 b0
+gpu        gather L1 b0
+gpu        head L2 b0
 ";
     assert_eq!(text(&steps), expected);
 }
@@ -82,30 +82,30 @@ fn three_tiers_in_golden_text() {
     let mut carried = Carried::default();
     let steps = lower(&placement, &blocks, &mut carried);
     let expected = "\
-h2d        load_weights 1..2 L0 b0   -> w0
-disk_read  read_weights 2..4 L0 b0   -> ws0
+h2d        load_weights 1..2 L0 b0  - -> w0
+disk_read  read_weights 2..4 L0 b0  - -> ws0
 h2d        load_weights 2..4 L0 b0  ws0 -> w0
 h2d        load_kv L0 b0  kv@cpu.0.1 -> kv0
 h2d        load_kv L0 b1  kv@cpu.0.1 -> kv1
-h2d        load_weights 1..2 L1 b0   -> w1
-gpu        embed L0 b0   -> 
+h2d        load_weights 1..2 L1 b0  - -> w1
+gpu        embed L0 b0
 gpu        layer L0 b0  w0,kv0 -> kv0
 d2h        store_kv L0 b0  kv0 -> kv@cpu.0.0
 h2d        load_kv L1 b0  kv@cpu.1.1 -> kv0
-disk_read  read_weights 2..4 L1 b1   -> ws1
+disk_read  read_weights 2..4 L1 b1  - -> ws1
 h2d        load_weights 2..4 L1 b1  ws1 -> w1
-gpu        embed L0 b1   -> 
-gpu        layer L0 b1  w0,kv1 -> 
+gpu        embed L0 b1
+gpu        layer L0 b1  w0,kv1 -> -
 h2d        load_kv L1 b1  kv@cpu.1.1 -> kv1
-h2d        load_weights 1..2 L0 b0   -> w0
+h2d        load_weights 1..2 L0 b0  - -> w0
 gpu        layer L1 b0  w1,kv0 -> kv0
 d2h        store_kv L1 b0  kv0 -> kv@cpu.1.0
-gpu        gather L1 b0   -> 
-disk_read  read_weights 2..4 L0 b1   -> ws2
+gpu        gather L1 b0
+disk_read  read_weights 2..4 L0 b1  - -> ws2
 h2d        load_weights 2..4 L0 b1  ws2 -> w0
-gpu        layer L1 b1  w1,kv1 -> 
-gpu        gather L1 b1   -> 
-gpu        head L2 b0   -> 
+gpu        layer L1 b1  w1,kv1 -> -
+gpu        gather L1 b1
+gpu        head L2 b0
 ";
     assert_eq!(text(&steps), expected);
     let next = lower(&placement, &blocks, &mut carried);

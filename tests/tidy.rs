@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use tidemill::model::config::ModelConfig;
+use tidemill::hardware::Hardware;
+use tidemill::planner::model::{Numerics, PlanModel};
+use tidemill::policy::Policy;
 
 /// What each top-level module may import, as paths below `crate`: a module, or a part of one.
 ///
@@ -19,12 +21,50 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("memory", &["error"]),
     ("model", &["durable", "error", "memory", "rng"]),
     ("kv", &["model::dtype"]),
-    ("schedule", &["kv::pages"]),
+    ("policy", &["error::Tier"]),
+    ("hardware", &["error"]),
+    ("cost", &["hardware", "model::config"]),
+    ("schedule", &["cost", "error::Tier", "hardware", "kv", "policy"]),
+    ("planner", &["cost", "error", "hardware", "model::config", "model::dtype", "policy", "schedule"]),
     ("job", &["durable", "error"]),
-    ("device", &["error", "kv", "memory::arena", "model::config", "model::dtype"]),
-    ("executor", &["device", "error", "kv", "memory::arena", "model", "schedule"]),
+    ("device", &["kv", "memory::arena", "model::config", "model::dtype", "model::packed::panels"]),
+    ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
-    ("cli", &["device::host", "engine", "error", "executor", "job", "kv::layout", "memory", "model"]),
+    ("bench", &["cost", "executor", "schedule"]),
+    (
+        "calibrate",
+        &[
+            "cost",
+            "device",
+            "error",
+            "hardware",
+            "kv",
+            "memory",
+            "model::config",
+            "model::dtype",
+            "model::packed::panels",
+            "rng",
+        ],
+    ),
+    (
+        "cli",
+        &[
+            "calibrate",
+            "device",
+            "durable",
+            "engine",
+            "error",
+            "executor",
+            "hardware",
+            "job",
+            "kv::layout",
+            "memory",
+            "model",
+            "planner",
+            "policy",
+            "schedule",
+        ],
+    ),
 ];
 
 /// Modules with unsafe code.
@@ -555,10 +595,28 @@ fn model_policies_are_configurations() {
         let path = entry.expect("an entry").path();
         let value = serde_json::from_slice(&fs::read(&path).expect("a readable file"));
         let value = value.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        ModelConfig::from_json(&value, &path).unwrap_or_else(|error| panic!("{error}"));
+        PlanModel::from_json("model", &value, &path, Numerics::default()).unwrap_or_else(|error| panic!("{error}"));
         count += 1;
     }
     assert!(count > 0);
+}
+
+#[test]
+fn hardware_profiles_and_policies_are_complete() {
+    let read = |folder: &str| -> Vec<(String, String)> {
+        let entries = fs::read_dir(root().join(folder)).expect("a folder").map(|entry| entry.expect("an entry").path());
+        let files = entries.filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+        files.map(|path| (path.display().to_string(), fs::read_to_string(&path).expect("a readable file"))).collect()
+    };
+    let (profiles, policies) = (read("policies/hardware"), read("policies"));
+    for (path, text) in &profiles {
+        Hardware::from_toml(text, path).unwrap_or_else(|error| panic!("{error}"));
+    }
+    for (path, text) in &policies {
+        let policy: Policy = toml::from_str(text).unwrap_or_else(|error| panic!("{path}: {error}"));
+        assert!(policy.sequences > 0 && policy.pages > 0, "{path}");
+    }
+    assert!(profiles.len() > 4 && policies.len() > 4);
 }
 
 #[test]

@@ -38,18 +38,15 @@ pub fn write(
     if let Some(costs) = costs {
         let lanes = records.iter().flat_map(|record| &record.steps).map(|step| step.lane);
         trace.names(PREDICTED, "predicted", lanes)?;
-        predict(events, records, costs, &mut |step, pass, span| trace.step(PREDICTED, step, pass, span))?;
+        for event in predict(events, records, costs) {
+            trace.step(PREDICTED, &event.step, event.pass, (event.start, event.end))?;
+        }
     }
     trace.out.write_all(b"\n]\n")
 }
 
 /// The steps of all passes as the cost model has them, each pass moved to where it began.
-fn predict(
-    events: &[Event],
-    records: &[PassRecord],
-    costs: &crate::cost::Costs<'_>,
-    give: &mut dyn FnMut(&Step, u64, (f64, f64)) -> io::Result<()>,
-) -> io::Result<()> {
+fn predict(events: &[Event], records: &[PassRecord], costs: &crate::cost::Costs<'_>) -> Vec<Event> {
     let steps: Vec<Step> = records.iter().flat_map(|record| record.steps.iter().copied()).collect();
     let fences = Fences::new().of(&steps);
     let works: Vec<_> = records
@@ -57,21 +54,23 @@ fn predict(
         .flat_map(|record| record.steps.iter().map(|step| step_work(step, &record.blocks, costs)))
         .collect();
     let timeline = simulate(&steps, &fences, &works, &Resources::of(costs.hardware));
-    let mut at = 0;
+    let (mut at, mut predicted) = (0, Vec::with_capacity(steps.len()));
     for record in records {
         let spans = &timeline.spans[at..at + record.steps.len()];
         at += record.steps.len();
         let computes = |step: &Step| step.bytes == 0;
         // The first thing that is computed is what a pass begins with; its weights may have come long before.
-        let predicted =
-            record.steps.iter().zip(spans).find(|(step, _)| computes(step)).map(|(_, span)| span.start_secs);
+        let first = record.steps.iter().zip(spans).find(|(step, _)| computes(step)).map(|(_, span)| span.start_secs);
         let measured = events.iter().find(|event| event.pass == record.pass && computes(&event.step));
-        let shift = measured.map_or(0.0, |event| event.start) - predicted.unwrap_or(0.0);
-        for (step, span) in record.steps.iter().zip(spans) {
-            give(step, record.pass, (span.start_secs + shift, span.end_secs + shift))?;
-        }
+        let shift = measured.map_or(0.0, |event| event.start) - first.unwrap_or(0.0);
+        predicted.extend(record.steps.iter().zip(spans).map(|(&step, span)| Event {
+            pass: record.pass,
+            step,
+            start: span.start_secs + shift,
+            end: span.end_secs + shift,
+        }));
     }
-    Ok(())
+    predicted
 }
 
 struct Trace<'a> {

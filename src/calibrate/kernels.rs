@@ -67,7 +67,8 @@ impl Shape {
 
     /// Heads of attention with `group` query heads to every key head.
     fn heads(&self, group: usize) -> Heads {
-        Heads { num_heads: 8 * group, num_kv_heads: 8, head_dim: 128 }
+        let num_kv_heads = self.hidden / 256;
+        Heads { num_heads: num_kv_heads * group, num_kv_heads, head_dim: 128 }
     }
 
     fn layout(&self) -> KvLayout {

@@ -7,9 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::executor::Throttle;
 use crate::model::dtype::DType;
-use crate::schedule::step::Lane;
 
 /// A number of bytes such as `14GiB`, `512MB` or `1000000`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,46 +54,6 @@ impl From<Size> for String {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}B", self.0)
-    }
-}
-
-/// `--throttle`: bytes per second by lane.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct ThrottleChoice(pub Throttle);
-
-impl FromStr for ThrottleChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |part: &str| format!("`{part}` is no LINK=RATE; write one such as h2d=2GB/s or disk_read=300MB/s");
-        let links = [Lane::DiskRead, Lane::DiskWrite, Lane::H2d, Lane::D2h];
-        let mut throttle = Throttle::default();
-        for part in text.split(',') {
-            let (link, rate) = part.split_once('=').ok_or_else(|| wrong(part))?;
-            let lane = links.into_iter().find(|lane| lane.name() == link.trim()).ok_or_else(|| {
-                let names: Vec<&str> = links.iter().map(|lane| lane.name()).collect();
-                format!("`{link}` is no link; there are {}", names.join(", "))
-            })?;
-            let rate = rate.trim().strip_suffix("/s").ok_or_else(|| wrong(part))?;
-            throttle[lane.index()] = Some(rate.parse::<Size>().map_err(|_| wrong(part))?.0 as f64);
-        }
-        Ok(ThrottleChoice(throttle))
-    }
-}
-
-impl TryFrom<String> for ThrottleChoice {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<ThrottleChoice> for String {
-    fn from(throttle: ThrottleChoice) -> String {
-        let lanes = Lane::ALL.into_iter().zip(throttle.0);
-        let parts = lanes.filter_map(|(lane, rate)| Some(format!("{lane}={}B/s", rate?)));
-        parts.collect::<Vec<_>>().join(",")
     }
 }
 

@@ -13,17 +13,21 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{self, PolicyFile};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, ThrottleChoice,
-    WeightsChoice,
+    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, WeightsChoice,
 };
+use super::planning::{Decision, Situation};
 use super::progress::Progress;
-use super::resources::{self, Budgets, Wishes};
-use super::{pack, say, signals, stats};
+use super::resources::{self, Budgets};
+use super::{estimate, pack, say, signals, stats};
+use crate::bench::trace;
+use crate::cost::Costs;
+use crate::device::Device;
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::size::model_bytes;
-use crate::executor::{Executor, Parts};
+use crate::executor::{Executor, Parts, Throttle};
+use crate::hardware::{Link, Throttles};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
 use crate::kv::layout::KvLayout;
 use crate::memory::arena::Arena;
@@ -33,7 +37,9 @@ use crate::model::Model;
 use crate::model::dtype::DType;
 use crate::model::packed::read::PackedModel;
 use crate::model::packed::{Packed, cache};
-use crate::schedule::placement::Placement;
+use crate::planner::job::Job;
+use crate::planner::model::{self, PlanModel};
+use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
 const ARITHMETIC: &str = "1";
@@ -70,6 +76,9 @@ pub struct Arguments {
     /// Write statistics of this run.
     #[arg(long, value_name = "FILE.json")]
     stats: Option<PathBuf>,
+    /// Write what every lane did when, predicted beside measured, for Perfetto.
+    #[arg(long, value_name = "FILE.json")]
+    trace: Option<PathBuf>,
     /// How progress is shown.
     #[arg(long, env = "TIDEMILL_PROGRESS", value_name = "HOW")]
     progress: Option<ProgressChoice>,
@@ -117,9 +126,12 @@ pub struct Arguments {
     /// Where packed models and offloaded files are kept [default: tidemill in the user's cache directory].
     #[arg(long, env = "TIDEMILL_CACHE_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
     cache_dir: Option<PathBuf>,
+    /// Tokens that a sequence is expected to generate, where it may generate more.
+    #[arg(long, value_name = "N", help_heading = "Budgets and numerics")]
+    expect_output_len: Option<usize>,
     /// Hold links to a rate, such as `h2d=2GB/s,disk_read=300MB/s`.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE,...", help_heading = "Budgets and numerics")]
-    throttle: Option<ThrottleChoice>,
+    throttle: Option<String>,
     /// Main memory to use [default: 70 % of what is available].
     #[arg(long, env = "TIDEMILL_CPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
     cpu_memory: Option<Size>,
@@ -149,8 +161,12 @@ pub struct Resolved {
     pub budgets: Budgets,
     /// How much is computed together.
     pub batch: Batch,
-    /// Where everything lies.
-    pub placement: Placement,
+    /// Where everything lies, and what is expected of it.
+    pub decision: Decision,
+    /// The model to price steps of.
+    pub model: PlanModel,
+    /// Rates that links are held to.
+    pub throttles: Throttles,
     /// How pages are laid out.
     pub kv: KvLayout,
     /// Store matrices in this dtype rather than the checkpoint's.
@@ -225,7 +241,7 @@ impl Arguments {
     }
 
     fn resolve(&self, model: &Model) -> Result<Resolved> {
-        let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?.unwrap_or_default();
+        let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
         let converted = model.packed.as_ref().and_then(PackedModel::weights);
@@ -239,9 +255,23 @@ impl Arguments {
         let budgets = self.budgets()?;
         let packed = model.packed(weights.dtype())?;
         let bytes = model_bytes(config, packed.layout(), &kv);
-        let wishes = Wishes { config, bytes: &bytes, policy: &policy, budgets, name: &model.name };
-        let placement = resources::fit(&wishes)?;
-        let batch = resources::batch(&placement, self.prefix_sharing != Some(Switch::Off));
+        let element = weights.dtype().unwrap_or(stored);
+        let plan_model =
+            PlanModel::new(&model.name, config.clone(), None, model::element(element), model::element(kv.dtype));
+        let plan_model = plan_model.with_bytes(bytes);
+        let job = self.estimate(model)?;
+        let throttles = self.throttles()?;
+        let situation = Situation {
+            model: &plan_model,
+            policy: policy.as_ref(),
+            budgets,
+            throttles: &throttles,
+            job: &job,
+            cache: cache::directory(self.cache_dir.as_deref())?,
+            offload: self.offload_directory()?,
+        };
+        let decision = situation.decide(self.trace.is_some())?;
+        let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
             ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
             ("kv_dtype", kv.dtype.to_string()),
@@ -250,7 +280,34 @@ impl Arguments {
             ("arithmetic", ARITHMETIC.to_owned()),
         ]);
         let (weights, synthetic) = (weights.dtype(), model.config.synthetic);
-        Ok(Resolved { budgets, batch, placement, kv, weights, numerics, synthetic })
+        Ok(Resolved { budgets, batch, decision, model: plan_model, throttles, kv, weights, numerics, synthetic })
+    }
+
+    fn throttles(&self) -> Result<Throttles> {
+        let wrong =
+            |what: String| Error::usage(format!("--throttle: {what}"), "write it as h2d=2GB/s,disk_read=300MB/s");
+        self.throttle.as_deref().map_or(Ok(Throttles::default()), |text| text.parse().map_err(wrong))
+    }
+
+    /// What the job will take, as far as its file says.
+    fn estimate(&self, model: &Model) -> Result<Job> {
+        let config = &model.config;
+        let max_tokens = self.max_tokens.or(model.generation.max_new_tokens).map(|count| count as usize);
+        match &self.input {
+            Some(file) if file.as_os_str() != "-" => {
+                let counter =
+                    estimate::Counter::new(|text| model.tokenizer.encode(text, true).map_or(1, |ids| ids.len()));
+                let reading = estimate::Reading {
+                    max_tokens,
+                    expected: self.expect_output_len,
+                    context_len: config.context_len,
+                    count: &|text| counter.count(text),
+                };
+                estimate::job(file, &reading)
+            }
+            // Nobody knows what will come: prompts of middling length.
+            _ => Ok(Job::uniform(1000, (config.context_len / 4).clamp(1, 512), max_tokens.unwrap_or(256))),
+        }
     }
 
     /// The budgets, compared with what there is.
@@ -380,6 +437,15 @@ fn real_path(path: &Path) -> Option<PathBuf> {
     Some(parent.canonicalize().ok()?.join(path.file_name()?))
 }
 
+/// Throttles by lane.
+fn lanes(throttles: &Throttles) -> Throttle {
+    let mut lanes = Throttle::default();
+    for (lane, link) in [Lane::DiskRead, Lane::DiskWrite, Lane::H2d, Lane::D2h].into_iter().zip(Link::ALL) {
+        lanes[lane.index()] = throttles.rate(link);
+    }
+    lanes
+}
+
 /// The sampling flags that were given, by name.
 fn sampling_texts(flags: &Defaults) -> Vec<(&'static str, String)> {
     let mut texts = Vec::new();
@@ -409,14 +475,17 @@ impl Running<'_> {
     fn run(self, job: job::Job) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = &self;
         say::line(&self.summary(&job));
+        if let Some(said) = &resolved.decision.said {
+            say::line(said);
+        }
         let name = format!("model `{}`", model.name);
-        let (device_bytes, host_bytes) = resolved.placement.arenas();
+        let (device_bytes, host_bytes) = resolved.decision.placement.arenas();
         let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
         let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
         let made;
         let packed: Box<dyn Packed> = match model.packed {
-            None if resolved.placement.reads_weights() => {
+            None if resolved.decision.placement.reads_weights() => {
                 made = arguments.pack(model, resolved.weights)?;
                 Box::new(&made)
             }
@@ -426,12 +495,15 @@ impl Running<'_> {
         let parts = Parts {
             packed: &*packed,
             config: &model.config,
-            placement: resolved.placement.clone(),
+            placement: resolved.decision.placement.clone(),
             kv: resolved.kv,
             offload: Some(&offload),
-            throttle: arguments.throttle.as_ref().map_or([None; 6], |throttle| throttle.0),
+            throttle: lanes(&resolved.throttles),
         };
-        let executor = Executor::new(device, host, parts)?;
+        let mut executor = Executor::new(device, host, parts)?;
+        if arguments.trace.is_some() {
+            executor.trace();
+        }
         let load_secs = self.started.elapsed().as_secs_f64();
         let mut engine = Engine::new(model, executor, resolved.batch);
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
@@ -451,6 +523,9 @@ impl Running<'_> {
             let times = stats::Times { load_secs, wall_secs };
             stats::write(path, resolved, engine.executor(), &counts, summary, &times)?;
         }
+        if let Some(path) = &arguments.trace {
+            self.write_trace(path, engine.executor_mut())?;
+        }
         result?;
         let summary = closed?;
         say::line(&format!(
@@ -465,9 +540,23 @@ impl Running<'_> {
         Ok(summary.exit_code())
     }
 
+    fn write_trace<D: Device>(&self, path: &Path, executor: &mut Executor<D>) -> Result<()> {
+        let (events, records) = executor.take_trace();
+        let Resolved { decision, model, .. } = self.resolved;
+        let costs = decision.hardware.as_ref().map(|hardware| {
+            let placement = &decision.placement;
+            let head_parts = (placement.stages.len() - placement.num_layers).max(1);
+            Costs { head_parts, ..Costs::new(&model.cost, hardware) }
+        });
+        let mut text = Vec::new();
+        trace::write(&mut text, &events, &records, costs.as_ref()).expect("memory takes what is written");
+        std::fs::write(path, text).map_err(Error::io("write", path))
+    }
+
     /// The resolved configuration, in one line.
     fn summary(&self, job: &job::Job) -> String {
-        let Resolved { budgets, batch, placement, numerics, synthetic, .. } = self.resolved;
+        let Resolved { budgets, batch, decision, numerics, synthetic, .. } = self.resolved;
+        let placement = &decision.placement;
         let lines = job.total.map_or("lines as they come".to_owned(), |total| format!("{total} lines"));
         let resumed = if job.resumed > 0 { format!(", {} done before", job.resumed) } else { String::new() };
         let synthetic = if *synthetic { " (synthetic weights)" } else { "" };

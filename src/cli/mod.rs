@@ -6,10 +6,12 @@
 mod calibrate;
 mod config;
 mod doctor;
+mod estimate;
 mod flags;
 mod generate;
 mod pack;
 mod plan;
+mod planning;
 mod progress;
 mod resources;
 mod say;

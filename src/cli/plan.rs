@@ -15,11 +15,13 @@ use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::{Element, Hardware, Throttles};
 use crate::planner::draw;
-use crate::planner::explain::{Explanation, explain, words};
+use crate::planner::explain::{Change, Explanation, explain, words};
 use crate::planner::job::{Job, Request};
 use crate::planner::lp::{Budgets, Capabilities};
 use crate::planner::model::{Numerics, PlanModel};
 use crate::planner::search::{Plan, Question};
+use crate::policy::Split;
+use crate::schedule::price::Bottleneck;
 
 /// Sequences of a job of which only lengths are given.
 const NUM_PROMPTS: usize = 1000;
@@ -71,9 +73,6 @@ pub struct Arguments {
     /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
     throttle: Option<String>,
-    /// Plan with what is not built yet: attention by the CPU for a device.
-    #[arg(long, hide = true)]
-    cpu_attention: bool,
     /// Say why, and what would help.
     #[arg(long)]
     explain: bool,
@@ -96,7 +95,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let model = arguments.model()?;
     let (hardware, budgets) = arguments.hardware()?;
     let job = arguments.job(&model)?;
-    let capabilities = Capabilities { cpu_attention: arguments.cpu_attention };
+    let capabilities = Capabilities::default();
     let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
     let started = Instant::now();
     let plan = question.plan()?;
@@ -272,11 +271,11 @@ struct Report<'a> {
     budgets: Budgets,
     job: &'a Job,
     plan: &'a Plan,
-    bound: Option<(f64, crate::schedule::price::Bottleneck)>,
+    bound: Option<(f64, Bottleneck)>,
     planning_secs: f64,
 }
 
-fn percent(split: &crate::policy::Split) -> String {
+fn percent(split: &Split) -> String {
     Tier::ALL
         .into_iter()
         .filter(|&tier| split.share(tier) > 0.0)
@@ -397,7 +396,7 @@ impl Report<'_> {
             "planning_secs": self.planning_secs,
         });
         if let Some(explanation) = explanation {
-            let change = |change: &crate::planner::explain::Change| json!({"what": change.what, "gain": change.gain, "lossy": change.lossy});
+            let change = |change: &Change| json!({"what": change.what, "gain": change.gain, "lossy": change.lossy});
             value["would_help"] = explanation.changes.iter().map(change).collect();
         }
         format!("{value:#}\n")

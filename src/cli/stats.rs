@@ -37,7 +37,8 @@ pub fn write<D: Device>(
     times: &Times,
 ) -> Result<()> {
     let per_second = |tokens: u64| tokens as f64 / times.wall_secs.max(1e-9);
-    let placement = &resolved.placement;
+    let decision = &resolved.decision;
+    let placement = &decision.placement;
     let lanes = Lane::ALL.into_iter().zip(executor.lane_counts()).filter(|(_, count)| count.busy.as_nanos() > 0);
     let lanes: serde_json::Map<String, serde_json::Value> = lanes
         .map(|(lane, count)| {
@@ -60,8 +61,8 @@ pub fn write<D: Device>(
         "generated_tokens": counts.generated_tokens,
         "generated_tokens_per_s": per_second(counts.generated_tokens),
         "total_tokens_per_s": per_second(counts.prompt_tokens + counts.generated_tokens),
-        "predicted_tokens_per_s": null,
-        "bound_tokens_per_s": null,
+        "predicted_tokens_per_s": decision.prediction.map(|prediction| prediction.total_tokens_per_s),
+        "bound_tokens_per_s": decision.bound_tokens_per_s,
         "passes": counts.passes,
         "peak_bytes": {"gpu": gpu_used, "cpu": cpu_used, "disk": placement.bytes[2]},
         "peak_resident_bytes": peak_resident(),

@@ -116,6 +116,11 @@ impl<'m, D: Device> Engine<'m, D> {
         &self.executor
     }
 
+    /// The executor, to take from it what it noted.
+    pub fn executor_mut(&mut self) -> &mut Executor<D> {
+        &mut self.executor
+    }
+
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
     ///
     /// # Errors

@@ -80,6 +80,11 @@ impl Sequence {
         pages_for(positions(prompt.tokens.len(), prompt.max_tokens)) - shared
     }
 
+    /// Positions that are known and not computed.
+    pub fn uncomputed(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
     /// Whether the next row is a generated token.
     pub fn decodes(&self) -> bool {
         self.computed >= self.prompt_len && self.tokens.len() - self.computed == 1

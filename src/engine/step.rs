@@ -25,6 +25,15 @@ enum Asker {
     Sibling { active: usize, sibling: usize },
 }
 
+/// What is asked of a pass.
+#[derive(Default)]
+struct Asked {
+    draws: Vec<Draw>,
+    askers: Vec<Asker>,
+    /// Rows that are asked for logits, at most.
+    rows: usize,
+}
+
 impl<D: Device> Engine<'_, D> {
     /// Computes one pass and takes its tokens in.
     pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
@@ -42,52 +51,76 @@ impl<D: Device> Engine<'_, D> {
 
     /// Fills the pass, and lists what is asked of its rows.
     ///
-    /// What the blocks of this pass have no room for waits for the next one.
+    /// Every block gets its share of the sequences that decode and of the prompt tokens, so that blocks take equally
+    /// long and stream equally many pages. What the blocks of this pass have no room for waits for the next one.
     fn compose(&mut self) -> Result<(Vec<Draw>, Vec<Asker>)> {
         self.pass.clear();
-        let (mut draws, mut askers) = (Vec::new(), Vec::new());
-        let mut chunk = self.batch.chunk_tokens;
-        let mut outputs = self.executor.placement().output_rows;
-        for index in 0..self.active.len() {
-            let sequence = &self.active[index];
-            let from = sequence.computed;
-            let to = if sequence.decodes() {
-                sequence.tokens.len()
-            } else {
-                let to = sequence.tokens.len().min(from + chunk);
-                // The prompt ends a chunk: siblings start from it, and length scaling changes there.
-                if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to }
-            };
-            // A row is asked for logits once, whatever is drawn from them; scoring asks every row.
-            let to = if sequence.scores { to.min(from + outputs) } else { to };
-            if to == from || outputs == 0 {
-                continue;
+        let mut asked = Asked::default();
+        let (decoding, prompts): (Vec<usize>, Vec<usize>) =
+            (0..self.active.len()).partition(|&index| self.active[index].decodes());
+        let left: usize = prompts.iter().map(|&index| self.active[index].uncomputed()).sum();
+        let chunk = left.min(self.batch.chunk_tokens);
+        let blocks = self.executor.placement().policy.blocks.min(decoding.len() + chunk).max(1);
+        let share = |total: usize, block: usize| total * (block + 1) / blocks;
+        let (mut decoding, mut waiting) = (decoding.into_iter().peekable(), Vec::new());
+        let (mut prompts, mut decodes, mut prompt_tokens) = (prompts.into_iter().peekable(), 0, 0);
+        let total = self.active.len() - prompts.len();
+        for block in 0..blocks {
+            self.pass.open_block();
+            // Sequences that found no room in the block before.
+            let again = std::mem::take(&mut waiting);
+            while decodes < share(total, block) {
+                decodes += 1;
+                waiting.extend(decoding.next());
             }
-            self.own_pages(index, from, to)?;
-            let sequence = &self.active[index];
-            let to = from + self.pass.room(self.executor.placement(), &sequence.pages, from..to);
-            if to == from {
-                continue;
+            waiting.splice(0..0, again);
+            for index in std::mem::take(&mut waiting) {
+                if self.take_up(index, 1, &mut asked)? == 0 {
+                    waiting.push(index);
+                }
             }
-            if !sequence.decodes() {
-                chunk -= to - from;
+            while prompt_tokens < share(chunk, block) {
+                let Some(&index) = prompts.peek() else { break };
+                let taken = self.take_up(index, share(chunk, block) - prompt_tokens, &mut asked)?;
+                if taken == 0 {
+                    break;
+                }
+                prompt_tokens += taken;
+                prompts.next();
             }
-            outputs -= if sequence.scores { to - from } else { 1 };
-            let sequence = &mut self.active[index];
-            let run = Run {
-                tokens: &sequence.tokens,
-                range: from..to,
-                prompt_len: sequence.prompt_len,
-                pages: &sequence.pages,
-            };
-            let first_row = self.pass.push(&run);
-            sequence.computed = to;
-            ask(index, &self.active[index], &self.jobs[&self.active[index].job], from..to, first_row, |draw, asker| {
-                draws.push(draw);
-                askers.push(asker);
-            });
         }
-        Ok((draws, askers))
+        Ok((asked.draws, asked.askers))
+    }
+
+    /// Puts up to `most` new positions of a sequence into the last block; gives how many.
+    fn take_up(&mut self, index: usize, most: usize, asked: &mut Asked) -> Result<usize> {
+        let sequence = &self.active[index];
+        let from = sequence.computed;
+        let to = sequence.tokens.len().min(from + most);
+        // The prompt ends a chunk: siblings start from it, and length scaling changes there.
+        let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
+        // A row is asked for logits once, whatever is drawn from them; scoring asks every row.
+        let outputs = self.executor.placement().output_rows - asked.rows;
+        let to = if sequence.scores { to.min(from + outputs) } else { to };
+        if to == from || outputs == 0 {
+            return Ok(0);
+        }
+        self.own_pages(index, from, to)?;
+        let sequence = &mut self.active[index];
+        let to = from + self.pass.room(self.executor.placement(), &sequence.pages, from..to);
+        if to == from {
+            return Ok(0);
+        }
+        asked.rows += if sequence.scores { to - from } else { 1 };
+        let run =
+            Run { tokens: &sequence.tokens, range: from..to, prompt_len: sequence.prompt_len, pages: &sequence.pages };
+        let first_row = self.pass.push(&run);
+        sequence.computed = to;
+        ask(index, &self.active[index], &self.jobs[&self.active[index].job], from..to, first_row, |draw, asker| {
+            asked.draws.push(draw);
+            asked.askers.push(asker);
+        });
+        Ok(to - from)
     }
 
     fn take_in(&mut self, askers: Vec<Asker>, drawn: Vec<Drawn>) -> Result<()> {

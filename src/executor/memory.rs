@@ -101,6 +101,14 @@ pub struct Shared<B> {
     pub frame: Option<RwLock<Region>>,
 }
 
+/// All memory of an executor.
+pub struct Memory<B> {
+    /// The computing lane's.
+    pub own: Own<B>,
+    /// What lanes share.
+    pub shared: Shared<B>,
+}
+
 /// A lock that must be free.
 pub fn read<T>(place: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     place.try_read().expect("the schedule keeps a reader from a place that is written")
@@ -135,11 +143,7 @@ pub fn stage_ids(layout: &ModelLayout, placement: &Placement) -> Vec<StageId> {
 ///
 /// # Errors
 /// Whatever reading the weights or making the files gives.
-pub fn allocate<D: Device>(
-    device: &mut D,
-    host: &mut Arena,
-    source: &Source<'_>,
-) -> Result<(Own<D::Buffer>, Shared<D::Buffer>)> {
+pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>) -> Result<Memory<D::Buffer>> {
     let placement = source.placement;
     let mut large = Large { device, host };
     let ids = stage_ids(source.packed.layout(), placement);
@@ -228,9 +232,9 @@ pub fn allocate<D: Device>(
     shared.hidden_disk = scratch("hidden", (on_disk * hidden_bytes) as u64)?;
     let (own, embeddings) = small(device, source, Big { stages, head, table, kv, hidden });
     shared.embeddings = embeddings;
-    let mut loaded = (own, shared);
-    load(device, source, &ids, &head_ids, &table_ids, &mut loaded)?;
-    Ok(loaded)
+    let mut memory = Memory { own, shared };
+    load(device, source, &ids, &head_ids, &table_ids, &mut memory)?;
+    Ok(memory)
 }
 
 /// What begins on a page and only the computing lane touches.
@@ -309,8 +313,9 @@ fn load<D: Device>(
     ids: &[StageId],
     head_ids: &[StageId],
     table_ids: &[StageId],
-    (own, shared): &mut (Own<D::Buffer>, Shared<D::Buffer>),
+    memory: &mut Memory<D::Buffer>,
 ) -> Result<()> {
+    let Memory { own, shared } = memory;
     let placement = source.placement;
     let mut bounce = Vec::new();
     let stages = ids.iter().zip(&placement.stages).zip(own.stages.iter_mut().zip(&mut shared.cpu_stages));

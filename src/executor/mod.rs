@@ -36,7 +36,7 @@ use crate::schedule::step::{Lane, Step};
 use crate::schedule::{Block, Pass};
 use compute::{Compute, Fixed};
 use lanes::Lanes;
-use memory::Source;
+use memory::{Memory, Source};
 use pass::PassData;
 use rotary::RotaryTables;
 use work::Workshop;
@@ -93,7 +93,7 @@ impl<D: Device> Executor<D> {
     pub fn new(mut device: D, mut host: Arena, parts: Parts<'_>) -> Result<Self> {
         let Parts { packed, config, placement, kv, offload, throttle } = parts;
         let source = Source { packed, config, placement: &placement, kv, offload };
-        let (own, shared) = memory::allocate(&mut device, &mut host, &source)?;
+        let Memory { own, shared } = memory::allocate(&mut device, &mut host, &source)?;
         let stages = memory::stage_ids(packed.layout(), &placement);
         let compute = Mutex::new(Compute::new(own, config));
         let layout = packed.layout().clone();

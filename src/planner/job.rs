@@ -105,8 +105,6 @@ pub struct Block {
     pub old_pages: f64,
     /// Pages that the pass writes to.
     pub written_pages: f64,
-    /// Pages of either kind.
-    pub touched_pages: f64,
 }
 
 impl PassLoad {
@@ -155,8 +153,7 @@ impl PassLoad {
         };
         let old_pages = (prompt_old + self.decodes * decode_pages) / parts;
         let written_pages = (prompt_written + self.decodes) / parts;
-        let touched_pages = (prompt_old + prompt_written + self.decodes * decode_pages) / parts;
-        let blocks = (0..count).map(|index| Block { shape: shape(index), old_pages, written_pages, touched_pages });
+        let blocks = (0..count).map(|index| Block { shape: shape(index), old_pages, written_pages });
         blocks.filter(|block| block.shape.rows > 0).collect()
     }
 }

@@ -59,6 +59,13 @@ pub struct Outline {
     pub compressed: bool,
 }
 
+impl Outline {
+    /// Pages that a block may touch: its share of all, and a few more, because sequences are whole.
+    pub fn block_pages(&self) -> f64 {
+        1.06 * self.pages as f64 / self.blocks as f64
+    }
+}
+
 /// One linear program.
 #[derive(Clone, Copy)]
 pub struct Problem<'a> {
@@ -194,7 +201,7 @@ impl Problem<'_> {
         let pages = outline.pages as f64 * self.model.cost.num_layers as f64 * model.frame as f64;
         let block_rows = outline.block_rows as f64;
         let hidden = outline.blocks as f64 * block_rows * model.hidden_row as f64;
-        let most = self.blocks.iter().map(|block| block.touched_pages).fold(0.0, f64::max);
+        let most = outline.block_pages();
         let block_frames = outline.kv_slots as f64 * most * model.frame as f64;
         let block_hidden = outline.kv_slots as f64 * block_rows * model.hidden_row as f64;
         let tiers: [S; 3] = Tier::ALL.map(|tier| {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::cost::{Experts, ModelCost};
 use crate::error::{Error, Result};
 use crate::hardware::Element;
-use crate::model::config::{ModelConfig, Positions};
+use crate::model::config::{ModelConfig, Norm, Positions};
 use crate::model::dtype::DType;
 use crate::schedule::placement::ModelBytes;
 
@@ -186,7 +186,11 @@ fn model_bytes(config: &ModelConfig, experts: Option<Experts>, cost: &ModelCost)
         Positions::Learned { offset } => (config.context_len + offset) * hidden,
         Positions::Rotary(_) => 0,
     };
-    let norms = if config.norm_affine { 4 * hidden } else { 0 };
+    let norm = match config.norm {
+        Norm::Rms { .. } => hidden,
+        Norm::Layer { .. } => 2 * hidden,
+    };
+    let norm = if config.norm_affine { norm } else { 0 };
     let biases =
         if config.mlp_bias { up + hidden } else { 0 } + if config.qkv_bias { query + 2 * key + hidden } else { 0 };
     let f32s = |elements: usize| 4 * elements as u64;
@@ -197,7 +201,7 @@ fn model_bytes(config: &ModelConfig, experts: Option<Experts>, cost: &ModelCost)
         layers: vec![layer; config.num_layers],
         head,
         tied: config.tied_head,
-        small: f32s(positions + config.num_layers * (norms + biases)),
+        small: f32s(positions + norm + config.num_layers * (2 * norm + biases)),
         frame: cost.frame_bytes as u64,
         // As the executor has them: normed, update, qkv, attended, up, activated, scratch.
         activations: [wide, wide, query + 2 * key, query, up * active, inner * active, widest].map(f32s).to_vec(),
@@ -233,5 +237,37 @@ mod tests {
         let mut broken = json();
         broken["num_experts_per_tok"] = 9.into();
         assert!(PlanModel::from_json("m", &broken, Path::new("c"), Numerics::default()).is_err());
+    }
+
+    #[test]
+    fn parts_are_those_of_the_packed_model() {
+        use crate::executor::size::model_bytes;
+        use crate::kv::layout::KvLayout;
+        use crate::model::packed::layout::ModelLayout;
+        use crate::model::synth::SyntheticWeights;
+        for (name, tied) in [("llama-1.1b", false), ("opt-6.7b", true), ("llama-3.1-8b", false), ("opt-30b", true)] {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("policies/models/{name}.json"));
+            let value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            let model = PlanModel::from_json(name, &value, &path, Numerics::default()).unwrap();
+            let dtype = model.config.dtype.unwrap();
+            let weights = SyntheticWeights::new(&model.config, 1, path.clone());
+            let source = crate::model::names::model_source(&model.config, &weights).unwrap();
+            let layout = ModelLayout::from_source(&model.config, &source, &|_| dtype);
+            let kv = KvLayout {
+                num_layers: model.config.num_layers,
+                num_kv_heads: model.config.num_kv_heads,
+                head_dim: model.config.head_dim,
+                dtype,
+            };
+            let exact = model_bytes(&model.config, &layout, &kv);
+            let mut planned = model.bytes.clone();
+            let (small, sum) = (planned.small as f64, |rows: &[u64]| rows.iter().sum::<u64>());
+            assert_eq!(sum(&planned.activations), sum(&exact.activations), "{name}");
+            assert!((small / exact.small as f64 - 1.0).abs() < 0.01, "{name}: {small} {}", exact.small);
+            planned.small = exact.small;
+            planned.activations = exact.activations.clone();
+            assert_eq!(planned, exact, "{name}");
+            assert_eq!(exact.tied, tied);
+        }
     }
 }

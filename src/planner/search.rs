@@ -324,8 +324,9 @@ impl<'a> Question<'a> {
         let mut budgets = self.budgets;
         let mut solution = candidate.solution.clone();
         for _ in 0..ATTEMPTS {
-            let policy = policy(&candidate.outline, &solution.shares, blocks);
-            let placement = Placement::new(&self.model.bytes, &policy, self.hardware.compute_tier());
+            let compute = self.hardware.compute_tier();
+            let policy = policy(&candidate.outline, &solution.shares, compute, self.job.most_pages);
+            let placement = Placement::new(&self.model.bytes, &policy, compute);
             let over: Vec<f64> = (0..3).map(|tier| placement.bytes[tier] as f64 - self.budgets.0[tier]).collect();
             if over.iter().all(|&over| over <= 0.0) {
                 return Some((policy, placement, solution));
@@ -352,7 +353,8 @@ impl<'a> Question<'a> {
         shares[far as usize] = 1.0;
         let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
         let shares = Shares { weights: shares, kv: shares, attended: 0.0, hidden: home };
-        let placement = Placement::new(&self.model.bytes, &policy(&outline, &shares, &blocks), compute);
+        let placement =
+            Placement::new(&self.model.bytes, &policy(&outline, &shares, compute, self.job.most_pages), compute);
         let tier = Tier::ALL
             .into_iter()
             .filter(|&tier| placement.bytes[tier as usize] as f64 > self.budgets.0[tier as usize])
@@ -375,10 +377,9 @@ impl<'a> Question<'a> {
 }
 
 /// The policy of an outline and shares.
-fn policy(outline: &Outline, shares: &Shares, blocks: &[Block]) -> Policy {
+fn policy(outline: &Outline, shares: &Shares, compute: Tier, longest: usize) -> Policy {
     let [weights, kv, hidden] = shares.splits();
-    let streamed = 1.0 - kv.gpu;
-    let most = blocks.iter().map(|block| block.touched_pages).fold(0.0, f64::max);
+    let streamed = (outline.block_pages() * (1.0 - kv.share(compute))).ceil() as usize + 1;
     Policy {
         sequences: outline.sequences,
         chunk_tokens: outline.chunk_tokens,
@@ -387,7 +388,8 @@ fn policy(outline: &Outline, shares: &Shares, blocks: &[Block]) -> Policy {
         weight_slots: outline.weight_slots,
         kv_slots: outline.kv_slots,
         pages: outline.pages,
-        block_pages: (most * streamed * 1.06).ceil() as usize + 1,
+        // The longest sequence must fit into a block of its own.
+        block_pages: streamed.max(longest + 1),
         weights,
         kv,
         hidden,

@@ -57,33 +57,30 @@ impl Pass {
         self.tokens.len()
     }
 
-    /// How many of the positions `range` of a sequence the pass can take: at most what one block holds. Opens a new
-    /// block where the last one is full.
-    pub fn room(&mut self, placement: &Placement, pages: &[PageId], range: Range<usize>) -> usize {
-        let rows = placement.policy.block_rows;
-        for _ in 0..2 {
-            if let Some(block) = self.blocks.last() {
-                let free = rows - self.block_rows(block);
-                let count = free.min(range.len());
-                let needed = &pages[..pages_for(range.start + count)];
-                let streamed = |page: &&PageId| placement.page_tier(**page as usize) != placement.compute;
-                let new: Vec<PageId> =
-                    needed.iter().filter(streamed).filter(|page| !self.streamed.contains(page)).copied().collect();
-                if count > 0 && self.streamed.len() + new.len() <= placement.policy.block_pages {
-                    self.streamed.extend(new);
-                    return count;
-                }
-                if block.is_empty() {
-                    return 0;
-                }
-            }
-            if self.blocks.len() == placement.policy.blocks {
-                return 0;
-            }
-            self.blocks.push(self.segments.len()..self.segments.len());
-            self.streamed.clear();
+    /// Begins a block; a block that stays empty is none.
+    pub fn open_block(&mut self) {
+        self.streamed.clear();
+        let end = self.segments.len();
+        match self.blocks.last_mut() {
+            Some(block) if block.start == block.end => {}
+            _ => self.blocks.push(end..end),
         }
-        0
+    }
+
+    /// How many of the positions `range` of a sequence the last block can take. Pages that it makes the block bring
+    /// count as taken.
+    pub fn room(&mut self, placement: &Placement, pages: &[PageId], range: Range<usize>) -> usize {
+        let taken = self.blocks.last().map_or(0, |block| self.block_rows(block));
+        let count = placement.policy.block_rows.saturating_sub(taken).min(range.len());
+        let needed = &pages[..pages_for(range.start + count)];
+        let streamed = |page: &&PageId| placement.page_tier(**page as usize) != placement.compute;
+        let new: Vec<PageId> =
+            needed.iter().filter(streamed).filter(|page| !self.streamed.contains(page)).copied().collect();
+        if count == 0 || self.streamed.len() + new.len() > placement.policy.block_pages {
+            return 0;
+        }
+        self.streamed.extend(new);
+        count
     }
 
     fn block_rows(&self, block: &Range<usize>) -> usize {

@@ -240,6 +240,11 @@ impl fmt::Display for Step {
         if let Op::ReadWeights { from, to } | Op::DecodeWeights { from, to } | Op::LoadWeights { from, to } = self.op {
             write!(f, " {from}..{to}")?;
         }
-        write!(f, " L{} b{}  {} -> {}", self.stage, self.block, self.reads, self.writes)
+        write!(f, " L{} b{}", self.stage, self.block)?;
+        let shown = |slots: &Slots| if slots.iter().next().is_none() { "-".to_owned() } else { slots.to_string() };
+        if self.reads != Slots::none() || self.writes != Slots::none() {
+            write!(f, "  {} -> {}", shown(&self.reads), shown(&self.writes))?;
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,180 @@
+//! What `generate` runs when nobody gave a policy: everything where it is computed if it fits, else a plan for this
+//! machine.
+//!
+//! **Invariant:** a plan is placement alone; whatever is decided here changes no token.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::config::PolicyFile;
+use super::resources::{self, Budgets, Wishes};
+use super::say;
+use crate::calibrate::{Options, calibrate};
+use crate::durable;
+use crate::error::{Error, Result, Tier};
+use crate::hardware::{Hardware, Throttles};
+use crate::planner::job::Job;
+use crate::planner::lp::{self, Capabilities};
+use crate::planner::model::PlanModel;
+use crate::planner::predict::{Prediction, predict};
+use crate::planner::search::Question;
+use crate::schedule::placement::Placement;
+
+/// Main memory that measuring takes at most.
+const CALIBRATION_BYTES: u64 = 1 << 30;
+
+/// What is known before anything is placed.
+pub struct Situation<'a> {
+    /// The model, with its exact bytes.
+    pub model: &'a PlanModel,
+    /// What the policy file says; none if there is no file.
+    pub policy: Option<&'a PolicyFile>,
+    /// Bytes granted.
+    pub budgets: Budgets,
+    /// Rates that links are held to.
+    pub throttles: &'a Throttles,
+    /// What the job is expected to take.
+    pub job: &'a Job,
+    /// Where the machine's profile is kept.
+    pub cache: PathBuf,
+    /// Where files for what does not fit are made.
+    pub offload: PathBuf,
+}
+
+/// A placement, and what is expected of it.
+pub struct Decision {
+    /// Where everything goes.
+    pub placement: Placement,
+    /// What the job will take, if the machine has been measured.
+    pub prediction: Option<Prediction>,
+    /// Prompt and generated tokens/s that the hardware allows, likewise.
+    pub bound_tokens_per_s: Option<f64>,
+    /// The machine as it was planned for, likewise.
+    pub hardware: Option<Hardware>,
+    /// What to say about it.
+    pub said: Option<String>,
+}
+
+impl Situation<'_> {
+    /// Decides.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] when nothing fits.
+    pub fn decide(&self, measure: bool) -> Result<Decision> {
+        let empty = PolicyFile::default();
+        let wishes = Wishes {
+            config: &self.model.config,
+            bytes: &self.model.bytes,
+            policy: self.policy.unwrap_or(&empty),
+            budgets: self.budgets,
+            name: &self.model.name,
+        };
+        if self.policy.is_some() {
+            let placement = resources::fit(&wishes)?;
+            return self.expect(placement, measure, None);
+        }
+        match resources::fit(&wishes) {
+            Ok(placement) if self.is_roomy(&placement) => self.expect(placement, measure, None),
+            _ => self.plan(),
+        }
+    }
+
+    /// Whether the cache holds as many sequences as are worth having.
+    fn is_roomy(&self, placement: &Placement) -> bool {
+        let wanted = placement.policy.sequences.min(self.job.requests).min(64) as f64 * self.job.pages;
+        placement.total_pages() as f64 >= wanted && placement.total_pages() >= self.job.most_pages
+    }
+
+    fn plan(&self) -> Result<Decision> {
+        let hardware = self.profile(true)?.expect("it was measured");
+        let budgets = lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64));
+        let question = Question {
+            model: self.model,
+            hardware: &hardware,
+            budgets,
+            capabilities: Capabilities { cpu_attention: false },
+            job: self.job,
+        };
+        let plan = question.plan()?;
+        let share = |split: &crate::policy::Split| {
+            let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
+            let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
+            parts.collect::<Vec<_>>().join(" ")
+        };
+        let policy = &plan.policy;
+        let said = format!(
+            "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
+            share(&policy.weights),
+            share(&policy.kv),
+            policy.sequences,
+            policy.blocks,
+            policy.chunk_tokens,
+            if policy.compressed { ", compressed planes" } else { "" },
+            plan.bottleneck.name(),
+        );
+        self.expect(plan.placement, true, Some(said))
+    }
+
+    /// The decision for a placement, with what is expected of it where the machine is known.
+    fn expect(&self, placement: Placement, measure: bool, said: Option<String>) -> Result<Decision> {
+        let hardware = self.profile(measure)?;
+        let prediction = hardware.as_ref().map(|hardware| predict(self.model, hardware, &placement, self.job));
+        let bound = hardware.as_ref().and_then(|hardware| {
+            let budgets = lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64));
+            let capabilities = Capabilities { cpu_attention: false };
+            Question { model: self.model, hardware, budgets, capabilities, job: self.job }.bound()
+        });
+        let expected = prediction.map(|prediction| {
+            let bound = bound.map_or(String::new(), |(rate, by)| format!(", bound {rate:.1} by {}", by.name()));
+            format!("expected {:.1} tokens/s in all{bound}", prediction.total_tokens_per_s)
+        });
+        let said = match (said, expected) {
+            (Some(said), Some(expected)) => Some(format!("{said}; {expected}")),
+            (said, expected) => said.or(expected),
+        };
+        let bound_tokens_per_s = bound.map(|(rate, _)| rate);
+        Ok(Decision { placement, prediction, bound_tokens_per_s, hardware, said })
+    }
+
+    /// A name for what is measured: the machine, its threads, and the disk.
+    fn machine(&self) -> String {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        // The directory need not exist yet; a relative path's last ancestor is the empty path.
+        let named =
+            |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
+        let existing = self.offload.ancestors().find_map(|directory| std::fs::metadata(named(directory)).ok());
+        let disk = existing.map_or(0, |directory| directory.dev());
+        format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
+    }
+
+    /// This machine, as measured before; measured now if it must be.
+    fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
+        let file = self.cache.join("calibration").join(format!("{}.toml", self.machine()));
+        let known = std::fs::read_to_string(&file).ok();
+        let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
+        let measured = match known {
+            Some(hardware) => hardware,
+            None if !measure => return Ok(None),
+            None => {
+                say::line("measuring this machine, once: up to ten seconds");
+                let memory_bytes = self.budgets.cpu.min(CALIBRATION_BYTES);
+                let options = Options { quick: false, disk: Some(self.offload.clone()), memory_bytes };
+                let hardware = calibrate(&options, &mut |_| {})?;
+                keep(&file, &hardware)?;
+                hardware
+            }
+        };
+        let hardware = match self.budgets.gpu {
+            Some(bytes) => measured.without_gpu().rehearsed(bytes),
+            None => measured.without_gpu(),
+        };
+        Ok(Some(hardware.throttled(self.throttles)))
+    }
+}
+
+/// Writes a profile so that it is there as a whole or not at all.
+fn keep(file: &Path, hardware: &Hardware) -> Result<()> {
+    let directory = file.parent().expect("it lies in the cache");
+    std::fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
+    durable::replace(file, hardware.to_toml().as_bytes())
+}

@@ -1,0 +1,64 @@
+//! `tidemill plan`, through the program.
+#![allow(missing_docs)]
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn plan(arguments: &[&str]) -> Output {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+    command.current_dir(root).arg("plan").args(arguments).output().expect("the program starts")
+}
+
+const T4: [&str; 2] = ["--hardware", "policies/hardware/t4-208gb.toml"];
+
+#[test]
+fn a_model_bigger_than_memory_is_planned_within_its_budgets() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (policy, picture) = (path("policy.toml"), path("pass.svg"));
+    let job = ["--model", "policies/models/opt-30b.json", "--prompt-len", "512", "--gen-len", "32"];
+    let rest = ["--json", "--explain", "--save", &policy, "--draw", &picture];
+    let output = plan(&[&job[..], &T4, &rest].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for tier in ["gpu", "cpu", "disk"] {
+        assert!(value["bytes"][tier].as_f64().unwrap() <= value["budget_bytes"][tier].as_f64().unwrap(), "{tier}");
+    }
+    let number = |value: &Value| value.as_f64().unwrap();
+    let predicted = number(&value["predicted"]["total_tokens_per_s"]);
+    assert!(predicted > 50.0 && predicted <= number(&value["bound_tokens_per_s"]));
+    assert!(number(&value["predicted"]["pass_secs"]) >= number(&value["predicted"]["pass_bound_secs"]));
+    assert!(value["would_help"].as_array().unwrap().iter().any(|change| change["lossy"] == true));
+    let saved: tidemill::policy::Policy = toml::from_str(&std::fs::read_to_string(policy).unwrap()).unwrap();
+    assert_eq!(saved.sequences as u64, value["policy"]["sequences"].as_u64().unwrap());
+    let picture = std::fs::read_to_string(picture).unwrap();
+    assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n") && picture.contains("h2d"));
+}
+
+#[test]
+fn what_cannot_fit_is_refused_and_the_hint_works() {
+    let job = ["--model", "policies/models/opt-175b.json", "--prompt-len", "512", "--gen-len", "32"];
+    let output = plan(&[&job[..], &T4, &["--gpu-memory", "1GiB"]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("on gpu, budget is 1.0 GiB"), "{text}");
+    let hint = text.split("--gpu-memory ").nth(1).unwrap();
+    let size = hint.split_whitespace().next().unwrap();
+    let output = plan(&[&job[..], &T4, &["--gpu-memory", size]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn lines_of_a_file_are_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.jsonl");
+    let lines = ["{\"prompt\": [1, 2, 3, 4], \"max_tokens\": 8}", "{\"prompt\": \"twelve bytes\", \"n\": 3}"];
+    std::fs::write(&input, lines.join("\n")).unwrap();
+    let model = ["--model", "policies/models/llama-1.1b.json", "--json", "--gen-len", "20"];
+    let output = plan(&[&model[..], &T4, &["--input", input.to_str().unwrap()]].concat());
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["job"]["requests"], 4);
+    assert_eq!((value["job"]["prompt_len"].as_f64(), value["job"]["gen_len"].as_f64()), (Some(3.25), Some(17.0)));
+}
