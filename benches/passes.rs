@@ -182,6 +182,15 @@ fn ticks() -> [f64; 2] {
     [all[..8].iter().sum::<f64>() - all[3] - all[4], own[11] + own[12]]
 }
 
+/// Waits for a moment without others, for some minutes at most.
+fn wait_for_quiet() {
+    for _ in 0..600 {
+        if watched(|| std::thread::sleep(Duration::from_millis(500))).1 < QUIET {
+            return;
+        }
+    }
+}
+
 /// Does `work`, and tells which share of one core others took meanwhile.
 fn watched<T>(work: impl FnOnce() -> T) -> (T, f64) {
     let (before, began) = (ticks(), Instant::now());
@@ -204,17 +213,20 @@ fn main() {
     let cost = ModelCost::new(&model.config, None, weights, tidemill::hardware::Element::Bf16);
     let mut executor = executor(&model);
     let runs = CASES.map(pass);
+    // Memory is given out when it is first written.
+    runs.iter().for_each(|(pass, draws)| drop(executor.run(pass, draws).expect("runs")));
     let mut ratios = vec![[Vec::new(), Vec::new(), Vec::new()]; CASES.len()];
     for round in 0..rounds {
         let options = Options { quick, disk: None, memory_bytes: limits::default_cpu_memory() };
+        wait_for_quiet();
         let (hardware, disturbed) = watched(|| calibrate(&options, &mut |_| ()).expect("calibrates"));
         println!("round {round}: others took {disturbed:.2} cores while calibrating");
         println!("  ms: predicted / measured; predicted layers = products + attention + element by element");
         if disturbed > QUIET {
-            std::thread::sleep(Duration::from_secs(5));
             continue;
         }
         for (index, (case, run)) in CASES.iter().zip(&runs).enumerate() {
+            wait_for_quiet();
             let ((measured, record), disturbed) = watched(|| measured(&mut executor, run));
             let secs = predicted(&record, &cost, &hardware);
             let ms = |secs: f64| 1e3 * secs;
