@@ -16,6 +16,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("durable", &["error"]),
     ("rng", &[]),
+    ("quant", &[]),
     ("memory", &["error"]),
     ("model", &["durable", "error", "memory", "rng"]),
     ("kv", &["model::dtype"]),
