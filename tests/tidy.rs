@@ -18,7 +18,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("rng", &[]),
     ("quant", &[]),
     ("memory", &["error"]),
-    ("model", &["durable", "error", "memory", "rng"]),
+    ("model", &["durable", "error", "memory", "quant", "rng"]),
     ("kv", &["model::dtype"]),
     ("schedule", &["kv::pages"]),
     ("job", &["durable", "error"]),

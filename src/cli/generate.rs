@@ -250,6 +250,7 @@ impl Arguments {
         let bytes = model_bytes(config, packed.layout(), &kv);
         let wishes = Wishes { config, bytes: &bytes, policy: &policy, budgets, name: &model.name };
         let placement = resources::fit(&wishes)?;
+        resources::check_planes(&placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
             ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
@@ -306,11 +307,11 @@ impl Arguments {
     }
 
     /// The packed model in the cache, made now if it is not there.
-    fn pack(&self, model: &Model, weights: Option<DType>) -> Result<PackedModel> {
+    fn pack(&self, model: &Model, weights: Option<DType>, planes: bool) -> Result<PackedModel> {
         let directory = cache::directory(self.cache_dir.as_deref())?;
         let what = format!("packing {} into {}", model.name, directory.display());
         let mut display = pack::Display::new(self.progress, what);
-        let packed = cache::ensure(model, weights, &directory, &mut |progress| display.show(progress))?;
+        let packed = cache::ensure(model, weights, &directory, planes, &mut |progress| display.show(progress))?;
         display.end();
         Ok(packed)
     }
@@ -429,7 +430,7 @@ impl Running<'_> {
         let made;
         let packed: Box<dyn Packed> = match model.packed {
             None if resolved.placement.reads_weights() => {
-                made = arguments.pack(model, resolved.weights)?;
+                made = arguments.pack(model, resolved.weights, resolved.placement.reads_planes())?;
                 Box::new(&made)
             }
             _ => model.packed(resolved.weights)?,
