@@ -264,12 +264,12 @@ fn the_cache_packs_once() {
     let scratch = tempfile::tempdir().unwrap();
     let demo = Model::open("demo").unwrap();
     let mut said: Vec<Progress> = Vec::new();
-    let first = cache::ensure(&demo, None, scratch.path(), &mut |progress| said.push(progress)).unwrap();
+    let first = cache::ensure(&demo, None, scratch.path(), false, &mut |progress| said.push(progress)).unwrap();
     assert!(said[0].done == 0 && said[0].step == Step::Write && said.last().unwrap().done <= said[0].total);
     said.clear();
-    let second = cache::ensure(&demo, None, scratch.path(), &mut |progress| said.push(progress)).unwrap();
+    let second = cache::ensure(&demo, None, scratch.path(), false, &mut |progress| said.push(progress)).unwrap();
     assert_eq!((first.directory(), said.len()), (second.directory(), 0));
-    let other = cache::ensure(&demo, Some(DType::F16), scratch.path(), &mut |_| {}).unwrap();
+    let other = cache::ensure(&demo, Some(DType::F16), scratch.path(), false, &mut |_| {}).unwrap();
     assert_ne!(other.directory(), first.directory());
     assert!(contents(&&second).unwrap() == contents(&*demo.packed(None).unwrap()).unwrap());
     let given = Some(scratch.path());
