@@ -19,7 +19,7 @@ use tidemill::kv::pages::PagePool;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
-use tidemill::model::packed::{Packed, cache};
+use tidemill::model::packed::cache;
 use tidemill::planner::model::PlanModel;
 use tidemill::planner::search::rehearse;
 use tidemill::policy::{Policy, Split};
@@ -110,7 +110,7 @@ fn main() {
     let config = directory.join("config.json");
     std::fs::write(&config, CONFIG).expect("writes");
     let model = Model::synthetic("overlap", &config, 1).expect("a model");
-    let packed = cache::ensure(&model, None, &directory, &mut |_| {}).expect("packs");
+    let packed = cache::ensure(&model, None, &directory, false, &mut |_| {}).expect("packs");
     let options = Options { quick: false, disk: Some(directory.clone()), memory_bytes: 1 << 30 };
     let machine = calibrate(&options, &mut |_| {}).expect("measures");
     println!("{} cores, {} settings; pass times in ms", machine.cpu.cores, settings);

@@ -18,5 +18,6 @@ pub mod memory;
 pub mod model;
 pub mod planner;
 pub mod policy;
+pub mod quant;
 pub mod rng;
 pub mod schedule;

@@ -111,6 +111,34 @@ fn damaged_packs_are_named_and_mended() {
 }
 
 #[test]
+fn damaged_planes_are_named_and_made_again() {
+    let job = Job::new();
+    job.scratch.write("policy.toml", format!("{POLICY}compressed = true\n"));
+    job.finish();
+    let path = job.layer(1).with_file_name("layer-001.planes.safetensors");
+    let healthy = fs::read(&path).unwrap();
+    assert!(healthy.len() < fs::read(job.layer(1)).unwrap().len());
+
+    // A flipped bit in the code of the last chunk, which is one of those that stream.
+    job.forget_output();
+    let at = healthy.len() as u64 - 4096;
+    let planes = File::options().write(true).open(&path).unwrap();
+    planes.write_all_at(&[healthy[at as usize] ^ 0x10], at).unwrap();
+    let (code, said) = job.run(&[]);
+    assert_eq!(code, 1, "{said}");
+    assert!(names(&said, &path) && said.contains("offset") && said.contains("hint:"), "{said}");
+
+    // What the hint says helps, and so does nothing at all where the file was cut.
+    fs::remove_file(&path).unwrap();
+    job.finish();
+    assert!(fs::read(&path).unwrap() == healthy);
+    job.forget_output();
+    File::options().write(true).open(&path).unwrap().set_len(8192).unwrap();
+    job.finish();
+    assert!(fs::read(&path).unwrap() == healthy);
+}
+
+#[test]
 fn a_file_that_shrinks_under_a_run_ends_it_with_the_journal_intact() {
     let job = Job::new();
     job.finish();

@@ -13,6 +13,7 @@ use tidemill::memory::disk::{self, DiskQueue, How, Read};
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::layout::StageId;
+use tidemill::model::packed::planes::{self, Trust};
 use tidemill::model::packed::write::{Outcome, Progress, Step, pack};
 use tidemill::model::packed::{Packed, cache};
 use tidemill::model::safetensors::SafetensorsFile;
@@ -264,16 +265,54 @@ fn the_cache_packs_once() {
     let scratch = tempfile::tempdir().unwrap();
     let demo = Model::open("demo").unwrap();
     let mut said: Vec<Progress> = Vec::new();
-    let first = cache::ensure(&demo, None, scratch.path(), &mut |progress| said.push(progress)).unwrap();
+    let first = cache::ensure(&demo, None, scratch.path(), false, &mut |progress| said.push(progress)).unwrap();
     assert!(said[0].done == 0 && said[0].step == Step::Write && said.last().unwrap().done <= said[0].total);
     said.clear();
-    let second = cache::ensure(&demo, None, scratch.path(), &mut |progress| said.push(progress)).unwrap();
+    let second = cache::ensure(&demo, None, scratch.path(), false, &mut |progress| said.push(progress)).unwrap();
     assert_eq!((first.directory(), said.len()), (second.directory(), 0));
-    let other = cache::ensure(&demo, Some(DType::F16), scratch.path(), &mut |_| {}).unwrap();
+    let other = cache::ensure(&demo, Some(DType::F16), scratch.path(), false, &mut |_| {}).unwrap();
     assert_ne!(other.directory(), first.directory());
     assert!(contents(&&second).unwrap() == contents(&*demo.packed(None).unwrap()).unwrap());
     let given = Some(scratch.path());
     assert_eq!(cache::directory(given).unwrap(), scratch.path());
+}
+
+#[test]
+fn planes_go_on_after_a_kill_and_hold_the_same_weights() {
+    let scratch = tempfile::tempdir().unwrap();
+    let demo = Model::open("demo").unwrap();
+    let packed = cache::ensure(&demo, None, scratch.path(), false, &mut |_| {}).unwrap();
+    let stages = packed.layout().stages().count();
+    assert!(packed.layout().stages().all(|(id, _)| !packed.has_planes(id)));
+    // Half the chunks are written, then the process is gone.
+    let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        planes::ensure(&packed, Trust::Lengths, &mut |now| assert!(2 * now.done < now.total, "killed"))
+    }));
+    assert!(killed.is_err());
+    let Outcome::Written(left) = planes::ensure(&packed, Trust::Lengths, &mut |_| {}).unwrap() else {
+        panic!("something was left to do")
+    };
+    assert!(0 < left && left < stages, "{left} of {stages}");
+    assert_eq!(planes::ensure(&packed, Trust::Verify, &mut |_| {}).unwrap(), Outcome::Unchanged);
+
+    let packed = cache::ensure(&demo, None, scratch.path(), true, &mut |_| panic!("all is there")).unwrap();
+    for (id, stage) in packed.layout().stages() {
+        let planes = (&packed).planes(id).unwrap().unwrap();
+        let file = std::fs::read(planes.file().path()).unwrap();
+        for (index, chunk) in stage.chunks.iter().enumerate() {
+            let place = planes.code(index);
+            assert!(place.start.is_multiple_of(4096) && planes.extent(&(index..index + 1)).end <= file.len() as u64);
+            let (mut expected, mut out) = (vec![0; chunk.bytes], vec![0; chunk.bytes]);
+            let code = &file[place.start as usize..place.end as usize];
+            assert!(code.len() <= chunk.bytes);
+            planes.check(index, code).unwrap();
+            planes.decode(index, code, &mut out).unwrap();
+            packed.chunk(id, index, &mut expected).unwrap();
+            assert!(out == expected, "chunk {index} of {id:?}");
+            let said = planes.decode(index, &code[1..], &mut out).unwrap_err().to_string();
+            assert!(said.contains(".planes.safetensors") && said.contains("at offset"), "{said}");
+        }
+    }
 }
 
 /// Prints rates of reading the packed directory named by an environment variable, pair by pair with one thread's

@@ -139,6 +139,62 @@ fn completions_do_not_depend_on_where_weights_come_from() {
 }
 
 #[test]
+fn planes_are_written_beside_a_pack_and_read_from_there() {
+    let scratch = Scratch::new();
+    let input = scratch.jsonl("in.jsonl", &[json!({"prompt": "Once upon a time", "max_tokens": 8})]);
+    let text = "embed = \"disk\"\nhead = \"disk\"\nweights = { disk = 1.0 }\ncompressed = true\n";
+    let policy = scratch.write("planes.toml", text);
+    let packed = scratch.path("packed");
+    let shown = packed.to_str().unwrap();
+    let flags = ["--policy", policy.to_str().unwrap(), "--cpu-memory", "200MiB"];
+    generate_ok("demo", &input, &scratch.path("expected.jsonl"), &[], 0);
+    let expected = fs::read(scratch.path("expected.jsonl")).unwrap();
+
+    // A pack without them says how to get them, and that works.
+    assert_eq!(said(&mut pack("demo", &packed)).0, Some(0));
+    let text = generate_ok(shown, &input, &scratch.path("refused.jsonl"), &flags, 2);
+    assert!(text.contains("compressed planes, which") && text.contains("hint: run `tidemill pack --planes"), "{text}");
+    let add = |model: &str| said(pack(model, &packed).arg("--planes"));
+    let (code, text) = add(shown);
+    assert!(code == Some(0) && text.contains("compressing") && text.contains("has compressed planes:"), "{text}");
+    let stats = scratch.path("stats.json");
+    let with_stats = [&flags[..], &["--stats", stats.to_str().unwrap()]].concat();
+    generate_ok(shown, &input, &scratch.path("planes.jsonl"), &with_stats, 0);
+    assert!(fs::read(scratch.path("planes.jsonl")).unwrap() == expected);
+
+    // What is counted is what was read.
+    let read = |path: &Path| -> f64 {
+        let stats: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        stats["lanes"]["disk_read"]["bytes"].as_f64().unwrap()
+    };
+    let planes = read(&stats);
+    let raw = scratch.write("raw.toml", fs::read_to_string(&policy).unwrap().replace("true", "false"));
+    let with_stats = ["--policy", raw.to_str().unwrap(), "--stats", stats.to_str().unwrap()];
+    generate_ok(shown, &input, &scratch.path("raw.jsonl"), &with_stats, 0);
+    assert!(planes < 0.95 * read(&stats), "{planes} bytes of planes, {} bytes of weights", read(&stats));
+
+    // Once they are there they are compared, and written again where they differ.
+    let (code, text) = add("demo");
+    assert!(code == Some(0) && text.contains("has its compressed planes, intact"), "{text}");
+    let file = packed.join("layer-000.planes.safetensors");
+    let healthy = fs::read(&file).unwrap();
+    let mut damaged = healthy.clone();
+    damaged[healthy.len() - 4096] ^= 1;
+    fs::write(&file, damaged).unwrap();
+    let (code, text) = add("demo");
+    assert!(code == Some(0) && text.contains("compressed planes: 1 files written"), "{text}");
+    assert!(fs::read(&file).unwrap() == healthy);
+    safetensors::SafeTensors::deserialize(&healthy).expect("a safetensors file");
+
+    // Of f32 there are none.
+    let model = "tests/goldens/llama-gqa-tied";
+    let text = generate_ok(model, &input, &scratch.path("f32.jsonl"), &flags, 2);
+    assert!(text.contains("only bf16 has") && text.contains("f32"), "{text}");
+    let (code, text) = said(pack(model, &scratch.path("f32")).arg("--planes"));
+    assert!(code == Some(2) && text.contains("no matrices in bf16"), "{text}");
+}
+
+#[test]
 fn doctor_says_what_is_there() {
     let scratch = Scratch::new();
     let cache = scratch.path("not/made/yet");

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::measure::{repeated, timed};
 use crate::error::{Result, Tier};
 use crate::memory::arena::{Arena, Region};
+use crate::quant::planes;
 use crate::rng::Philox;
 
 /// Bytes of a copy, about those of a chunk of weights on its way to a device.
@@ -15,9 +16,6 @@ const COPY_BYTES: usize = 8 << 20;
 
 /// Weights of a piece of compressed planes.
 const PLANE_WEIGHTS: usize = 1 << 20;
-
-/// Compression that planes are stored with.
-const ZSTD_LEVEL: i32 = 1;
 
 /// Large arrays in main memory.
 pub struct MainMemory {
@@ -112,40 +110,28 @@ impl MainMemory {
     }
 }
 
-/// Weights as they may lie on disk: the exponents of bfloat16 apart and compressed.
+/// Weights as they may lie on disk.
 pub struct Planes {
-    exponents: Vec<u8>,
-    rest: Vec<u8>,
-    decoded: Vec<u8>,
-    weights: Vec<u16>,
+    code: Vec<u8>,
+    weights: Vec<u8>,
 }
 
 impl Planes {
     /// Gaussian weights.
     pub fn new() -> Self {
         let random = Philox::new(1, 0);
-        let weights: Vec<u16> = (0..PLANE_WEIGHTS as u64 / 4)
-            .flat_map(|index| random.normals(index))
-            .map(|value| half::bf16::from_f32(0.02 * value).to_bits())
-            .collect();
-        let exponents: Vec<u8> = weights.iter().map(|bits| (bits >> 7) as u8).collect();
-        let rest = weights.iter().map(|bits| (bits >> 8 & 0x80 | bits & 0x7f) as u8).collect();
-        let compressed = zstd::bulk::compress(&exponents, ZSTD_LEVEL).expect("the buffer is as large as zstd asks");
-        Planes { exponents: compressed, rest, decoded: exponents, weights }
+        let values = (0..PLANE_WEIGHTS as u64 / 4).flat_map(|index| random.normals(index));
+        let weights: Vec<u8> = values.flat_map(|value| half::bf16::from_f32(0.02 * value).to_le_bytes()).collect();
+        Planes { code: planes::encode(&weights), weights }
     }
 
-    /// Bytes/s of weights that one core puts together again.
+    /// Bytes/s of weights that each core puts together again while all do.
     pub fn decode(&mut self) -> f64 {
-        let Planes { exponents, rest, decoded, weights } = self;
-        let mut decoder = zstd::bulk::Decompressor::new().expect("a decoder is a few kilobytes");
         let secs = repeated(Duration::from_millis(6), || {
-            decoder.decompress_to_buffer(exponents, decoded).expect("it has just been compressed");
-            for ((weight, exponent), rest) in weights.iter_mut().zip(&*decoded).zip(&*rest) {
-                *weight = u16::from(rest & 0x80) << 8 | u16::from(*exponent) << 7 | u16::from(rest & 0x7f);
-            }
-            black_box(&weights);
+            planes::decode(&self.code, &mut self.weights).expect("it has just been encoded");
+            black_box(&self.weights);
         });
-        2.0 * PLANE_WEIGHTS as f64 / secs
+        self.weights.len() as f64 / secs / rayon::current_num_threads() as f64
     }
 }
 
@@ -160,7 +146,7 @@ mod tests {
         planes.weights.fill(0);
         assert!(planes.decode() > 0.0);
         assert_eq!(planes.weights, weights);
-        assert!(planes.exponents.len() < PLANE_WEIGHTS / 2);
+        assert!(planes.code.len() < planes.weights.len() * 3 / 4);
     }
 
     #[test]

@@ -258,7 +258,10 @@ impl Arguments {
         let element = weights.dtype().unwrap_or(stored);
         let plan_model =
             PlanModel::new(&model.name, config.clone(), None, model::element(element), model::element(kv.dtype));
-        let plan_model = plan_model.with_bytes(bytes);
+        let mut plan_model = plan_model.with_bytes(bytes);
+        if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
+            plan_model.cost.compressed_ratio = 1.0;
+        }
         let job = self.estimate(model)?;
         let throttles = self.throttles()?;
         let situation = Situation {
@@ -271,6 +274,7 @@ impl Arguments {
             offload: self.offload_directory()?,
         };
         let decision = situation.decide(self.trace.is_some())?;
+        resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
             ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
@@ -351,11 +355,11 @@ impl Arguments {
     }
 
     /// The packed model in the cache, made now if it is not there.
-    fn pack(&self, model: &Model, weights: Option<DType>) -> Result<PackedModel> {
+    fn pack(&self, model: &Model, weights: Option<DType>, planes: bool) -> Result<PackedModel> {
         let directory = cache::directory(self.cache_dir.as_deref())?;
         let what = format!("packing {} into {}", model.name, directory.display());
         let mut display = pack::Display::new(self.progress, what);
-        let packed = cache::ensure(model, weights, &directory, &mut |progress| display.show(progress))?;
+        let packed = cache::ensure(model, weights, &directory, planes, &mut |progress| display.show(progress))?;
         display.end();
         Ok(packed)
     }
@@ -486,7 +490,7 @@ impl Running<'_> {
         let made;
         let packed: Box<dyn Packed> = match model.packed {
             None if resolved.decision.placement.reads_weights() => {
-                made = arguments.pack(model, resolved.weights)?;
+                made = arguments.pack(model, resolved.weights, resolved.decision.placement.reads_planes())?;
                 Box::new(&made)
             }
             _ => model.packed(resolved.weights)?,

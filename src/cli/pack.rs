@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** the size is said before the first byte is written.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -11,6 +11,8 @@ use super::flags::{ProgressChoice, WeightsChoice};
 use super::say;
 use crate::error::{Bytes, Result};
 use crate::model::Model;
+use crate::model::packed::planes::{self, Trust};
+use crate::model::packed::read::PackedModel;
 use crate::model::packed::write::{self, Outcome, Progress, Step};
 
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -27,6 +29,9 @@ pub struct Arguments {
     /// Dtype that matrices are stored in.
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", default_value = "native")]
     weights: WeightsChoice,
+    /// Also write the planes that policies with `compressed` read from disk: bf16 weights in 0.7 of their bytes.
+    #[arg(long)]
+    planes: bool,
     /// How progress is shown.
     #[arg(long, env = "TIDEMILL_PROGRESS", value_name = "HOW")]
     progress: Option<ProgressChoice>,
@@ -40,15 +45,35 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let model = Model::open(&arguments.model)?;
     let shown = arguments.output.display();
     let mut display = Display::new(arguments.progress, format!("packing {} into {shown}", model.name));
-    let outcome = write::pack(&model, arguments.weights.dtype(), &arguments.output, &mut |progress| {
-        display.show(progress);
-    })?;
-    display.end();
-    say::line(&match outcome {
-        Outcome::Unchanged => format!("{shown} is packed already, and intact"),
-        Outcome::Written(files) => format!("packed {} into {shown}: {files} files written", model.name),
-    });
+    let weights = arguments.weights.dtype();
+    // A packed directory gets planes where it is.
+    let same = |packed: &PackedModel| same_directory(packed.directory(), &arguments.output);
+    let in_place = model.packed.as_ref().filter(|packed| arguments.planes && same(packed));
+    if in_place.is_none() {
+        let outcome = write::pack(&model, weights, &arguments.output, &mut |progress| display.show(progress))?;
+        display.end();
+        say::line(&match outcome {
+            Outcome::Unchanged => format!("{shown} is packed already, and intact"),
+            Outcome::Written(files) => format!("packed {} into {shown}: {files} files written", model.name),
+        });
+    }
+    if arguments.planes {
+        let made = if in_place.is_none() { Some(Model::from_directory(&model.name, &arguments.output)?) } else { None };
+        let packed = made.as_ref().and_then(|made| made.packed.as_ref()).or(in_place);
+        let packed = packed.expect("a directory that was packed opens as one");
+        let outcome = planes::ensure(packed, Trust::Verify, &mut |progress| display.show(progress))?;
+        display.end();
+        say::line(&match outcome {
+            Outcome::Unchanged => format!("{shown} has its compressed planes, intact"),
+            Outcome::Written(files) => format!("{shown} has compressed planes: {files} files written"),
+        });
+    }
     Ok(0)
+}
+
+fn same_directory(one: &Path, other: &Path) -> bool {
+    let (one, other) = (one.canonicalize(), other.canonicalize());
+    one.is_ok_and(|one| other.is_ok_and(|other| one == other))
 }
 
 /// Shows how far packing is; the first call says the size.
@@ -118,6 +143,7 @@ impl Display {
                 format!("{}: {total}, of which {} are there", self.what, Bytes(progress.done))
             }
             Step::Write => format!("{}: {total}", self.what),
+            Step::Planes => format!("{}: compressing {total} into planes", self.what),
         });
         if self.choice == ProgressChoice::Bar {
             let bar = ProgressBar::with_draw_target(Some(progress.total), ProgressDrawTarget::stderr_with_hz(4));

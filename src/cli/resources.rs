@@ -8,9 +8,13 @@ use std::path::{Path, PathBuf};
 use super::config::PolicyFile;
 use crate::engine::Batch;
 use crate::error::{Bytes, Error, Result, Tier};
+use crate::executor::stage_ids;
 use crate::kv::layout::pages_for;
 use crate::model::config::ModelConfig;
+use crate::model::dtype::DType;
 use crate::model::packed::cache;
+use crate::model::packed::layout::ModelLayout;
+use crate::model::packed::read::PackedModel;
 use crate::policy::{Policy, Split};
 use crate::schedule::placement::{ModelBytes, Placement};
 
@@ -127,6 +131,43 @@ pub fn fit(wishes: &Wishes<'_>) -> Result<Placement> {
         if fits(middle) { low = middle } else { high = middle }
     }
     Ok(wishes.placement(sequences, chunk_tokens, low))
+}
+
+/// Refuses compressed planes where they cannot be had: every stage that comes from the disk must be bf16, and files
+/// that were packed must have planes.
+///
+/// # Errors
+/// [`Error::Usage`] with what to do instead.
+pub fn check_planes(placement: &Placement, layout: &ModelLayout, packed: Option<&PackedModel>) -> Result<()> {
+    if !placement.reads_planes() {
+        return Ok(());
+    }
+    let stages = stage_ids(layout, placement).into_iter().zip(&placement.stages);
+    for (id, _) in stages.filter(|(_, stage)| stage.disk > 0) {
+        let mut matrices = layout.stage(id).matrices.iter();
+        if let Some(matrix) = matrices.find(|matrix| matrix.dtype != DType::Bf16) {
+            return Err(Error::usage(
+                format!("the policy reads compressed planes, which only bf16 has; these weights are {}", matrix.dtype),
+                "leave `compressed` out of the policy",
+            ));
+        }
+        if let Some(packed) = packed.filter(|packed| !packed.has_planes(id)) {
+            let shown = packed.directory().display();
+            return Err(Error::usage(
+                format!("the policy reads compressed planes, which {shown} does not have"),
+                format!("run `tidemill pack --planes --model {shown} --output {shown}`, or leave `compressed` out"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether layers can be read as compressed planes: a packed directory must have them, a cache can be given them.
+pub fn may_read_planes(layout: &ModelLayout, packed: Option<&PackedModel>) -> bool {
+    layout.stages().all(|(id, stage)| {
+        let bf16 = stage.matrices.iter().all(|matrix| matrix.dtype == DType::Bf16);
+        bf16 && packed.is_none_or(|packed| packed.has_planes(id))
+    })
 }
 
 /// How the engine fills passes under a placement.

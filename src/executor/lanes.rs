@@ -215,18 +215,19 @@ fn work<D: Device>(common: &Common<D>, lane: Lane, mut tools: Tools, batches: &R
                 _ => common.workshop.run(&step, &data, &mut tools),
             });
             let result = std::panic::catch_unwind(run);
-            if let Some(rate) = common.throttle[lane.index()].filter(|_| step.bytes > 0) {
-                taken = taken.max(start) + Duration::from_secs_f64(step.bytes as f64 / rate);
+            let moved = if let Ok(Ok(bytes)) = result { bytes } else { 0 };
+            if let Some(rate) = common.throttle[lane.index()].filter(|_| moved > 0) {
+                taken = taken.max(start) + Duration::from_secs_f64(moved as f64 / rate);
                 std::thread::sleep(taken.saturating_duration_since(Instant::now()));
             }
             let end = Instant::now();
             let mut progress = common.lock();
             match result {
-                Ok(Ok(())) => {
+                Ok(Ok(_)) => {
                     progress.done[lane.index()] += 1;
                     let count = &mut progress.counts[lane.index()];
                     count.busy += end - start;
-                    count.bytes += step.bytes;
+                    count.bytes += moved;
                     if common.traces.load(Ordering::Relaxed) {
                         let secs = |at: Instant| (at - common.began).as_secs_f64();
                         progress.events.push(Event { pass, step, start: secs(start), end: secs(end) });

@@ -14,6 +14,7 @@ use crate::memory::arena::{Arena, Region};
 use crate::memory::disk::DirectFile;
 use crate::model::config::ModelConfig;
 use crate::model::packed::layout::{ModelLayout, StageId};
+use crate::model::packed::planes::Planes;
 use crate::model::packed::{Extent, Packed};
 use crate::schedule::placement::{EMBEDDING_PANELS, Placement, Ring};
 
@@ -69,6 +70,8 @@ pub struct Shared<B> {
     pub weight_staging: Vec<RwLock<Region>>,
     /// Slices of compressed planes.
     pub planes: Vec<RwLock<Region>>,
+    /// Where the compressed planes of every stage lie on disk.
+    pub plane_files: Vec<Option<Planes>>,
     /// Chunks of every stage that live in main memory beside a device.
     pub cpu_stages: Vec<Region>,
     /// Where every stage lies on disk.
@@ -152,6 +155,7 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         weights: large.ring(placement.weight_slots),
         weight_staging: large.host_ring(placement.weight_staging),
         planes: large.host_ring(placement.planes),
+        plane_files: Vec::new(),
         cpu_stages: Vec::new(),
         extents: Vec::new(),
         kv: Vec::new(),
@@ -183,6 +187,7 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         let bytes = stage.bytes(stage.from_cpu()) as usize;
         shared.cpu_stages.push(large.host(bytes));
         shared.extents.push(source.extent(id, stage.disk > 0)?);
+        shared.plane_files.push(source.planes(id, stage.disk > 0 && placement.policy.compressed)?);
     }
     let layout = source.packed.layout();
     let tied = layout.head.is_empty();
@@ -274,6 +279,12 @@ impl Source<'_> {
         let extent = if needed { self.packed.extent(id)? } else { None };
         assert!(extent.is_some() || !needed, "weights stream from packed files only");
         Ok(extent)
+    }
+
+    fn planes(&self, id: StageId, needed: bool) -> Result<Option<Planes>> {
+        let planes = if needed { self.packed.planes(id)? } else { None };
+        assert!(planes.is_some() || !needed, "weights that stream as planes have been packed so");
+        Ok(planes)
     }
 }
 

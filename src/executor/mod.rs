@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 pub use lanes::{Event, LaneCount, Throttle};
+pub use memory::stage_ids;
 
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn};

@@ -5,6 +5,8 @@
 use std::collections::HashSet;
 use std::sync::Mutex;
 
+use rayon::prelude::*;
+
 use super::compute::{Compute, Fixed};
 use super::memory::{Shared, read, write};
 use super::pass::PassData;
@@ -13,6 +15,7 @@ use crate::error::{Result, Tier};
 use crate::kv::pages::PageId;
 use crate::memory::disk::{ALIGNMENT, DiskQueue, Read, Write};
 use crate::model::packed::panels::{PANEL_OUTPUTS, panel_bytes, panel_lane};
+use crate::model::packed::planes::Planes;
 use crate::schedule::placement::EMBEDDING_PANELS;
 use crate::schedule::step::{Lane, Op, Slot, Step};
 
@@ -42,14 +45,14 @@ impl Tools {
 }
 
 impl<D: Device> Workshop<D> {
-    /// Runs one step.
+    /// Runs one step; gives the bytes that it moved, which are fewer than the step's where they are compressed.
     ///
     /// # Errors
     /// What the disk gives.
-    pub fn run(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
+    pub fn run(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<u64> {
         match step.op {
-            Op::ReadWeights { from, to } => self.read_weights(step, from as usize..to as usize, tools)?,
-            Op::DecodeWeights { .. } => unreachable!("placements with compressed planes are refused"),
+            Op::ReadWeights { from, to } => return self.read_weights(step, from as usize..to as usize, tools),
+            Op::DecodeWeights { from, to } => self.decode_weights(step, from as usize..to as usize)?,
             Op::LoadWeights { from, to } => self.load_weights(step, from as usize..to as usize),
             Op::ReadKv => self.read_kv(step, pass, tools)?,
             Op::LoadKv => self.load_kv(step, pass),
@@ -63,7 +66,7 @@ impl<D: Device> Workshop<D> {
             Op::Gather => self.computing().gather(&self.fixed, &self.shared, pass, step),
             Op::Head => self.computing().head(&self.fixed, &self.shared, pass, step),
         }
-        Ok(())
+        Ok(step.bytes)
     }
 
     fn computing(&self) -> std::sync::MutexGuard<'_, Compute<D>> {
@@ -88,7 +91,10 @@ impl<D: Device> Workshop<D> {
         self.fixed.placement.stages[step.stage as usize].resident
     }
 
-    fn read_weights(&self, step: &Step, chunks: std::ops::Range<usize>, tools: &mut Tools) -> Result<()> {
+    fn read_weights(&self, step: &Step, chunks: std::ops::Range<usize>, tools: &mut Tools) -> Result<u64> {
+        if let Slot::Planes(place) = written(step) {
+            return self.read_planes(step, chunks, place as usize, tools);
+        }
         let extent = self.shared.extents[step.stage as usize].as_ref().expect("stages on disk have an extent");
         let in_file = self.span(step, 0, &chunks);
         let offset = extent.offset + in_file.start as u64;
@@ -99,16 +105,69 @@ impl<D: Device> Workshop<D> {
                 let mut slot = write(&self.shared.weights[slot as usize]);
                 let bytes = self.device().bytes_mut(&mut slot).expect("the disk reads into main memory");
                 tools.disk().read(&mut [Read { file, offset, buffer: &mut bytes[span.clone()] }])?;
-                self.check(step, chunks, &bytes[span], tools)
+                self.check(step, chunks, &bytes[span], tools)?;
             }
             Slot::WeightsStaging(place) => {
                 let mut place = write(&self.shared.weight_staging[place as usize]);
                 let buffer = &mut place.bytes_mut()[..in_file.len()];
                 tools.disk().read(&mut [Read { file, offset, buffer }])?;
-                self.check(step, chunks, &place.bytes()[..in_file.len()], tools)
+                self.check(step, chunks, &place.bytes()[..in_file.len()], tools)?;
             }
             other => unreachable!("weights are not read into {other}"),
         }
+        Ok(step.bytes)
+    }
+
+    fn planes(&self, step: &Step) -> &Planes {
+        self.shared.plane_files[step.stage as usize].as_ref().expect("stages that stream as planes have their file")
+    }
+
+    /// Reads the codes of some chunks; those that come for the first time are compared with what was packed, so what
+    /// they decode to is, too.
+    fn read_planes(&self, step: &Step, chunks: std::ops::Range<usize>, place: usize, tools: &mut Tools) -> Result<u64> {
+        let planes = self.planes(step);
+        let extent = planes.extent(&chunks);
+        let (offset, len) = (extent.start, (extent.end - extent.start) as usize);
+        let mut place = write(&self.shared.planes[place]);
+        tools.disk().read(&mut [Read { file: planes.file(), offset, buffer: &mut place.bytes_mut()[..len] }])?;
+        for chunk in chunks.filter(|&chunk| tools.checked.insert((step.stage, chunk))) {
+            planes.check(chunk, &place.bytes()[within(planes.code(chunk), offset)])?;
+        }
+        Ok(len as u64)
+    }
+
+    fn decode_weights(&self, step: &Step, chunks: std::ops::Range<usize>) -> Result<()> {
+        let Some(Slot::Planes(place)) = step.reads.iter().next() else {
+            unreachable!("planes are decoded from theirs")
+        };
+        let place = read(&self.shared.planes[place as usize]);
+        match written(step) {
+            Slot::Weights(slot) => {
+                let span = self.span(step, self.slot_base(step), &chunks);
+                let mut slot = write(&self.shared.weights[slot as usize]);
+                let bytes = self.device().bytes_mut(&mut slot).expect("the CPU decodes into main memory");
+                self.decode(step, chunks, place.bytes(), &mut bytes[span])
+            }
+            Slot::WeightsStaging(target) => {
+                let mut target = write(&self.shared.weight_staging[target as usize]);
+                self.decode(step, chunks, place.bytes(), target.bytes_mut())
+            }
+            other => unreachable!("weights are not decoded into {other}"),
+        }
+    }
+
+    /// Decodes chunks whose codes begin `codes` into weights that begin `out`, all of them in parallel.
+    fn decode(&self, step: &Step, chunks: std::ops::Range<usize>, codes: &[u8], out: &mut [u8]) -> Result<()> {
+        let (planes, stage) = (self.planes(step), self.fixed.layout.stage(self.fixed.stages[step.stage as usize]));
+        let offset = planes.extent(&chunks).start;
+        let (mut rest, mut work) = (out, Vec::with_capacity(chunks.len()));
+        for chunk in chunks {
+            let layout = &stage.chunks[chunk];
+            let (out, after) = rest.split_at_mut(layout.padded_bytes());
+            work.push((chunk, &codes[within(planes.code(chunk), offset)], &mut out[..layout.bytes]));
+            rest = after;
+        }
+        work.into_par_iter().try_for_each(|(chunk, code, out)| planes.decode(chunk, code, out))
     }
 
     /// Compares chunks that come for the first time with what was packed.
@@ -430,6 +489,11 @@ impl<D: Device> Workshop<D> {
         }
         tools.disk().read(&mut requests)
     }
+}
+
+/// A range of a file within what was read from `offset` on.
+fn within(range: std::ops::Range<u64>, offset: u64) -> std::ops::Range<usize> {
+    (range.start - offset) as usize..(range.end - offset) as usize
 }
 
 fn written(step: &Step) -> Slot {

@@ -329,6 +329,11 @@ impl Placement {
         self.embed == Tier::Disk || self.stages.iter().any(|stage| stage.disk > 0)
     }
 
+    /// Whether some of them are read as compressed planes.
+    pub fn reads_planes(&self) -> bool {
+        self.policy.compressed && self.stages.iter().any(|stage| stage.disk > 0)
+    }
+
     /// Bytes of weights that come from main memory and from disk for every pass.
     pub fn streamed_bytes(&self) -> (u64, u64) {
         let cpu = self.stages.iter().map(|stage| stage.bytes(stage.from_cpu())).sum();

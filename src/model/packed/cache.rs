@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::layout::ModelLayout;
 use super::manifest::{Identity, Manifest};
+use super::planes::{self, Trust};
 use super::read::PackedModel;
 use super::write::{self, Progress};
 use crate::error::{Error, Result};
@@ -26,14 +27,15 @@ pub fn directory(given: Option<&Path>) -> Result<PathBuf> {
         .ok_or_else(|| Error::usage("there is no cache directory", "give --cache-dir DIR"))
 }
 
-/// The pack of `model` below `cache`, made now if it is not there.
+/// The pack of `model` below `cache`, with compressed planes where they are asked for; made now if it is not there.
 ///
 /// # Errors
-/// As [`write::pack`]; `Error::Model` when the pack is damaged.
+/// As [`write::pack`] and [`planes::ensure`]; `Error::Model` when the pack is damaged.
 pub fn ensure(
     model: &Model,
     weights: Option<DType>,
     cache: &Path,
+    with_planes: bool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PackedModel> {
     let directory = cache.join("packs").join(Identity::new(model, weights).directory_name());
@@ -42,5 +44,10 @@ pub fn ensure(
     }
     let manifest = Manifest::read(&directory)?;
     let manifest = manifest.ok_or_else(|| Error::model(&directory, "vanished while it was in use"))?;
-    PackedModel::open(&directory, &manifest, ModelLayout::new(model, weights))
+    let mut packed = PackedModel::open(&directory, &manifest, ModelLayout::new(model, weights))?;
+    if with_planes {
+        planes::ensure(&packed, Trust::Lengths, progress)?;
+        packed.refresh_planes()?;
+    }
+    Ok(packed)
 }

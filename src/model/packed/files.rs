@@ -3,16 +3,19 @@
 //! A file's data is one extent that begins on a 4 KiB boundary: the header is padded with spaces, and what lies between
 //! two blocks is a tensor of its own.
 //!
-//! **Invariant:** a file's header and extents follow from the layout alone, so a reader can compare them.
+//! **Invariant:** a file's header and extents follow from the layout alone (and for compressed planes from their
+//! lengths), so a reader can compare them.
 
 use std::ops::Range;
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::Packed;
-use super::layout::{CHUNK_ALIGNMENT, ModelLayout, Small, StageId, StageLayout};
+use super::layout::{CHUNK_ALIGNMENT, ChunkLayout, ModelLayout, Small, StageId, StageLayout};
+use super::manifest::{damaged, damaged_planes};
 use super::panels::{PANEL_OUTPUTS, TILE_INPUTS};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::dtype::DType;
 
 /// Bytes of a part, unless a single block is larger.
@@ -39,12 +42,24 @@ pub(super) enum Holds {
     Stage(StageId),
     /// The small tensors.
     Small,
+    /// The compressed planes of a stage's chunks.
+    Planes(StageId),
+}
+
+impl Holds {
+    /// Makes the error for a file that does not hold what it should, of directory, file and what is wrong.
+    pub fn damaged(self) -> fn(&Path, &Path, String) -> Error {
+        match self {
+            Holds::Planes(_) => damaged_planes,
+            Holds::Stage(_) | Holds::Small => damaged,
+        }
+    }
 }
 
 /// A tensor of the file.
 pub(super) struct Block {
     name: String,
-    dtype: DType,
+    dtype: String,
     shape: Vec<usize>,
     /// Its place in the data.
     pub extent: Range<usize>,
@@ -91,11 +106,12 @@ impl FilePlan {
         match self.holds {
             Holds::Stage(stage) => packed.chunk(stage, index, out),
             Holds::Small => packed.small(index, out),
+            Holds::Planes(_) => unreachable!("planes are made of chunks that are there already"),
         }
     }
 
     fn new(name: String, holds: Holds, blocks: Vec<Block>, data_bytes: usize) -> FilePlan {
-        let header = header(&blocks, data_bytes);
+        let header = header(&blocks, data_bytes, 0);
         FilePlan { name, holds, header, blocks, data_bytes }
     }
 }
@@ -104,7 +120,7 @@ impl FilePlan {
 pub(super) fn plans(layout: &ModelLayout) -> Vec<FilePlan> {
     let stages = layout.stages().map(|(id, stage)| {
         let blocks = stage.chunks.iter().map(|chunk| chunk_block(id, stage, chunk)).collect();
-        FilePlan::new(stage_file(id), Holds::Stage(id), blocks, stage.bytes)
+        FilePlan::new(format!("{}.safetensors", stage_name(id)), Holds::Stage(id), blocks, stage.bytes)
     });
     let mut at = 0;
     let mut blocks = Vec::new();
@@ -115,31 +131,67 @@ pub(super) fn plans(layout: &ModelLayout) -> Vec<FilePlan> {
                 (*dtype, panel_shape(linear.outputs.div_ceil(PANEL_OUTPUTS), linear.inputs))
             }
         };
-        blocks.push(Block { name: tensor.key.clone(), dtype, shape, extent: at..at + tensor.bytes });
+        let (name, dtype) = (tensor.key.clone(), stored_name(dtype));
+        blocks.push(Block { name, dtype, shape, extent: at..at + tensor.bytes });
         at = (at + tensor.bytes).next_multiple_of(CHUNK_ALIGNMENT);
     }
     let small = FilePlan::new("small.safetensors".into(), Holds::Small, blocks, at);
     stages.chain([small]).collect()
 }
 
-fn stage_file(id: StageId) -> String {
+/// The file of a stage's compressed planes, whose codes have `lengths`.
+///
+/// Its header takes as many bytes whatever they are, so that it can be written last.
+pub(super) fn planes_plan(id: StageId, stage: &StageLayout, lengths: &[usize]) -> FilePlan {
+    let largest: Vec<usize> = stage.chunks.iter().map(|chunk| chunk.bytes).collect();
+    let (blocks, data_bytes) = planes_blocks(id, stage, &largest);
+    // The longest name, number and punctuation of a hole, for every block.
+    let room = header(&blocks, data_bytes, 0).len() + 128 * blocks.len();
+    let (blocks, data_bytes) = planes_blocks(id, stage, lengths);
+    let header = header(&blocks, data_bytes, room.next_multiple_of(CHUNK_ALIGNMENT));
+    let name = format!("{}.planes.safetensors", stage_name(id));
+    FilePlan { name, holds: Holds::Planes(id), header, blocks, data_bytes }
+}
+
+/// The codes of a stage's chunks, one after the other, and the bytes of all.
+fn planes_blocks(id: StageId, stage: &StageLayout, lengths: &[usize]) -> (Vec<Block>, usize) {
+    let mut at = 0;
+    let blocks = stage.chunks.iter().zip(lengths).map(|(chunk, &len)| {
+        let name = format!("{}.planes", chunk_name(id, chunk));
+        let extent = at..at + len;
+        at = extent.end.next_multiple_of(CHUNK_ALIGNMENT);
+        Block { name, dtype: "U8".into(), shape: vec![len], extent }
+    });
+    let blocks = blocks.collect();
+    (blocks, at)
+}
+
+fn stage_name(id: StageId) -> String {
     match id {
-        StageId::Table(part) => format!("table-{part:03}.safetensors"),
-        StageId::Layer(layer) => format!("layer-{layer:03}.safetensors"),
-        StageId::Head(part) => format!("head-{part:03}.safetensors"),
+        StageId::Table(part) => format!("table-{part:03}"),
+        StageId::Layer(layer) => format!("layer-{layer:03}"),
+        StageId::Head(part) => format!("head-{part:03}"),
     }
 }
 
-fn chunk_block(id: StageId, stage: &StageLayout, chunk: &super::layout::ChunkLayout) -> Block {
-    let matrix = &stage.matrices[chunk.matrix];
+fn stored_name(dtype: DType) -> String {
+    dtype.to_string().to_uppercase()
+}
+
+fn chunk_name(id: StageId, chunk: &ChunkLayout) -> String {
     let name = match id {
         StageId::Table(_) => "table",
         StageId::Layer(_) => ["qkv", "o", "up", "down"][chunk.matrix],
         StageId::Head(_) => "head",
     };
+    format!("{name}.panels.{}", chunk.panels.start)
+}
+
+fn chunk_block(id: StageId, stage: &StageLayout, chunk: &ChunkLayout) -> Block {
+    let matrix = &stage.matrices[chunk.matrix];
     Block {
-        name: format!("{name}.panels.{}", chunk.panels.start),
-        dtype: matrix.dtype,
+        name: chunk_name(id, chunk),
+        dtype: stored_name(matrix.dtype),
         shape: panel_shape(chunk.panels.len(), matrix.source.inputs),
         extent: chunk.offset..chunk.offset + chunk.bytes,
     }
@@ -149,7 +201,8 @@ fn panel_shape(panels: usize, inputs: usize) -> Vec<usize> {
     vec![panels, inputs.next_multiple_of(TILE_INPUTS), PANEL_OUTPUTS]
 }
 
-fn header(blocks: &[Block], data_bytes: usize) -> Vec<u8> {
+/// The header, of at least `room` bytes, a multiple of the alignment.
+fn header(blocks: &[Block], data_bytes: usize, room: usize) -> Vec<u8> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({"format": "tidemill"}));
     let hole = |map: &mut Map<String, Value>, extent: Range<usize>| {
@@ -161,13 +214,12 @@ fn header(blocks: &[Block], data_bytes: usize) -> Vec<u8> {
     let mut at = 0;
     for Block { name, dtype, shape, extent } in blocks {
         hole(&mut map, at..extent.start);
-        let dtype = dtype.to_string().to_uppercase();
         map.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [extent.start, extent.end]}));
         at = extent.end;
     }
     hole(&mut map, at..data_bytes);
     let json = Value::Object(map).to_string();
-    let len = (8 + json.len()).next_multiple_of(CHUNK_ALIGNMENT);
+    let len = (8 + json.len()).next_multiple_of(CHUNK_ALIGNMENT).max(room);
     let mut header = ((len - 8) as u64).to_le_bytes().to_vec();
     header.extend_from_slice(json.as_bytes());
     header.resize(len, b' ');

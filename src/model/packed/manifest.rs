@@ -19,6 +19,8 @@ use crate::model::source::{LinearSource, ModelSource, Rows, TensorSource, Tensor
 
 /// The manifest's name.
 pub const MANIFEST: &str = "tidemill.json";
+/// The name of the list of compressed planes, where there are any.
+pub const PLANES: &str = "tidemill.planes";
 /// The journal's name, while the directory is being written.
 pub const JOURNAL: &str = "tidemill.journal";
 
@@ -250,6 +252,16 @@ fn tensor_names(source: &ModelSource) -> Vec<String> {
 /// The checksum of a block.
 pub(super) fn checksum(bytes: &[u8]) -> String {
     format!("{:016x}", XxHash3_64::oneshot(bytes))
+}
+
+/// The error for a file of compressed planes that does not hold what it should.
+pub(super) fn damaged_planes(directory: &Path, path: &Path, what: String) -> Error {
+    let (shown, file) = (directory.display(), path.display());
+    let hint = format!(
+        "run `tidemill pack --planes` again with --output {shown} to mend it, or remove {file}, or leave `compressed` \
+         out of the policy"
+    );
+    Error::Model { path: path.to_owned(), what, hint: Some(hint) }
 }
 
 /// The error for a file of a packed directory that does not hold what it should.

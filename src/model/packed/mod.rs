@@ -5,10 +5,12 @@
 
 pub mod cache;
 mod files;
+mod journal;
 pub mod layout;
 pub mod manifest;
 pub mod pack;
 pub mod panels;
+pub mod planes;
 pub mod read;
 pub mod write;
 
@@ -17,6 +19,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::memory::disk::DirectFile;
 use layout::{ModelLayout, StageId};
+use planes::Planes;
 
 /// Packed weights, chunk by chunk.
 pub trait Packed: Send + Sync {
@@ -40,6 +43,12 @@ pub trait Packed: Send + Sync {
     /// # Errors
     /// Whatever opening the file gives.
     fn extent(&self, stage: StageId) -> Result<Option<Extent>>;
+
+    /// The compressed planes of `stage`; none where there are none.
+    ///
+    /// # Errors
+    /// Whatever opening their file gives.
+    fn planes(&self, stage: StageId) -> Result<Option<Planes>>;
 }
 
 /// A stage's chunks in a file, at the layout's offsets.

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::layout::{ModelLayout, Small, StageId};
 use super::panels::{PANEL_OUTPUTS, panel_bytes};
+use super::planes::Planes;
 use super::{Extent, Packed};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -98,6 +99,10 @@ impl Packed for Packer<'_> {
     }
 
     fn extent(&self, _: StageId) -> Result<Option<Extent>> {
+        Ok(None)
+    }
+
+    fn planes(&self, _: StageId) -> Result<Option<Planes>> {
         Ok(None)
     }
 }

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::files::{FilePlan, Holds, plans};
 use super::layout::{ModelLayout, StageId};
-use super::manifest::{FileEntry, Manifest, checksum, damaged};
+use super::manifest::{FileEntry, Identity, Manifest, checksum, damaged};
+use super::planes::{self, Planes, PlanesEntry};
 use super::{Extent, Packed};
 use crate::error::{Error, Result, Tier};
 use crate::memory::arena::Arena;
@@ -22,8 +23,10 @@ use crate::model::dtype::DType;
 /// A packed directory.
 pub struct PackedModel {
     directory: PathBuf,
+    identity: Identity,
     weights: Option<DType>,
     layout: ModelLayout,
+    planes: HashMap<StageId, PlanesEntry>,
     stages: HashMap<StageId, Arc<PackedFile>>,
     small: PackedFile,
     queue: Mutex<DiskQueue>,
@@ -58,12 +61,47 @@ impl PackedModel {
             match file.plan.holds {
                 Holds::Stage(stage) => drop(stages.insert(stage, Arc::new(file))),
                 Holds::Small => small = Some(file),
+                Holds::Planes(_) => unreachable!("a layout has no planes"),
             }
         }
         let small = small.expect("every layout has a file of small tensors");
         let queue = Mutex::new(DiskQueue::new(disk::DEPTH, How::Auto)?);
-        let weights = manifest.identity.weights(directory)?;
-        Ok(PackedModel { directory: directory.to_owned(), weights, layout, stages, small, queue })
+        let identity = manifest.identity.clone();
+        let weights = identity.weights(directory)?;
+        let planes = planes::listed(directory, &identity, &layout)?;
+        Ok(PackedModel { directory: directory.to_owned(), identity, weights, layout, planes, stages, small, queue })
+    }
+
+    /// Looks again which stages have compressed planes.
+    ///
+    /// # Errors
+    /// `Error::Io` when their list cannot be read.
+    pub fn refresh_planes(&mut self) -> Result<()> {
+        self.planes = planes::listed(&self.directory, &self.identity, &self.layout)?;
+        Ok(())
+    }
+
+    /// Which model, and how it is packed.
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// How matrices are cut.
+    pub fn layout(&self) -> &ModelLayout {
+        &self.layout
+    }
+
+    /// Whether a stage has compressed planes.
+    pub fn has_planes(&self, stage: StageId) -> bool {
+        self.planes.contains_key(&stage)
+    }
+
+    /// Writes chunk `chunk` of `stage` to `out`, which is exactly as long.
+    ///
+    /// # Errors
+    /// `Error::Model` naming file and offset, or `Error::IoAt`.
+    pub fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
+        self.read(&self.stages[&stage], chunk, out)
     }
 
     /// The directory.
@@ -130,7 +168,7 @@ impl Packed for &PackedModel {
     }
 
     fn chunk(&self, stage: StageId, chunk: usize, out: &mut [u8]) -> Result<()> {
-        self.read(&self.stages[&stage], chunk, out)
+        PackedModel::chunk(self, stage, chunk, out)
     }
 
     fn small(&self, index: usize, out: &mut [u8]) -> Result<()> {
@@ -141,11 +179,17 @@ impl Packed for &PackedModel {
         let packed = self.stages[&stage].clone();
         Ok(Some(Extent { offset: packed.plan.header.len() as u64, packed }))
     }
+
+    fn planes(&self, stage: StageId) -> Result<Option<Planes>> {
+        let open = |entry| planes::open(&self.directory, stage, self.layout.stage(stage), entry);
+        self.planes.get(&stage).map(open).transpose()
+    }
 }
 
 impl PackedFile {
-    fn open(directory: &Path, plan: FilePlan, entry: &FileEntry) -> Result<PackedFile> {
+    pub(super) fn open(directory: &Path, plan: FilePlan, entry: &FileEntry) -> Result<PackedFile> {
         let path = directory.join(&plan.name);
+        let damaged = plan.holds.damaged();
         let file = match File::open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(damaged(directory, &path, "is missing".into()));
@@ -190,8 +234,18 @@ impl PackedFile {
             return Ok(());
         }
         let offset = self.plan.file_offset(block);
-        let what = format!("the {} bytes at offset {offset} are not those that were packed", bytes.len());
-        Err(damaged(&self.directory, &self.path, what))
+        Err(self.damaged(format!("the {} bytes at offset {offset} are not those that were packed", bytes.len())))
+    }
+
+    /// The error for this file.
+    pub(super) fn damaged(&self, what: String) -> Error {
+        self.plan.holds.damaged()(&self.directory, &self.path, what)
+    }
+
+    /// Where a block lies in the file.
+    pub(super) fn place(&self, block: usize) -> std::ops::Range<u64> {
+        let start = self.plan.file_offset(block);
+        start..start + self.plan.blocks[block].extent.len() as u64
     }
 
     fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {

@@ -6,14 +6,14 @@
 //! **Invariant:** a file under its final name that the journal or the manifest lists is complete.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, sync_channel};
 
 use super::Packed;
 use super::files::{FilePlan, Part, plans};
+use super::journal::{Journal, Noted};
 use super::manifest::{FileEntry, Identity, JOURNAL, MANIFEST, Manifest, checksum};
 use super::read::is_intact;
 use crate::durable::{self, Lock, with_suffix};
@@ -26,9 +26,8 @@ use crate::model::files::{Files, read_bounded};
 use crate::model::fingerprint::small_files;
 
 /// Left free on the disk, for journal, manifest and what the file system itself needs.
-const SLACK_BYTES: u64 = 64 << 20;
-const MAX_JOURNAL_BYTES: u64 = 256 << 20;
-const TEMPORARY: &str = ".tmp";
+pub(super) const SLACK_BYTES: u64 = 64 << 20;
+pub(super) const TEMPORARY: &str = ".tmp";
 
 /// How far packing is, in bytes of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +47,8 @@ pub enum Step {
     Check,
     /// Writing.
     Write,
+    /// Writing compressed planes.
+    Planes,
 }
 
 /// What came of it.
@@ -123,7 +124,7 @@ impl Writer<'_> {
         }
         fs::create_dir_all(&self.output).map_err(Error::io("create", &self.output))?;
         self.check_space(&missing, &copies)?;
-        let mut journal = Journal::begin(&self.output, &identity, &entries)?;
+        let mut journal = Journal::begin(&self.output.join(JOURNAL), &identity, &entries)?;
         durable::remove(&self.output.join(MANIFEST))?;
         self.report(Step::Write);
         let written = missing.len();
@@ -150,10 +151,14 @@ impl Writer<'_> {
             fs::metadata(self.output.join(&entry.name)).is_ok_and(|found| found.len() == entry.bytes)
         };
         if !self.output.join(MANIFEST).exists() {
-            let Some(entries) = Journal::read(&self.output, identity)? else {
-                return Err(refuse(&self.output, "holds something else", "give another --output, or remove it"));
+            let refuse = |what: &str| Err(refuse(&self.output, what, "give another --output, or remove it"));
+            let entries = match Journal::read(&self.output.join(JOURNAL), identity)? {
+                Noted::Nothing => return refuse("holds something else"),
+                Noted::OfAnother => {
+                    return refuse("holds the beginning of another pack (another model or --weights)");
+                }
+                Noted::Entries(entries) => entries.into_iter().filter(whole),
             };
-            let entries = entries.into_iter().filter(whole);
             return Ok(entries.map(|entry| (entry.name.clone(), entry)).collect());
         }
         let manifest = match Manifest::parse(&self.output) {
@@ -311,49 +316,7 @@ fn is_taken(directory: &Path) -> Result<bool> {
     }
 }
 
-/// The files that are finished, a line each after one with the identity.
-struct Journal {
-    file: File,
-    path: PathBuf,
-}
-
-impl Journal {
-    fn begin(directory: &Path, identity: &Identity, entries: &[FileEntry]) -> Result<Journal> {
-        let path = directory.join(JOURNAL);
-        let mut text = line(identity);
-        entries.iter().for_each(|entry| text += &line(entry));
-        durable::replace(&path, text.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("open", &path))?;
-        Ok(Journal { file, path })
-    }
-
-    fn append(&mut self, entry: &FileEntry) -> Result<()> {
-        let write = self.file.write_all(line(entry).as_bytes()).and_then(|()| self.file.sync_data());
-        write.map_err(Error::io("write", &self.path))
-    }
-
-    /// The entries, if there is a journal; a line torn by a kill counts for nothing.
-    fn read(directory: &Path, identity: &Identity) -> Result<Option<Vec<FileEntry>>> {
-        let path = directory.join(JOURNAL);
-        if !path.exists() {
-            return Ok(None);
-        }
-        let text = read_bounded(&path, MAX_JOURNAL_BYTES)?;
-        let text = String::from_utf8_lossy(&text);
-        let mut lines = text.lines();
-        let head = lines.next().and_then(|line| serde_json::from_str::<Identity>(line).ok());
-        if head.as_ref() != Some(identity) {
-            let what = "holds the beginning of another pack (another model or --weights)";
-            return Err(refuse(directory, what, "give another --output, or remove it"));
-        }
-        Ok(Some(lines.map_while(|line| serde_json::from_str(line).ok()).collect()))
-    }
-}
-
-fn line(value: &impl serde::Serialize) -> String {
-    serde_json::to_string(value).expect("plain data is JSON") + "\n"
-}
-
-fn refuse(path: &Path, what: &str, hint: &str) -> Error {
+/// The error for a directory that cannot be packed into.
+pub(super) fn refuse(path: &Path, what: &str, hint: &str) -> Error {
     Error::Output { path: path.to_owned(), what: what.into(), hint: Some(hint.into()) }
 }
