@@ -88,6 +88,8 @@ const GRID: [Setting; 14] = [
 struct Run {
     predicted: f64,
     measured: f64,
+    /// Predicted and measured.
+    passes: (f64, u64),
     drift: f64,
     binds: String,
 }
@@ -112,7 +114,7 @@ fn main() {
             let ratio = run.predicted / run.measured;
             let void = run.drift > STEADY && attempt < ATTEMPTS;
             println!(
-                "| {}{} | {} x {} + {} | {} | {:.1} | {:.1} | {ratio:.3} | {:.1} %{} |",
+                "| {}{} | {} x {} + {} | {} | {:.1} | {:.1} | {ratio:.3} | {:.0}, {} | {:.1} %{} |",
                 setting.name,
                 if run.binds.is_empty() { String::new() } else { format!(" ({} binds)", run.binds) },
                 setting.requests,
@@ -121,6 +123,8 @@ fn main() {
                 setting.flags.join(" "),
                 run.predicted,
                 run.measured,
+                run.passes.0,
+                run.passes.1,
                 100.0 * run.drift,
                 if run.drift > STEADY { ", void" } else { "" }
             );
@@ -190,10 +194,11 @@ fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run
     let compute = if setting.flags.contains(&"--gpu-memory") { Tier::Gpu } else { Tier::Cpu };
     let placement = Placement::new(&plan_model.bytes, &policy, compute);
     let job = Job::uniform(setting.requests, setting.prompt_len, setting.gen_len);
-    let predicted = predict(&plan_model, &hardware, &placement, &job).total_tokens_per_s;
+    let prediction = predict(&plan_model, &hardware, &placement, &job);
     let binds = said.lines().find_map(|line| line.split("; ").find_map(|part| part.strip_suffix(" binds")));
     Run {
-        predicted,
+        predicted: prediction.total_tokens_per_s,
+        passes: (prediction.passes, figures["passes"].as_u64().expect("a count")),
         measured: figures["total_tokens_per_s"].as_f64().expect("a rate"),
         drift: drift(&before, &after, setting, &throttles),
         binds: binds.unwrap_or_default().to_owned(),

@@ -10,10 +10,14 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use super::estimate::{self, Reading};
 use super::flags::{DeviceChoice, Size};
+use super::planning::this_machine;
 use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::{Element, Hardware, Throttles};
+use crate::memory::limits;
+use crate::model::packed::cache;
 use crate::planner::draw;
 use crate::planner::explain::{Change, Explanation, explain, words};
 use crate::planner::job::{Job, Request};
@@ -49,7 +53,7 @@ pub struct Arguments {
     /// Tokens that a sequence is expected to generate, where it may generate more.
     #[arg(long, value_name = "N")]
     expect_output_len: Option<usize>,
-    /// A hardware profile.
+    /// A hardware profile [default: this machine, measured once].
     #[arg(long, env = "TIDEMILL_HARDWARE", value_name = "FILE")]
     hardware: Option<PathBuf>,
     /// What computes.
@@ -61,6 +65,12 @@ pub struct Arguments {
     /// Main memory to use [default: 70 %].
     #[arg(long, env = "TIDEMILL_CPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
     cpu_memory: Option<Size>,
+    /// Where the measurement of this machine is kept [default: tidemill in the user's cache directory].
+    #[arg(long, env = "TIDEMILL_CACHE_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
+    cache_dir: Option<PathBuf>,
+    /// Where files would be made, on the disk to plan with [default: the cache directory].
+    #[arg(long, env = "TIDEMILL_OFFLOAD_DIR", value_name = "DIR", help_heading = "Budgets and numerics")]
+    offload_dir: Option<PathBuf>,
     /// Disk space to use [default: 80 %].
     #[arg(long, env = "TIDEMILL_DISK_SPACE", value_name = "SIZE", help_heading = "Budgets and numerics")]
     disk_space: Option<Size>,
@@ -160,12 +170,18 @@ impl Arguments {
     }
 
     fn hardware(&self) -> Result<(Hardware, Budgets)> {
-        let Some(file) = &self.hardware else {
-            let hint = "name a profile: policies/hardware/ has those of known machines";
-            return Err(Error::usage("--hardware is missing", hint));
+        let mut hardware = match &self.hardware {
+            Some(file) => {
+                let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+                Hardware::from_toml(&text, &file.display().to_string())?
+            }
+            None => {
+                let cache = cache::directory(self.cache_dir.as_deref())?;
+                let offload = self.offload_dir.clone().unwrap_or_else(|| cache.join("offload"));
+                let memory = limits::default_cpu_memory();
+                this_machine(&cache, &offload, memory, true)?.expect("it was measured")
+            }
         };
-        let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
-        let mut hardware = Hardware::from_toml(&text, &file.display().to_string())?;
         if self.device == Some(DeviceChoice::Host) {
             hardware = hardware.without_gpu();
         }
@@ -201,67 +217,25 @@ impl Arguments {
     }
 
     fn job(&self, model: &PlanModel) -> Result<Job> {
-        let context = model.config.context_len;
+        let context_len = model.config.context_len;
         let gen_len = self.gen_len.unwrap_or(GEN_LEN).max(1);
-        let expected = |most: usize| self.expect_output_len.unwrap_or(most).clamp(1, most);
-        let requests = match (&self.input, self.prompt_len) {
-            (Some(file), _) => read_requests(file, gen_len, context)?,
-            (None, prompt_len) => {
-                let prompt_len = prompt_len.unwrap_or(1).max(1);
-                if prompt_len >= context {
-                    let what = format!("--prompt-len {prompt_len} leaves no room in a context of {context}");
-                    return Err(Error::usage(what, format!("use at most {}", context.saturating_sub(1))));
-                }
-                vec![Request { prompt_len, gen_len, max_tokens: gen_len.min(context - prompt_len) }]
-            }
-        };
-        let requests: Vec<Request> =
-            requests.into_iter().map(|request| Request { gen_len: expected(request.max_tokens), ..request }).collect();
-        let job = Job::of(&requests);
-        match self.input {
-            Some(_) => Ok(job),
-            None => Ok(Job { requests: self.num_prompts.unwrap_or(NUM_PROMPTS).max(1), ..job }),
+        if let Some(file) = &self.input {
+            // Without a tokenizer: a token per 4 bytes.
+            let count = |text: &str| text.len().div_ceil(4);
+            let reading =
+                Reading { max_tokens: Some(gen_len), expected: self.expect_output_len, context_len, count: &count };
+            return estimate::job(file, &reading);
         }
-    }
-}
-
-/// The lengths of a job's lines.
-fn read_requests(file: &Path, gen_len: usize, context: usize) -> Result<Vec<Request>> {
-    let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
-    let mut requests = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let value: Value = serde_json::from_str(line).map_err(|error| Error::Input {
-            path: file.to_owned(),
-            what: format!("line {}: {error}", number + 1),
-            hint: Some("every line is a JSON object".into()),
-        })?;
-        let body = value.get("body").unwrap_or(&value);
-        let prompt_len = prompt_tokens(body).clamp(1, context.saturating_sub(1).max(1));
-        let count = |key: &str| body.get(key).and_then(Value::as_u64).map(|count| count.clamp(1, 1 << 30) as usize);
-        let most = count("max_tokens").or_else(|| count("max_completion_tokens")).unwrap_or(gen_len);
-        let max_tokens = most.min(context - prompt_len).max(1);
-        let request = Request { prompt_len, gen_len: max_tokens, max_tokens };
-        requests.extend(std::iter::repeat_n(request, count("n").unwrap_or(1).min(1 << 16)));
-    }
-    if requests.is_empty() {
-        let hint = Some("write one JSON object with a `prompt` per line".into());
-        return Err(Error::Input { path: file.to_owned(), what: "has no lines".into(), hint });
-    }
-    Ok(requests)
-}
-
-/// Tokens of a line's prompt: ids as they are, text by its bytes.
-fn prompt_tokens(body: &Value) -> usize {
-    fn text(value: &Value) -> usize {
-        match value {
-            Value::String(text) => text.len().div_ceil(4),
-            Value::Array(parts) if parts.iter().all(Value::is_u64) => parts.len(),
-            Value::Array(parts) => parts.iter().map(text).sum(),
-            Value::Object(object) => object.get("content").or(object.get("text")).map_or(0, |value| text(value) + 4),
-            _ => 0,
+        let prompt_len = self.prompt_len.unwrap_or(1).max(1);
+        if prompt_len >= context_len {
+            let what = format!("--prompt-len {prompt_len} leaves no room in a context of {context_len}");
+            return Err(Error::usage(what, format!("use at most {}", context_len.saturating_sub(1))));
         }
+        let max_tokens = gen_len.min(context_len - prompt_len);
+        let gen_len = self.expect_output_len.unwrap_or(max_tokens).clamp(1, max_tokens);
+        let job = Job::of(&[Request { prompt_len, gen_len, max_tokens }]);
+        Ok(Job { requests: self.num_prompts.unwrap_or(NUM_PROMPTS).max(1), ..job })
     }
-    body.get("prompt").or(body.get("messages")).map_or(1, text)
 }
 
 /// Everything that is said about a plan.
@@ -419,13 +393,6 @@ impl Report<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn prompts_are_counted_in_every_form() {
-        assert_eq!(prompt_tokens(&json!({"prompt": "12345678"})), 2);
-        assert_eq!(prompt_tokens(&json!({"prompt": [5, 6, 7]})), 3);
-        assert_eq!(prompt_tokens(&json!({"messages": [{"role": "user", "content": "12345678"}]})), 6);
-    }
 
     #[test]
     fn dtypes_are_named_or_refused() {

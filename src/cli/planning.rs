@@ -136,33 +136,10 @@ impl Situation<'_> {
         Ok(Decision { placement, prediction, bound_tokens_per_s, hardware, said })
     }
 
-    /// A name for what is measured: the machine, its threads, and the disk.
-    fn machine(&self) -> String {
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        // The directory need not exist yet; a relative path's last ancestor is the empty path.
-        let named =
-            |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
-        let existing = self.offload.ancestors().find_map(|directory| std::fs::metadata(named(directory)).ok());
-        let disk = existing.map_or(0, |directory| directory.dev());
-        format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
-    }
-
-    /// This machine, as measured before; measured now if it must be.
+    /// This machine as the budgets and throttles make it, if it has been measured or is to be.
     fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
-        let file = self.cache.join("calibration").join(format!("{}.toml", self.machine()));
-        let known = std::fs::read_to_string(&file).ok();
-        let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
-        let measured = match known {
-            Some(hardware) => hardware,
-            None if !measure => return Ok(None),
-            None => {
-                say::line("measuring this machine, once: up to ten seconds");
-                let memory_bytes = self.budgets.cpu.min(CALIBRATION_BYTES);
-                let options = Options { quick: false, disk: Some(self.offload.clone()), memory_bytes };
-                let hardware = calibrate(&options, &mut |_| {})?;
-                keep(&file, &hardware)?;
-                hardware
-            }
+        let Some(measured) = this_machine(&self.cache, &self.offload, self.budgets.cpu, measure)? else {
+            return Ok(None);
         };
         let hardware = match self.budgets.gpu {
             Some(bytes) => measured.without_gpu().rehearsed(bytes),
@@ -170,6 +147,35 @@ impl Situation<'_> {
         };
         Ok(Some(hardware.throttled(self.throttles)))
     }
+}
+
+/// This machine, as measured before; measured now if `measure` says so, in at most `memory_bytes`.
+///
+/// # Errors
+/// What measuring gives, or keeping the result in `cache`.
+pub fn this_machine(cache: &Path, offload: &Path, memory_bytes: u64, measure: bool) -> Result<Option<Hardware>> {
+    let file = cache.join("calibration").join(format!("{}.toml", machine_name(offload)));
+    let known = std::fs::read_to_string(&file).ok();
+    let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
+    if known.is_some() || !measure {
+        return Ok(known);
+    }
+    say::line("measuring this machine, once: up to ten seconds");
+    let memory_bytes = memory_bytes.min(CALIBRATION_BYTES);
+    let options = Options { quick: false, disk: Some(offload.to_owned()), memory_bytes };
+    let hardware = calibrate(&options, &mut |_| {})?;
+    keep(&file, &hardware)?;
+    Ok(Some(hardware))
+}
+
+/// A name for what is measured: the machine, its threads, and the disk.
+fn machine_name(offload: &Path) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    // The directory need not exist yet; a relative path's last ancestor is the empty path.
+    let named = |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
+    let existing = offload.ancestors().find_map(|directory| std::fs::metadata(named(directory)).ok());
+    let disk = existing.map_or(0, |directory| directory.dev());
+    format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
 }
 
 /// Writes a profile so that it is there as a whole or not at all.

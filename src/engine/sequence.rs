@@ -85,6 +85,15 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// How many of the positions `range` are asked for logits, at most: each once, whatever is drawn from them.
+    pub fn asks(&self, range: std::ops::Range<usize>) -> usize {
+        if self.scores {
+            return range.len();
+        }
+        let first_samples = range.end == self.prompt_len && !self.siblings.is_empty();
+        usize::from(range.end == self.tokens.len() || first_samples)
+    }
+
     /// Whether the next row is a generated token.
     pub fn decodes(&self) -> bool {
         self.computed >= self.prompt_len && self.tokens.len() - self.computed == 1

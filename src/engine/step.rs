@@ -59,9 +59,13 @@ impl<D: Device> Engine<'_, D> {
         let (decoding, prompts): (Vec<usize>, Vec<usize>) =
             (0..self.active.len()).partition(|&index| self.active[index].decodes());
         let left: usize = prompts.iter().map(|&index| self.active[index].uncomputed()).sum();
-        let chunk = left.min(self.batch.chunk_tokens);
-        let blocks = self.executor.placement().policy.blocks.min(decoding.len() + chunk).max(1);
-        let share = |total: usize, block: usize| total * (block + 1) / blocks;
+        let blocks = self.executor.placement().policy.blocks.min(decoding.len() + left).max(1);
+        let share = |total: usize, block: usize, parts: usize| total * (block + 1).min(parts) / parts;
+        // A sequence is in one block of a pass: fewer prompts than blocks take larger shares, so that the last ones
+        // are not cut ever thinner.
+        let takers = blocks.min(prompts.len()).max(1);
+        let chunk_tokens = self.batch.chunk_tokens;
+        let chunk = |block: usize| share(chunk_tokens, block, takers);
         let (mut decoding, mut waiting) = (decoding.into_iter().peekable(), Vec::new());
         let (mut prompts, mut decodes, mut prompt_tokens) = (prompts.into_iter().peekable(), 0, 0);
         let total = self.active.len() - prompts.len();
@@ -69,7 +73,7 @@ impl<D: Device> Engine<'_, D> {
             self.pass.open_block();
             // Sequences that found no room in the block before.
             let again = std::mem::take(&mut waiting);
-            while decodes < share(total, block) {
+            while decodes < share(total, block, blocks) {
                 decodes += 1;
                 waiting.extend(decoding.next());
             }
@@ -79,9 +83,10 @@ impl<D: Device> Engine<'_, D> {
                     waiting.push(index);
                 }
             }
-            while prompt_tokens < share(chunk, block) {
+            let upto = chunk(block);
+            while prompt_tokens < upto {
                 let Some(&index) = prompts.peek() else { break };
-                let taken = self.take_up(index, share(chunk, block) - prompt_tokens, &mut asked)?;
+                let taken = self.take_up(index, upto - prompt_tokens, &mut asked)?;
                 if taken == 0 {
                     break;
                 }
@@ -99,10 +104,9 @@ impl<D: Device> Engine<'_, D> {
         let to = sequence.tokens.len().min(from + most);
         // The prompt ends a chunk: siblings start from it, and length scaling changes there.
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
-        // A row is asked for logits once, whatever is drawn from them; scoring asks every row.
         let outputs = self.executor.placement().output_rows - asked.rows;
         let to = if sequence.scores { to.min(from + outputs) } else { to };
-        if to == from || outputs == 0 {
+        if to == from || sequence.asks(from..to) > outputs {
             return Ok(0);
         }
         self.own_pages(index, from, to)?;
@@ -111,7 +115,7 @@ impl<D: Device> Engine<'_, D> {
         if to == from {
             return Ok(0);
         }
-        asked.rows += if sequence.scores { to - from } else { 1 };
+        asked.rows += sequence.asks(from..to);
         let run =
             Run { tokens: &sequence.tokens, range: from..to, prompt_len: sequence.prompt_len, pages: &sequence.pages };
         let first_row = self.pass.push(&run);
