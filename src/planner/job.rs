@@ -120,12 +120,12 @@ impl PassLoad {
         // A prompt is cut by the passes and blocks that it goes through; a cut segment attends to what was before it.
         let cuts = if rows > 0.0 { (job.prompt_len / rows).max(1.0) } else { 1.0 };
         let started = self.prompt_tokens / job.prompt_len;
-        let own_pages = job.prompt_len / PAGE;
+        let own_pages = (job.prompt_len / PAGE).ceil();
         let prompt_keys = started * (job.prompt_len_squared + job.prompt_len) / 2.0;
-        let prompt_old = started * own_pages * (cuts - 1.0) / 2.0;
-        let prompt_written = started * (own_pages + cuts / 2.0);
+        let (old, written) = cut_pages(job.prompt_len, cuts);
+        let (prompt_old, prompt_written) = (started * old, started * written);
         let decode_len = job.prompt_len + job.gen_len / 2.0;
-        let decode_pages = decode_len / PAGE + 0.5;
+        let decode_pages = mean_pages(job.prompt_len, job.gen_len);
         let totals = [
             self.prompt_tokens,
             self.decodes,
@@ -156,6 +156,22 @@ impl PassLoad {
         let blocks = (0..count).map(|index| Block { shape: shape(index), old_pages, written_pages });
         blocks.filter(|block| block.shape.rows > 0).collect()
     }
+}
+
+/// Pages that a prompt brings from before, and pages that it writes, when it is computed in `cuts` equal parts.
+fn cut_pages(prompt_len: f64, cuts: f64) -> (f64, f64) {
+    let count = cuts.round().max(1.0);
+    let bound = |part: f64| prompt_len * part / count / PAGE;
+    let parts = (0..count as usize).map(|part| part as f64);
+    let each = |part: f64| (bound(part).ceil(), bound(part + 1.0).ceil() - bound(part).floor());
+    parts.map(each).fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+}
+
+/// Pages with positions before the one that decodes, on average over an answer.
+fn mean_pages(prompt_len: f64, gen_len: f64) -> f64 {
+    // The first token comes with the prompt.
+    let steps = (gen_len.round() as usize).saturating_sub(1).max(1);
+    (0..steps).map(|step| ((prompt_len + step as f64) / PAGE).ceil()).sum::<f64>() / steps as f64
 }
 
 #[cfg(test)]
