@@ -50,9 +50,9 @@ struct Case {
 }
 
 const CASES: [Case; 9] = [
-    Case { decodes: 1, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 4, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 16, context: 128, prompt: 0, prompt_context: 0 },
+    Case { decodes: 1, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 64, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 64, context: 1024, prompt: 0, prompt_context: 0 },
     Case { decodes: 200, context: 256, prompt: 0, prompt_context: 0 },

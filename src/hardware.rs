@@ -72,6 +72,12 @@ pub struct Cpu {
     pub dram_bytes_per_s: f64,
     /// Bytes/s that one core copies from main memory to main memory.
     pub copy_bytes_per_core_s: f64,
+    /// Bytes/s that one core copies while another one does, where that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_together_bytes_per_core_s: Option<f64>,
+    /// Seconds that a copy by a core takes beyond its bytes, where that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_step_secs: Option<f64>,
     /// Bytes/s of weights that one core makes out of compressed planes.
     pub decode_bytes_per_core_s: f64,
     /// What it computes, with all cores.
@@ -390,6 +396,7 @@ impl Hardware {
         let optional = [
             ("raw.gpu_flops", raw.gpu_flops),
             ("raw.gpu_memory_bytes_per_s", raw.gpu_memory_bytes_per_s),
+            ("cpu.copy_together_bytes_per_core_s", cpu.copy_together_bytes_per_core_s),
             ("raw.cpu_int8_ops", raw.cpu_int8_ops),
             ("raw.h2d_bytes_per_s", raw.h2d_bytes_per_s),
             ("raw.d2h_bytes_per_s", raw.d2h_bytes_per_s),
@@ -400,9 +407,10 @@ impl Hardware {
         if let Some((key, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
             return Err(format!("`{key}` is {rate}, it must be positive"));
         }
-        let latencies = [self.links.map(|links| links.step_secs), self.disk.map(|disk| disk.step_secs)];
+        let latencies =
+            [self.links.map(|links| links.step_secs), self.disk.map(|disk| disk.step_secs), cpu.copy_step_secs];
         if latencies.into_iter().flatten().any(|secs| !(0.0..1.0).contains(&secs)) {
-            return Err("`step_secs` of a link or disk must be at least 0 and less than 1".into());
+            return Err("`step_secs` of a link, disk or copy must be at least 0 and less than 1".into());
         }
         cpu.kernels.validate("cpu.kernels")?;
         self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.kernels.validate("gpu.kernels"))
@@ -477,6 +485,7 @@ impl Hardware {
     pub fn rehearsed(&self, memory_bytes: u64) -> Self {
         let mut hardware = self.clone();
         let copy = self.cpu.copy_bytes_per_core_s;
+        let together = self.cpu.copy_together_bytes_per_core_s.map_or(copy, |together| together.min(copy));
         hardware.gpu = Some(Gpu {
             name: format!("rehearsed by {}", self.cpu.name),
             memory_bytes,
@@ -486,9 +495,9 @@ impl Hardware {
         hardware.links = Some(Links {
             h2d_bytes_per_s: copy,
             d2h_bytes_per_s: copy,
-            h2d_together_bytes_per_s: copy,
-            d2h_together_bytes_per_s: copy,
-            step_secs: self.cpu.kernels.step_secs,
+            h2d_together_bytes_per_s: together,
+            d2h_together_bytes_per_s: together,
+            step_secs: self.cpu.copy_step_secs.unwrap_or(self.cpu.kernels.step_secs),
         });
         (hardware.raw.h2d_bytes_per_s, hardware.raw.d2h_bytes_per_s) = (Some(copy), Some(copy));
         (hardware.raw.gpu_flops, hardware.raw.gpu_memory_bytes_per_s) = (None, None);
@@ -619,6 +628,8 @@ pub(crate) mod tests {
                 cores: 4.0,
                 dram_bytes_per_s: 2e10,
                 copy_bytes_per_core_s: 5e9,
+                copy_together_bytes_per_core_s: None,
+                copy_step_secs: None,
                 decode_bytes_per_core_s: 7e8,
                 kernels: kernels(1.0),
             },
@@ -710,6 +721,10 @@ pub(crate) mod tests {
         assert_eq!(hardware.capacity_bytes(Tier::Gpu), 1 << 20);
         hardware.validate().unwrap();
         assert!(!example().computes_on_cpu());
+        let mut measured = example().without_gpu();
+        measured.cpu.copy_together_bytes_per_core_s = Some(3e9);
+        let links = measured.rehearsed(1 << 20).links.unwrap();
+        assert_eq!((links.h2d_bytes_per_s, links.h2d_together_bytes_per_s), (5e9, 3e9));
     }
 
     #[test]

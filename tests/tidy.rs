@@ -44,13 +44,16 @@ const GRAPH: &[(&str, &[&str])] = &[
             "model::config",
             "model::dtype",
             "model::packed::panels",
+            "quant::planes",
             "rng",
         ],
     ),
     (
         "cli",
         &[
+            "bench::trace",
             "calibrate",
+            "cost::Costs",
             "device",
             "durable",
             "engine",

@@ -44,6 +44,8 @@ const VOCAB_SIZE: usize = 32_000;
 const CONTEXT: usize = 1024;
 /// Queries of a prompt.
 const PROMPT: usize = 512;
+/// How much narrower a layer is that tells what its calls cost: its products take little.
+const NARROW_HALVINGS: u32 = 2;
 /// Bytes of random numbers that everything is filled with.
 const PATTERN_BYTES: usize = 1 << 20;
 /// A sample takes at least this long, so that clocks and wake-ups do not count.
@@ -151,6 +153,10 @@ enum Probe {
     Single(usize),
     /// Norms, rotation, keys put away, activation, sums.
     Pointwise,
+    /// A narrow layer of one row, whole: what calls cost beyond their work.
+    WholeLayer,
+    /// The products of such a layer.
+    NarrowProducts,
     /// Tokens drawn.
     Sampling,
 }
@@ -231,23 +237,31 @@ impl<D: Device> Bench<D> {
         }
     }
 
-    /// Measures everything within `budget`; `step_secs` is known from elsewhere.
+    /// Measures everything within `budget`; what beginning and ending a step takes is known from elsewhere.
     ///
     /// # Errors
     /// None so far: a device that computes in main memory cannot fail.
-    pub fn measure(&mut self, budget: Duration, step_secs: f64) -> Result<Kernels> {
+    pub fn measure(&mut self, budget: Duration, handover_secs: f64) -> Result<Kernels> {
         let curves = ELEMENTS.into_iter().flat_map(|(element, dtype)| {
             let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
             rows.map(move |rows| Probe::Products(element, dtype, rows))
         });
-        let others = [Probe::Prompt, Probe::Single(1), Probe::Single(WIDE_GROUP), Probe::Pointwise, Probe::Sampling];
+        let others = [
+            Probe::Prompt,
+            Probe::Single(1),
+            Probe::Single(WIDE_GROUP),
+            Probe::Pointwise,
+            Probe::WholeLayer,
+            Probe::NarrowProducts,
+            Probe::Sampling,
+        ];
         let probes: Vec<Probe> = curves.chain(others).collect();
         let patience = budget / 20;
-        let mut too_slow = None;
+        // Rows of which products took longer; more rows would take longer still.
+        let mut too_slow: BTreeMap<Element, usize> = BTreeMap::new();
         let samples = rounds(&probes, budget, |probe| {
-            if let (Probe::Products(element, _, rows), Some((slow, limit))) = (probe, too_slow)
-                && element == slow
-                && rows > limit
+            if let Probe::Products(element, _, rows) = probe
+                && too_slow.get(&element).is_some_and(|&slow| rows > slow)
             {
                 return Ok(None);
             }
@@ -256,7 +270,7 @@ impl<D: Device> Bench<D> {
             if let Probe::Products(element, _, rows) = probe
                 && secs > patience.as_secs_f64()
             {
-                too_slow = Some((element, rows));
+                too_slow.insert(element, rows);
             }
             Ok(Some(secs))
         })?;
@@ -264,11 +278,11 @@ impl<D: Device> Bench<D> {
             let index = probes.iter().position(|&probe| probe == wanted)?;
             median(&samples[index])
         };
-        Ok(self.rates(&secs, step_secs))
+        Ok(self.rates(&secs, handover_secs))
     }
 
     /// Turns the cost formulas around; `secs` of a sample of a probe.
-    fn rates(&self, secs: &dyn Fn(Probe) -> Option<f64>, step_secs: f64) -> Kernels {
+    fn rates(&self, secs: &dyn Fn(Probe) -> Option<f64>, handover_secs: f64) -> Kernels {
         let shape = self.shape;
         let always = |probe: Probe| secs(probe).expect("only products can be left out");
         let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
@@ -292,6 +306,9 @@ impl<D: Device> Bench<D> {
         let key_secs =
             (always(Probe::Prompt) - prompt_pages * page_wide).max(0.0) / (prompt_keys - prompt_pages * positions);
         let layer = cost(shape.layer_heads());
+        // The element-wise work and the attention of one row are next to nothing; what a layer takes beyond its products
+        // is threads that are woken for each of its loops.
+        let calls_secs = (always(Probe::WholeLayer) - always(Probe::NarrowProducts)).max(0.0);
         let pointwise_rows = POINTWISE_ROWS.min(shape.rows) as f64;
         Kernels {
             matmul,
@@ -300,17 +317,20 @@ impl<D: Device> Bench<D> {
             attention_bytes_per_s: narrow.frame_bytes / page_narrow,
             pointwise_bytes_per_s: pointwise_rows * layer.pointwise_bytes / always(Probe::Pointwise),
             sampled_logits_per_s: (SAMPLED_ROWS * VOCAB_SIZE) as f64 / always(Probe::Sampling),
-            step_secs,
+            step_secs: handover_secs + calls_secs,
         }
     }
 
     /// Seconds of a probe's work.
     fn sample(&mut self, probe: Probe) -> f64 {
+        let (shape, narrow) = (self.shape, Shape::new(NARROW_HALVINGS, 1));
         repeated(SAMPLE_TIME, || match probe {
-            Probe::Products(_, dtype, rows) => self.products(dtype, rows),
+            Probe::Products(_, dtype, rows) => self.layer(shape, rows, Some(dtype), false),
             Probe::Prompt => self.attend(&[self.segment(0, PROMPT, 0)], WIDE_GROUP),
             Probe::Single(group) => self.attend(&self.single_segments(self.frames_at), group),
-            Probe::Pointwise => self.pointwise(POINTWISE_ROWS.min(self.shape.rows)),
+            Probe::Pointwise => self.layer(shape, POINTWISE_ROWS.min(shape.rows), None, true),
+            Probe::WholeLayer => self.layer(narrow, 1, Some(DType::Bf16), true),
+            Probe::NarrowProducts => self.layer(narrow, 1, Some(DType::Bf16), false),
             Probe::Sampling => {
                 let draws: Vec<(usize, &Draw)> = self.draws.iter().map(|draw| (draw.row, draw)).collect();
                 std::hint::black_box(self.device.sample(&self.logits, VOCAB_SIZE, &draws));
@@ -318,28 +338,68 @@ impl<D: Device> Bench<D> {
         })
     }
 
-    /// The four products of a layer, with weights that have not been used for long.
-    fn products(&mut self, dtype: DType, rows: usize) {
-        let [qkv, o, up, down] = self.shape.products();
-        let Bench { device, weights, weights_at, normed, attended, activated, scratch, .. } = self;
-        let end = self.shape.buffers()[0];
-        let calls = [
-            (qkv, &*normed, &mut self.qkv),
-            (o, &*attended, &mut self.update),
-            (up, &*normed, &mut self.up),
-            (down, &*activated, &mut self.hidden),
-        ];
-        for ((inputs, outputs), from, to) in calls {
-            let bytes = packed_bytes(inputs, outputs, dtype);
-            if *weights_at + bytes > end {
-                *weights_at = 0;
-            }
-            let pieces = vec![Piece { buffer: &*weights, bytes: *weights_at..*weights_at + bytes }];
-            *weights_at += bytes;
-            let matrix = Matrix { pieces, dtype, inputs, outputs };
-            device.linear(from, rows, &matrix, None, scratch, Target { buffer: to, stride: outputs, column: 0 });
+    /// A layer in the executor's order: its products with weights of `products`, and its element-wise work, or one of
+    /// the two. With both, a single row attends to two pages.
+    fn layer(&mut self, shape: Shape, rows: usize, products: Option<DType>, pointwise: bool) {
+        let (width, heads) = (shape.hidden, shape.layer_heads());
+        let half = heads.head_dim / 2;
+        let angles = vec![0.7f32; if pointwise { rows * half } else { 0 }];
+        let rotation = Rotation { cos: &angles, sin: &angles, rotary_dim: heads.head_dim };
+        // Stored keys have the layer's own, smaller layout.
+        let layout = KvLayout { num_kv_heads: heads.num_kv_heads, head_dim: heads.head_dim, ..self.frames.layout };
+        let stored = std::mem::replace(&mut self.frames.layout, layout);
+        let segments = [self.segment(if rows == 1 { 2 * PAGE_POSITIONS - 1 } else { 0 }, rows, 0)];
+        if pointwise {
+            self.device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
         }
-        settle(device, &self.hidden);
+        self.product(shape, 0, rows, products);
+        if pointwise {
+            self.device.rotate(&mut self.qkv, rows, heads, &rotation);
+            let view = KvViewMut { resident: &mut self.frames, streamed: None };
+            self.device.append_kv(view, &segments, &self.qkv, heads);
+        }
+        if pointwise && products.is_some() {
+            let kv = KvView { resident: &self.frames, streamed: None };
+            let span = AttentionSpan { window: None, scale: 0.125 };
+            self.device.attend(kv, span, &segments, &self.qkv, heads, &mut self.attended);
+        }
+        self.product(shape, 1, rows, products);
+        if pointwise {
+            self.device.add(&mut self.hidden, &self.update, rows * width);
+            self.device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
+        }
+        self.product(shape, 2, rows, products);
+        if pointwise {
+            let Bench { up, activated, .. } = self;
+            self.device.activate(Activation::Silu, true, up, rows, shape.intermediate, activated);
+        }
+        self.product(shape, 3, rows, products);
+        if pointwise {
+            self.device.add(&mut self.hidden, &self.update, rows * width);
+        }
+        settle(&self.device, &self.update);
+        self.frames.layout = stored;
+    }
+
+    /// One product of a layer, with weights that have not been used for long.
+    fn product(&mut self, shape: Shape, index: usize, rows: usize, dtype: Option<DType>) {
+        let Some(dtype) = dtype else { return };
+        let (inputs, outputs) = shape.products()[index];
+        let bytes = packed_bytes(inputs, outputs, dtype);
+        if self.weights_at + bytes > self.shape.buffers()[0] {
+            self.weights_at = 0;
+        }
+        let pieces = vec![Piece { buffer: &self.weights, bytes: self.weights_at..self.weights_at + bytes }];
+        self.weights_at += bytes;
+        let matrix = Matrix { pieces, dtype, inputs, outputs };
+        let (from, to) = match index {
+            0 => (&self.normed, &mut self.qkv),
+            1 => (&self.attended, &mut self.update),
+            2 => (&self.normed, &mut self.up),
+            _ => (&self.activated, &mut self.update),
+        };
+        let to = Target { buffer: to, stride: outputs, column: 0 };
+        self.device.linear(from, rows, &matrix, None, &mut self.scratch, to);
     }
 
     /// A sequence whose frames begin with `first`, in turn.
@@ -364,29 +424,6 @@ impl<D: Device> Bench<D> {
         self.device.attend(kv, span, segments, &self.qkv, heads, &mut self.attended);
         self.frames_at += 1;
         settle(&self.device, &self.attended);
-    }
-
-    /// What a layer does element by element, in its order.
-    fn pointwise(&mut self, rows: usize) {
-        let (width, heads) = (self.shape.hidden, self.shape.layer_heads());
-        let half = heads.head_dim / 2;
-        let (cos, sin) = (vec![0.8f32; rows * half], vec![0.6f32; rows * half]);
-        let rotation = Rotation { cos: &cos, sin: &sin, rotary_dim: heads.head_dim };
-        // Stored keys have the layer's own, smaller layout.
-        let segment = self.segment(0, rows, 0);
-        let layout = KvLayout { num_kv_heads: heads.num_kv_heads, head_dim: heads.head_dim, ..self.frames.layout };
-        let stored = std::mem::replace(&mut self.frames.layout, layout);
-        let device = &self.device;
-        device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
-        device.rotate(&mut self.qkv, rows, heads, &rotation);
-        let view = KvViewMut { resident: &mut self.frames, streamed: None };
-        device.append_kv(view, &[segment], &self.qkv, heads);
-        device.add(&mut self.hidden, &self.update, rows * width);
-        device.norm(&self.hidden, rows, width, &self.norm, &mut self.normed);
-        device.activate(Activation::Silu, true, &self.up, rows, self.shape.intermediate, &mut self.activated);
-        device.add(&mut self.hidden, &self.update, rows * width);
-        settle(device, &self.hidden);
-        self.frames.layout = stored;
     }
 }
 

@@ -16,6 +16,8 @@ const COPY_BYTES: usize = 8 << 20;
 
 /// Weights of a piece of compressed planes.
 const PLANE_WEIGHTS: usize = 1 << 20;
+/// Places of the piece: more than the caches hold.
+const PLANE_COPIES: usize = 24;
 
 /// Large arrays in main memory.
 pub struct MainMemory {
@@ -29,7 +31,7 @@ impl MainMemory {
     /// # Errors
     /// When the system refuses the memory.
     pub fn new(bytes: usize) -> Result<Self> {
-        let each = (bytes / 3).next_multiple_of(COPY_BYTES);
+        let each = (bytes / 3).next_multiple_of(COPY_BYTES).max(2 * COPY_BYTES);
         let mut arena = Arena::new("calibration", Tier::Cpu, 3 * each)?;
         let mut arrays = [arena.carve(each), arena.carve(each), arena.carve(each)];
         // Main memory is given out when it is written.
@@ -110,10 +112,13 @@ impl MainMemory {
     }
 }
 
-/// Weights as they may lie on disk.
+/// Weights as they may lie on disk, compressed; one piece of them in many places, so that decoding goes from main
+/// memory to main memory, as it does in a pass.
 pub struct Planes {
-    code: Vec<u8>,
+    piece: Vec<u8>,
+    codes: Vec<u8>,
     weights: Vec<u8>,
+    at: usize,
 }
 
 impl Planes {
@@ -121,17 +126,24 @@ impl Planes {
     pub fn new() -> Self {
         let random = Philox::new(1, 0);
         let values = (0..PLANE_WEIGHTS as u64 / 4).flat_map(|index| random.normals(index));
-        let weights: Vec<u8> = values.flat_map(|value| half::bf16::from_f32(0.02 * value).to_le_bytes()).collect();
-        Planes { code: planes::encode(&weights), weights }
+        let piece: Vec<u8> = values.flat_map(|value| half::bf16::from_f32(0.02 * value).to_le_bytes()).collect();
+        let codes = planes::encode(&piece).repeat(PLANE_COPIES);
+        // Main memory is given out when it is written.
+        let weights = piece.repeat(PLANE_COPIES);
+        Planes { piece, codes, weights, at: 0 }
     }
 
     /// Bytes/s of weights that each core puts together again while all do.
     pub fn decode(&mut self) -> f64 {
+        let Planes { piece, codes, weights, at } = self;
+        let code_bytes = codes.len() / PLANE_COPIES;
         let secs = repeated(Duration::from_millis(6), || {
-            planes::decode(&self.code, &mut self.weights).expect("it has just been encoded");
-            black_box(&self.weights);
+            let code = &codes[*at * code_bytes..][..code_bytes];
+            let weights = &mut weights[*at * piece.len()..][..piece.len()];
+            planes::decode(code, weights).expect("it has just been encoded");
+            *at = (*at + 1) % PLANE_COPIES;
         });
-        self.weights.len() as f64 / secs / rayon::current_num_threads() as f64
+        piece.len() as f64 / secs / rayon::current_num_threads() as f64
     }
 }
 
@@ -142,11 +154,10 @@ mod tests {
     #[test]
     fn planes_give_the_weights_again() {
         let mut planes = Planes::new();
-        let weights = planes.weights.clone();
         planes.weights.fill(0);
         assert!(planes.decode() > 0.0);
-        assert_eq!(planes.weights, weights);
-        assert!(planes.code.len() < planes.weights.len() * 3 / 4);
+        assert_eq!(planes.weights[..planes.piece.len()], planes.piece);
+        assert!(planes.codes.len() < planes.weights.len() * 3 / 4);
     }
 
     #[test]

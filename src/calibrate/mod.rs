@@ -114,6 +114,8 @@ pub fn calibrate(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Ha
             cores: cores as f64,
             dram_bytes_per_s: basics.median(Probe::Read),
             copy_bytes_per_core_s: basics.median(Probe::Copy),
+            copy_together_bytes_per_core_s: Some(basics.median(Probe::CopyTogether)),
+            copy_step_secs: Some(basics.median(Probe::Step)),
             decode_bytes_per_core_s: basics.median(Probe::Decode),
             kernels,
         },

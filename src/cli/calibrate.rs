@@ -66,6 +66,9 @@ fn table(hardware: &Hardware) -> String {
     row("ceiling: main memory", giga(raw.dram_bytes_per_s, "GB/s"));
     row("main memory, read", giga(cpu.dram_bytes_per_s, "GB/s"));
     row("copies, a core", giga(cpu.copy_bytes_per_core_s, "GB/s"));
+    if let Some(rate) = cpu.copy_together_bytes_per_core_s {
+        row("copies, each of two cores", giga(rate, "GB/s"));
+    }
     row("compressed weights, a core", giga(cpu.decode_bytes_per_core_s, "GB/s"));
     if let Some(disk) = &hardware.disk {
         row("disk, read", giga(disk.read_bytes_per_s, "GB/s"));
