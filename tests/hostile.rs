@@ -186,10 +186,12 @@ fn lines_that_need_more_memory_are_postponed() {
     );
     let (output, whole) = (scratch.path("out.jsonl"), scratch.path("whole.jsonl"));
     generate_ok(&model, &input, &whole, &["--cpu-memory", "512MiB"], 0);
-    let said = refused(&generate(&model, &input, &output, &["--cpu-memory", "64KiB"]), 1);
+    let policy = scratch.write("policy.toml", "chunk-tokens = 64\n");
+    let policy = policy.to_str().unwrap();
+    let said = refused(&generate(&model, &input, &output, &["--cpu-memory", "64KiB", "--policy", policy]), 1);
     // The hint's budget holds a short cache only.
     let size = hint(&said).split_whitespace().find(|word| word.ends_with("MiB")).unwrap().to_owned();
-    let said = refused(&generate(&model, &input, &output, &["--cpu-memory", &size]), 1);
+    let said = refused(&generate(&model, &input, &output, &["--cpu-memory", &size, "--policy", policy]), 1);
     assert!(said.contains("1 postponed") && hint(&said).contains("--cpu-memory"), "{said}");
     assert_eq!(read_jsonl(&output).len(), 1, "the output is a prefix");
     let stats = scratch.path("stats.json");

@@ -306,7 +306,7 @@ impl<D: Device> Bench<D> {
         let key_secs =
             (always(Probe::Prompt) - prompt_pages * page_wide).max(0.0) / (prompt_keys - prompt_pages * positions);
         let layer = cost(shape.layer_heads());
-        // The element-wise work and the attention of one row are next to nothing; what a layer takes beyond its products
+        // Element-wise work and attention of one row are next to nothing; what a layer takes beyond its products
         // is threads that are woken for each of its loops.
         let calls_secs = (always(Probe::WholeLayer) - always(Probe::NarrowProducts)).max(0.0);
         let pointwise_rows = POINTWISE_ROWS.min(shape.rows) as f64;

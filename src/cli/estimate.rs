@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde_json::Value;
@@ -14,6 +14,8 @@ use crate::planner::job::{Job, Request};
 
 /// Lines that are looked at; the rest of a long file is taken to be like them.
 const LINES: usize = 10_000;
+/// Bytes of a line that are looked at: a longer one counts for nothing.
+const LINE_BYTES: u64 = 1 << 20;
 
 /// Counts tokens of texts: exactly for the first ones, by their bytes from then on.
 pub struct Counter<F> {
@@ -63,11 +65,15 @@ pub fn job(file: &Path, reading: &Reading<'_>) -> Result<Job> {
     let opened = File::open(file).map_err(Error::io("read", file))?;
     let size = opened.metadata().map_err(Error::io("read", file))?.len();
     let (mut requests, mut bytes, mut lines) = (Vec::new(), 0, 0);
-    for line in BufReader::new(opened).split(b'\n').take(LINES) {
-        let line = line.map_err(Error::io("read", file))?;
-        bytes += line.len() as u64 + 1;
+    let (mut reader, mut line) = (BufReader::new(opened), Vec::new());
+    for _ in 0..LINES {
+        let len = next_line(&mut reader, &mut line).map_err(Error::io("read", file))?;
+        if len == 0 {
+            break;
+        }
+        bytes += len;
+        lines += 1;
         if let Ok(value) = serde_json::from_slice::<Value>(&line) {
-            lines += 1;
             requests.extend(reading.requests(&value));
         }
     }
@@ -78,6 +84,21 @@ pub fn job(file: &Path, reading: &Reading<'_>) -> Result<Job> {
     let job = Job::of(&requests);
     let more = if lines == LINES { size as f64 / bytes.max(1) as f64 } else { 1.0 };
     Ok(Job { requests: ((job.requests as f64 * more) as usize).max(1), ..job })
+}
+
+/// Reads a line, or of a very long one the beginning, and gives how long it is; 0 at the end.
+fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<u64> {
+    line.clear();
+    let mut len = reader.by_ref().take(LINE_BYTES).read_until(b'\n', line)? as u64;
+    let mut rest = Vec::new();
+    while len > 0 && !line.ends_with(b"\n") && !rest.ends_with(b"\n") {
+        rest.clear();
+        match reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut rest)? {
+            0 => break,
+            more => len += more as u64,
+        }
+    }
+    Ok(len)
 }
 
 impl Reading<'_> {

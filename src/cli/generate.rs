@@ -262,7 +262,7 @@ impl Arguments {
         if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
             plan_model.cost.compressed_ratio = 1.0;
         }
-        let job = self.estimate(model)?;
+        let job = self.estimate(model);
         let throttles = self.throttles()?;
         let situation = Situation {
             model: &plan_model,
@@ -293,25 +293,21 @@ impl Arguments {
         self.throttle.as_deref().map_or(Ok(Throttles::default()), |text| text.parse().map_err(wrong))
     }
 
-    /// What the job will take, as far as its file says.
-    fn estimate(&self, model: &Model) -> Result<Job> {
-        let config = &model.config;
+    /// What the job will take, as far as its file says. A pipe can be read once only, and a file without prompts is the
+    /// job's to judge: then prompts of middling length are assumed.
+    fn estimate(&self, model: &Model) -> Job {
+        let context_len = model.config.context_len;
         let max_tokens = self.max_tokens.or(model.generation.max_new_tokens).map(|count| count as usize);
-        match &self.input {
-            Some(file) if file.as_os_str() != "-" => {
-                let counter =
-                    estimate::Counter::new(|text| model.tokenizer.encode(text, true).map_or(1, |ids| ids.len()));
-                let reading = estimate::Reading {
-                    max_tokens,
-                    expected: self.expect_output_len,
-                    context_len: config.context_len,
-                    count: &|text| counter.count(text),
-                };
-                estimate::job(file, &reading)
-            }
-            // Nobody knows what will come: prompts of middling length.
-            _ => Ok(Job::uniform(1000, (config.context_len / 4).clamp(1, 512), max_tokens.unwrap_or(256))),
-        }
+        let counter = estimate::Counter::new(|text| model.tokenizer.encode(text, true).map_or(1, |ids| ids.len()));
+        let reading = estimate::Reading {
+            max_tokens,
+            expected: self.expect_output_len,
+            context_len,
+            count: &|text| counter.count(text),
+        };
+        let file = self.input.as_deref().filter(|file| file.is_file());
+        let job = file.and_then(|file| estimate::job(file, &reading).ok());
+        job.unwrap_or_else(|| Job::uniform(1000, (context_len / 4).clamp(1, 512), max_tokens.unwrap_or(256)))
     }
 
     /// The budgets, compared with what there is.
