@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What is too heavy for scripts/check.sh: the tests marked `#[ignore]`, optimised, and the dependencies once more.
+# A thousand random placements over three tiers (tests/placement.rs draws 40 in the check).
 # Ignored tests: tests/long.rs (100,000 lines in bounded memory, 50 kills) and model::synth::tests::speed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,4 +10,5 @@ part "cargo-deny install" install_cargo_deny
 part "licences, sources" cargo_deny check bans licenses sources
 part "advisories" advisories
 part "long tests" cargo test --locked --release -- --ignored
+part "a thousand placements" env PLACEMENTS=1000 cargo test --locked --release --test placement
 summary

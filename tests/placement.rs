@@ -108,6 +108,9 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
             assert!(peak.as_u64() <= budget.as_u64(), "seed {seed}: {peak} of {budget} bytes on {tier}");
         }
         decoded += u64::from(text.contains("compressed") && figures["lanes"]["disk_read"]["bytes"].as_u64() > Some(0));
+        let granted: u64 = ["gpu", "cpu"].iter().filter_map(|tier| figures["budget_bytes"][tier].as_u64()).sum();
+        let resident = figures["peak_resident_bytes"].as_u64().unwrap();
+        assert!(resident <= granted + 300_000_000, "seed {seed}: {resident} bytes resident of {granted}");
         for (count, lane) in streamed.iter_mut().zip(["disk_read", "disk_write", "h2d", "d2h"]) {
             *count += u64::from(figures["lanes"][lane]["bytes"].as_u64().unwrap_or(0) > 0);
         }

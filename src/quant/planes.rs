@@ -5,7 +5,7 @@
 //! 0.704 of the bytes of Gaussian weights and decodes 8.8 GB/s of weights a core, half as fast as they can be copied.
 //! zstd (level 1) takes 0.690, but makes exponents for 2.6 GB/s a core, before the planes are even joined.
 //!
-//! A chunk is cut into pieces that are decoded in parallel. Its form: a table of a [`Piece::HEAD`] per piece, then the
+//! A chunk is cut into pieces that are decoded in parallel. Its form: a table of a `Piece::HEAD` per piece, then the
 //! pieces, then what is left of the chunk beyond whole groups, as it is. A piece is either raw or, for each of its
 //! groups, a base and a number of patches; then all groups' signs and mantissas; then all groups' bit planes; then all
 //! patches, each a place in the group and an exponent. A chunk that would not become smaller is stored as it is, which

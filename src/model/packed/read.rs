@@ -117,7 +117,7 @@ impl PackedModel {
     /// Reads every block and compares it with what was packed; `progress` gets the bytes of each.
     ///
     /// # Errors
-    /// As [`PackedModel::check_chunk`], or `Error::IoAt`.
+    /// As [`Extent::check`], or `Error::IoAt`.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let stages = self.stages.values().map(|file| &**file);
         let mut files: Vec<&PackedFile> = stages.chain([&self.small]).collect();

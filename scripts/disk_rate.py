@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""The disk lane of a streaming run beside a raw O_DIRECT read of the same files, in interleaved pairs.
+
+usage: disk_rate.py PACKED_DIR [--pairs 5] [--cpu-memory 3GiB]
+
+The raw read is `dd iflag=direct bs=16M` over the layers, one after the other; the run is `tidemill generate` with few
+sequences, so that the disk binds. Prints a line per pair and the median ratio.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+
+
+def raw_rate(layers):
+    """Bytes per second of plain direct reads."""
+    started, total = time.monotonic(), 0
+    for layer in layers:
+        command = ["dd", f"if={layer}", "of=/dev/null", "bs=16M", "iflag=direct"]
+        done = subprocess.run(command, check=True, capture_output=True)
+        total += int(re.search(rb"(\d+) bytes", done.stderr)[1])
+    return total / (time.monotonic() - started)
+
+
+def lane_rate(binary, model, cpu_memory, scratch):
+    """Bytes per second of the disk lane over the whole run, waiting included, and its share of the time."""
+    source, output, stats = (scratch / name for name in ("in.jsonl", "out.jsonl", "stats.json"))
+    lines = [{"prompt": [5 + i] * 8, "max_tokens": 3, "temperature": 0, "ignore_eos": True} for i in range(4)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for left in scratch.glob("out.jsonl*"):
+        left.unlink()
+    policy = scratch / "policy.toml"
+    policy.write_text("sequences = 4\nchunk-tokens = 32\npages = 9\nweight-slots = 2\nweights = { disk = 1.0 }\n")
+    command = [binary, "generate", "--model", model, "--input", source, "--output", output, "--stats", stats]
+    command += ["--policy", policy, "--cpu-memory", cpu_memory, "--progress", "none", "--cache-dir", scratch]
+    subprocess.run(command, check=True, capture_output=True)
+    figures = json.loads(stats.read_text())
+    lane = figures["lanes"]["disk_read"]
+    return lane["bytes"] / figures["wall_s"], lane["busy_s"] / figures["wall_s"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cpu-memory", default="3GiB")
+    parser.add_argument("--binary", default="target/release/tidemill")
+    arguments = parser.parse_args()
+    layers = sorted(arguments.model.glob("layer-*[0-9].safetensors"))[:12]
+    ratios = []
+    with tempfile.TemporaryDirectory() as directory:
+        for pair in range(arguments.pairs):
+            raw = raw_rate(layers)
+            lane, share = lane_rate(arguments.binary, arguments.model, arguments.cpu_memory, pathlib.Path(directory))
+            ratios.append(lane / raw)
+            rates = f"raw {raw / 1e9:.2f} GB/s, lane {lane / 1e9:.2f} GB/s, busy {share:.0%}"
+            print(f"pair {pair + 1}: {rates}: {ratios[-1]:.2f}")
+    print(f"median ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
