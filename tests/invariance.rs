@@ -201,14 +201,15 @@ fn killed_at_20_moments() {
 #[test]
 fn stopped_by_a_signal() {
     let scratch = Scratch::new();
-    let input = scratch.write("in.jsonl", long_job(30));
+    let input = scratch.write("in.jsonl", long_job(150));
     let expected = bytes(&DEMO, &input, "expected.jsonl", &scratch, &[]);
     for (number, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
         let (output, said) = (scratch.path(&format!("{name}.jsonl")), scratch.path("said"));
         let (stats, again) = (scratch.path("stats.json"), scratch.path("again.json"));
         let mut child = start(command("demo", &input, &output, &["--stats", stats.to_str().unwrap()]), &said);
         wait_for_text(&said, "model demo", Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(700));
+        // Long enough to have sampled, far from long enough to be done.
+        std::thread::sleep(Duration::from_millis(300));
         signal(&child, number);
         let status = wait(&mut child, Duration::from_secs(10)).expect("the process ends soon after a signal");
         let text = std::fs::read_to_string(&said).unwrap();
