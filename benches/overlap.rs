@@ -7,7 +7,6 @@
 use std::time::Instant;
 
 use tidemill::calibrate::{Options, calibrate};
-use tidemill::cost::Costs;
 use tidemill::device::host::Host;
 use tidemill::device::sampling::{Draw, Target};
 use tidemill::error::Tier;
@@ -25,7 +24,7 @@ use tidemill::planner::search::rehearse;
 use tidemill::policy::{Policy, Split};
 use tidemill::rng::Philox;
 use tidemill::schedule::placement::Placement;
-use tidemill::schedule::price::{Demand, Resources, step_work};
+use tidemill::schedule::price::{Demand, Resources, placed, step_work};
 use tidemill::schedule::shape::BlockShape;
 use tidemill::schedule::step::Lane;
 use tidemill::schedule::{Block, Pass, Run};
@@ -191,8 +190,7 @@ fn run(
         }
     }
     let placement = executor.placement();
-    let mut costs = Costs::new(&plan_model.cost, &hardware);
-    costs.head_parts = (placement.stages.len() - placement.num_layers).max(1);
+    let costs = placed(&plan_model.cost, &hardware, placement);
     let rehearsed = rehearse(placement, &shapes, &costs, 3);
     let simulated = rehearsed.ends[1] - rehearsed.ends[0];
     let mut demand = Demand::none();

@@ -2,15 +2,15 @@
 //!
 //! `cargo bench --bench passes` loads a Llama shape of 1.1 B parameters (seeded bf16 weights) into memory, measures this
 //! machine, runs single passes, and prints predicted over measured seconds: of decoding with few and many sequences,
-//! of a chunk of a prompt, of both at once. Measuring and running take turns, since shared machines drift. `-- --quick`
-//! calibrates quickly, `-- CONFIG.json` takes another model, `-- --rounds N` takes more turns.
+//! of a chunk of a prompt, of both at once. The machine is measured before every pass, since shared machines drift.
+//! `-- --quick` calibrates quickly, `-- CONFIG.json` takes another model, `-- --rounds N` takes more turns.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tidemill::calibrate::{Options, calibrate};
-use tidemill::cost::{Costs, ModelCost};
+use tidemill::cost::ModelCost;
 use tidemill::device::host::Host;
 use tidemill::device::sampling::{Draw, SampleRule, Target};
 use tidemill::error::Tier;
@@ -26,7 +26,7 @@ use tidemill::model::packed::pack::Packer;
 use tidemill::planner::model::element;
 use tidemill::policy::{Policy, Split};
 use tidemill::schedule::placement::Placement;
-use tidemill::schedule::price::step_work;
+use tidemill::schedule::price::{placed, step_work};
 use tidemill::schedule::step::Op;
 use tidemill::schedule::{Pass, Run};
 
@@ -34,7 +34,7 @@ use tidemill::schedule::{Pass, Run};
 const PAGES: usize = 1600;
 /// Rows of a pass at most.
 const ROWS: usize = 1024;
-/// Repetitions of a pass in a turn: two at least, and as many as begin within this time.
+/// Repetitions of a pass in a turn: three at least, and as many as begin within this time.
 const TURN: Duration = Duration::from_millis(600);
 
 /// A turn in which others took more than this many cores tells nothing.
@@ -49,21 +49,19 @@ struct Case {
     prompt_context: usize,
 }
 
-const CASES: [Case; 9] = [
-    Case { decodes: 4, context: 128, prompt: 0, prompt_context: 0 },
+const CASES: [Case; 7] = [
     Case { decodes: 16, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 1, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 64, context: 128, prompt: 0, prompt_context: 0 },
     Case { decodes: 64, context: 1024, prompt: 0, prompt_context: 0 },
     Case { decodes: 200, context: 256, prompt: 0, prompt_context: 0 },
     Case { decodes: 0, context: 0, prompt: 512, prompt_context: 0 },
-    Case { decodes: 0, context: 0, prompt: 512, prompt_context: 1024 },
     Case { decodes: 64, context: 256, prompt: 192, prompt_context: 0 },
 ];
 
 fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
+    (samples[(samples.len() - 1) / 2] + samples[samples.len() / 2]) / 2.0
 }
 
 fn executor(model: &Model) -> Executor<Host> {
@@ -138,7 +136,7 @@ fn measured(executor: &mut Executor<Host>, (pass, draws): &(Pass, Vec<Draw>)) ->
     let mut samples = [Vec::new(), Vec::new(), Vec::new()];
     let mut record = None;
     let turn = Instant::now();
-    while record.is_none() || samples[0].len() < 2 || turn.elapsed() < TURN {
+    while record.is_none() || samples[0].len() < 3 || turn.elapsed() < TURN {
         executor.trace();
         let began = Instant::now();
         executor.run(pass, draws).expect("runs");
@@ -154,8 +152,8 @@ fn measured(executor: &mut Executor<Host>, (pass, draws): &(Pass, Vec<Draw>)) ->
 }
 
 /// The same as the cost model has it, and the layers' products, attention and element-wise work.
-fn predicted(record: &PassRecord, cost: &ModelCost, hardware: &Hardware) -> [f64; 6] {
-    let costs = Costs::new(cost, hardware);
+fn predicted(record: &PassRecord, cost: &ModelCost, hardware: &Hardware, placement: &Placement) -> [f64; 6] {
+    let costs = placed(cost, hardware, placement);
     let of = |op: Option<Op>| -> f64 {
         let steps = record.steps.iter().filter(|step| op.is_none_or(|op| step.op == op));
         steps.map(|step| step_work(step, &record.blocks, &costs).lane_secs).sum()
@@ -217,18 +215,14 @@ fn main() {
     runs.iter().for_each(|(pass, draws)| drop(executor.run(pass, draws).expect("runs")));
     let mut ratios = vec![[Vec::new(), Vec::new(), Vec::new()]; CASES.len()];
     for round in 0..rounds {
-        let options = Options { quick, disk: None, memory_bytes: limits::default_cpu_memory() };
-        wait_for_quiet();
-        let (hardware, disturbed) = watched(|| calibrate(&options, &mut |_| ()).expect("calibrates"));
-        println!("round {round}: others took {disturbed:.2} cores while calibrating");
-        println!("  ms: predicted / measured; predicted layers = products + attention + element by element");
-        if disturbed > QUIET {
-            continue;
-        }
+        println!("round {round}; ms: predicted / measured; layers = products + attention + element by element");
         for (index, (case, run)) in CASES.iter().zip(&runs).enumerate() {
+            let options = Options { quick, disk: None, memory_bytes: limits::default_cpu_memory() };
             wait_for_quiet();
-            let ((measured, record), disturbed) = watched(|| measured(&mut executor, run));
-            let secs = predicted(&record, &cost, &hardware);
+            let (hardware, before) = watched(|| calibrate(&options, &mut |_| ()).expect("calibrates"));
+            let ((measured, record), during) = watched(|| measured(&mut executor, run));
+            let disturbed = before.max(during);
+            let secs = predicted(&record, &cost, &hardware, executor.placement());
             let ms = |secs: f64| 1e3 * secs;
             println!(
                 "  {:3} x {:4} + {:3} @ {:4}: pass {:7.1} / {:7.1}; layers {:7.1} / {:7.1} ({:.1} + {:.1} + {:.1}); \

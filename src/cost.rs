@@ -119,6 +119,8 @@ pub struct ModelCost {
     pub embed_size: usize,
     /// Query heads times their width.
     pub query_width: usize,
+    /// Key heads.
+    pub num_kv_heads: usize,
     /// Key heads times their width.
     pub kv_width: usize,
     /// Rows of the embedding table.
@@ -138,6 +140,8 @@ pub struct ModelCost {
 pub struct LayerLoad {
     /// New positions.
     pub rows: f64,
+    /// Sequences that they belong to.
+    pub segments: f64,
     /// Keys that they attend to, summed over them.
     pub keys: f64,
     /// KV pages that its segments read, summed over the segments.
@@ -174,6 +178,7 @@ impl ModelCost {
             hidden_size: config.hidden_size,
             embed_size: config.embed_size,
             query_width,
+            num_kv_heads: config.num_kv_heads,
             kv_width,
             vocab_size: config.vocab_size,
             frame_bytes: (frame / 4096.0).ceil() * 4096.0,
@@ -222,12 +227,14 @@ pub struct Costs<'a> {
     pub hardware: &'a Hardware,
     /// Steps that make the logits of a pass: 1, or the parts of a head that is streamed.
     pub head_parts: usize,
+    /// Rows that meet the head at once.
+    pub logit_rows: usize,
 }
 
 impl<'a> Costs<'a> {
-    /// Prices `model` on `hardware`, with a head that is there as a whole.
+    /// Prices `model` on `hardware`, with a head that is there as a whole and meets all rows at once.
     pub fn new(model: &'a ModelCost, hardware: &'a Hardware) -> Self {
-        Costs { model, hardware, head_parts: 1 }
+        Costs { model, hardware, head_parts: 1, logit_rows: usize::MAX }
     }
 
     /// `bytes` over a link in `steps` steps.
@@ -295,14 +302,15 @@ impl<'a> Costs<'a> {
         Work { lane_secs: secs + latency, core_secs: secs * cores, dram_bytes, ..Work::default() }
     }
 
-    /// Seconds of attention: many rows of a segment share the keys of a page; one row alone is bound by its arithmetic
-    /// or by the page's bytes.
+    /// Seconds of attention: beginning a segment, reading each page once, arithmetic. Many rows of a segment share what
+    /// the arithmetic of one row alone loses.
     fn attention_secs(&self, kernels: &Kernels, load: &LayerLoad) -> f64 {
-        let flops = self.model.key_flops();
+        let (model, flops) = (self.model, self.model.key_flops());
         let key = flops / kernels.attention_prefill_flops;
-        let alone = PAGE_POSITIONS * flops / kernels.attention_decode_flops;
-        let page = alone.max(self.model.frame_bytes / kernels.attention_bytes_per_s) - PAGE_POSITIONS * key;
-        load.keys * key + load.pages * page.max(0.0)
+        let alone = (PAGE_POSITIONS * (flops / kernels.attention_decode_flops - key)).max(0.0);
+        let page = alone + model.frame_bytes / kernels.attention_bytes_per_s;
+        let segment = model.num_kv_heads as f64 * kernels.attention_segment_secs;
+        load.keys * key + load.pages * page + load.segments * segment
     }
 
     /// One layer of a block, attention included.
@@ -354,7 +362,12 @@ impl<'a> Costs<'a> {
             return Work::none();
         }
         let (model, kernels) = (self.model, self.hardware.kernels());
-        let product = model.head_weights() * kernels.curve(model.weights).secs_per_weight(outputs);
+        let together = self.logit_rows as f64;
+        let (whole, rest) = ((outputs / together).floor(), outputs % together);
+        let curve = kernels.curve(model.weights);
+        let rest = if rest > 0.0 { curve.secs_per_weight(rest) } else { 0.0 };
+        let rounds = if whole > 0.0 { whole * curve.secs_per_weight(together) } else { 0.0 };
+        let product = model.head_weights() * (rounds + rest);
         let logits = outputs * model.vocab_size as f64;
         let secs = product + logits / kernels.sampled_logits_per_s;
         let share = 1.0 / self.head_parts as f64;
@@ -410,18 +423,22 @@ pub(crate) mod tests {
         hardware.gpu = None;
         hardware.links = None;
         let costs = Costs::new(&model, &hardware);
-        let decode = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 1.0, keys: 640.0, pages: 10.0 });
-        let bound = (640.0 * 1024.0 / 5e9_f64).max(10.0 * model.frame_bytes / 5e9);
-        assert!((decode - bound).abs() < 1e-12, "{decode} {bound}");
-        let prefill =
-            costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 640.0, keys: 204_800.0, pages: 10.0 });
+        let mut kernels = hardware.kernels().clone();
+        let load = LayerLoad { rows: 1.0, segments: 1.0, keys: 640.0, pages: 10.0 };
+        let decode = costs.attention_secs(&kernels, &load);
+        let sum = 640.0 * 1024.0 / 5e9_f64 + 10.0 * model.frame_bytes / 5e9;
+        assert!((decode - sum).abs() < 1e-12, "{decode} {sum}");
+        // Beginning a segment costs once per key head, of which there are two.
+        kernels.attention_segment_secs = 1e-6;
+        assert!((costs.attention_secs(&kernels, &load) - decode - 2e-6).abs() < 1e-12);
+        let prefill = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 640.0, keys: 204_800.0, ..load });
         assert!((prefill / (204_800.0 * 1024.0 / 2e10) - 1.0).abs() < 0.02);
     }
 
     #[test]
     fn computing_on_the_cpu_takes_its_cores() {
         let (model, hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
-        let load = LayerLoad { rows: 64.0, keys: 6400.0, pages: 128.0 };
+        let load = LayerLoad { rows: 64.0, segments: 64.0, keys: 6400.0, pages: 128.0 };
         let device = Costs::new(&model, &hardware).layer(&load);
         assert_eq!((device.core_secs, device.dram_bytes), (0.0, 0.0));
         let host = hardware.without_gpu();

@@ -92,10 +92,13 @@ pub struct Kernels {
     pub matmul: BTreeMap<Element, Curve>,
     /// FLOP/s of attention (4 per query head, dimension and key) where a segment has many rows.
     pub attention_prefill_flops: f64,
-    /// FLOP/s of attention where a segment has one row; its bytes may bind before.
+    /// FLOP/s of attention where a segment has one row, besides reading keys and values.
     pub attention_decode_flops: f64,
-    /// Bytes/s of keys and values that attention of one row can read.
+    /// Bytes/s at which attention of one row reads keys and values.
     pub attention_bytes_per_s: f64,
+    /// Seconds that a segment takes per key head, besides what its pages take.
+    #[serde(default)]
+    pub attention_segment_secs: f64,
     /// Bytes/s of norms, activations, residuals, embeddings: everything that goes element by element.
     pub pointwise_bytes_per_s: f64,
     /// Logits/s that sampling looks at.
@@ -567,8 +570,10 @@ impl Kernels {
         if let Some((key, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
             return Err(format!("`{place}.{key}` is {rate}, it must be positive"));
         }
-        if !(0.0..1.0).contains(&self.step_secs) {
-            return Err(format!("`{place}.step_secs` is {}, it must be at least 0 and less than 1", self.step_secs));
+        for (key, secs) in [("step_secs", self.step_secs), ("attention_segment_secs", self.attention_segment_secs)] {
+            if !(0.0..1.0).contains(&secs) {
+                return Err(format!("`{place}.{key}` is {secs}, it must be at least 0 and less than 1"));
+            }
         }
         if self.matmul.is_empty() {
             return Err(format!("`{place}.matmul` has no curve"));
@@ -595,6 +600,7 @@ impl Kernels {
             attention_prefill_flops: flops.max(self.attention_prefill_flops),
             attention_decode_flops: flops.max(self.attention_decode_flops),
             attention_bytes_per_s: bytes_per_s.max(self.attention_bytes_per_s),
+            attention_segment_secs: 0.0,
             pointwise_bytes_per_s: bytes_per_s.max(self.pointwise_bytes_per_s),
             sampled_logits_per_s: bytes_per_s.max(self.sampled_logits_per_s),
             step_secs: 0.0,
@@ -613,6 +619,7 @@ pub(crate) mod tests {
             attention_prefill_flops: 2e10 * scale,
             attention_decode_flops: 5e9 * scale,
             attention_bytes_per_s: 5e9 * scale,
+            attention_segment_secs: 0.0,
             pointwise_bytes_per_s: 1e10 * scale,
             sampled_logits_per_s: 1e8 * scale,
             step_secs: 1e-5,

@@ -9,7 +9,7 @@ use tidemill::schedule::fences::Fences;
 use tidemill::schedule::lower::{Carried, lower};
 use tidemill::schedule::placement::{ModelBytes, Placement};
 use tidemill::schedule::shape::{BlockShape, Pages};
-use tidemill::schedule::step::{Op, Slots, Step};
+use tidemill::schedule::step::{Op, Slot, Slots, Step};
 
 fn model(layers: usize, chunks: usize) -> ModelBytes {
     ModelBytes {
@@ -241,6 +241,7 @@ fn rounded_shares_add_up() {
 }
 
 #[test]
-fn steps_name_at_most_six_slots() {
-    assert_eq!(Slots::none().iter().count(), 0);
+#[should_panic(expected = "six slots at most")]
+fn a_seventh_slot_is_a_bug() {
+    let _ = (0..7).fold(Slots::none(), |slots, index| slots.and(Slot::Weights(index)));
 }

@@ -53,7 +53,6 @@ const GRAPH: &[(&str, &[&str])] = &[
         &[
             "bench::trace",
             "calibrate",
-            "cost::Costs",
             "device",
             "durable",
             "engine",

@@ -41,7 +41,9 @@ const SAMPLED_ROWS: usize = 32;
 /// The vocabulary that is sampled from.
 const VOCAB_SIZE: usize = 32_000;
 /// Keys that single queries attend to.
-const CONTEXT: usize = 1024;
+const CONTEXT: usize = 512;
+/// Keys of so few that beginning counts.
+const SHORT: usize = PAGE_POSITIONS;
 /// Queries of a prompt.
 const PROMPT: usize = 512;
 /// How much narrower a layer is that tells what its calls cost: its products take little.
@@ -149,8 +151,8 @@ enum Probe {
     Products(Element, DType, usize),
     /// Attention of a prompt.
     Prompt,
-    /// Attention of single queries, with so many query heads to a key head.
-    Single(usize),
+    /// Attention of single queries, with so many query heads to a key head and so many keys.
+    Single(usize, usize),
     /// Norms, rotation, keys put away, activation, sums.
     Pointwise,
     /// A narrow layer of one row, whole: what calls cost beyond their work.
@@ -248,16 +250,17 @@ impl<D: Device> Bench<D> {
         });
         let others = [
             Probe::Prompt,
-            Probe::Single(1),
-            Probe::Single(WIDE_GROUP),
+            Probe::Single(1, SHORT),
+            Probe::Single(1, CONTEXT),
+            Probe::Single(WIDE_GROUP, CONTEXT),
             Probe::Pointwise,
             Probe::WholeLayer,
             Probe::NarrowProducts,
             Probe::Sampling,
         ];
         let probes: Vec<Probe> = curves.chain(others).collect();
-        let patience = budget / 20;
-        // Rows of which products took longer; more rows would take longer still.
+        let patience = (budget / 12).as_secs_f64();
+        // Rows of which products took longer the last time; more rows would take longer still.
         let mut too_slow: BTreeMap<Element, usize> = BTreeMap::new();
         let samples = rounds(&probes, budget, |probe| {
             if let Probe::Products(element, _, rows) = probe
@@ -267,10 +270,12 @@ impl<D: Device> Bench<D> {
             }
             let mut secs = 0.0;
             rayon::scope(|_| secs = self.sample(probe));
-            if let Probe::Products(element, _, rows) = probe
-                && secs > patience.as_secs_f64()
-            {
-                too_slow.insert(element, rows);
+            if let Probe::Products(element, _, rows) = probe {
+                if secs > patience {
+                    too_slow.insert(element, rows);
+                } else if too_slow.get(&element) == Some(&rows) {
+                    too_slow.remove(&element);
+                }
             }
             Ok(Some(secs))
         })?;
@@ -296,10 +301,19 @@ impl<D: Device> Bench<D> {
         }
         let cost = |heads: Heads| ModelCost::new(&shape.config(heads), None, Element::Bf16, Element::Bf16);
         let (narrow, wide) = (cost(shape.heads(1)), cost(shape.heads(WIDE_GROUP)));
-        let pages = self.single_segments(1).len() * pages_for(CONTEXT);
-        let (page_narrow, page_wide) =
-            (always(Probe::Single(1)) / pages as f64, always(Probe::Single(WIDE_GROUP)) / pages as f64);
+        let segment = |group: usize, context: usize| {
+            always(Probe::Single(group, context)) / self.single_segments(1, context).len() as f64
+        };
+        let (short, long) = (segment(1, SHORT), segment(1, CONTEXT));
+        let page_narrow = (long - short).max(0.0) / (pages_for(CONTEXT) - pages_for(SHORT)) as f64;
+        let segment_secs = (short - page_narrow).max(0.0);
+        let page_wide = ((segment(WIDE_GROUP, CONTEXT) - segment_secs) / pages_for(CONTEXT) as f64).max(page_narrow);
+        // Reading a page takes the same for every group; arithmetic goes by the queries.
         let positions = PAGE_POSITIONS as f64;
+        // It is no faster than the best product, whatever noise says.
+        let best = matmul.values().map(Curve::best_flops).fold(0.0, f64::max);
+        let arithmetic = ((page_wide - page_narrow) / (wide.key_flops() - narrow.key_flops())).max(positions / best);
+        let reading = (page_narrow - arithmetic * narrow.key_flops()).max(0.05 * page_narrow);
         // A prompt's pages are read and widened once besides what its keys take.
         let prompt_keys = (PROMPT * (PROMPT + 1) / 2) as f64;
         let prompt_pages = pages_for(PROMPT) as f64;
@@ -313,8 +327,9 @@ impl<D: Device> Bench<D> {
         Kernels {
             matmul,
             attention_prefill_flops: wide.key_flops() / key_secs,
-            attention_decode_flops: positions * wide.key_flops() / page_wide,
-            attention_bytes_per_s: narrow.frame_bytes / page_narrow,
+            attention_decode_flops: positions / arithmetic,
+            attention_bytes_per_s: narrow.frame_bytes / reading,
+            attention_segment_secs: segment_secs / shape.heads(1).num_kv_heads as f64,
             pointwise_bytes_per_s: pointwise_rows * layer.pointwise_bytes / always(Probe::Pointwise),
             sampled_logits_per_s: (SAMPLED_ROWS * VOCAB_SIZE) as f64 / always(Probe::Sampling),
             step_secs: handover_secs + calls_secs,
@@ -327,7 +342,7 @@ impl<D: Device> Bench<D> {
         repeated(SAMPLE_TIME, || match probe {
             Probe::Products(_, dtype, rows) => self.layer(shape, rows, Some(dtype), false),
             Probe::Prompt => self.attend(&[self.segment(0, PROMPT, 0)], WIDE_GROUP),
-            Probe::Single(group) => self.attend(&self.single_segments(self.frames_at), group),
+            Probe::Single(group, context) => self.attend(&self.single_segments(self.frames_at, context), group),
             Probe::Pointwise => self.layer(shape, POINTWISE_ROWS.min(shape.rows), None, true),
             Probe::WholeLayer => self.layer(narrow, 1, Some(DType::Bf16), true),
             Probe::NarrowProducts => self.layer(narrow, 1, Some(DType::Bf16), false),
@@ -410,10 +425,10 @@ impl<D: Device> Bench<D> {
     }
 
     /// Single queries, each with frames of its own, of as many sequences as there are frames for.
-    fn single_segments(&self, first: usize) -> Vec<Segment> {
-        let pages = pages_for(CONTEXT);
+    fn single_segments(&self, first: usize, context: usize) -> Vec<Segment> {
+        let pages = pages_for(context);
         let count = (self.shape.num_frames() / pages).clamp(1, self.shape.rows.max(PROMPT));
-        let segment = |row: usize| Segment { first_row: row, ..self.segment(CONTEXT - 1, 1, first + row * pages) };
+        let segment = |row: usize| Segment { first_row: row, ..self.segment(context - 1, 1, first + row * pages) };
         (0..count).map(segment).collect()
     }
 

@@ -136,8 +136,26 @@ pub fn calibrate(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Ha
             disk_write_bytes_per_s: disk.as_ref().map(|measured| measured.raw_write),
         },
     };
+    let hardware = rounded(&hardware);
     hardware.validate().unwrap_or_else(|what| panic!("measured a profile that is not one: {what}"));
     Ok(hardware)
+}
+
+/// The profile with four digits of every number that was measured: more would be noise.
+fn rounded(hardware: &Hardware) -> Hardware {
+    fn round(value: &mut toml::Value) {
+        match value {
+            toml::Value::Float(number) => {
+                *number = format!("{number:.3e}").parse().expect("it was written as a number")
+            }
+            toml::Value::Array(values) => values.iter_mut().for_each(round),
+            toml::Value::Table(table) => table.iter_mut().for_each(|(_, value)| round(value)),
+            _ => {}
+        }
+    }
+    let mut value = toml::Value::try_from(hardware).expect("a profile is plain data");
+    round(&mut value);
+    value.try_into().expect("only digits have changed")
 }
 
 impl Budgets {

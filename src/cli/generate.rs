@@ -20,7 +20,6 @@ use super::progress::Progress;
 use super::resources::{self, Budgets};
 use super::{estimate, pack, say, signals, stats};
 use crate::bench::trace;
-use crate::cost::Costs;
 use crate::device::Device;
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
@@ -39,6 +38,7 @@ use crate::model::packed::read::PackedModel;
 use crate::model::packed::{Packed, cache};
 use crate::planner::job::Job;
 use crate::planner::model::{self, PlanModel};
+use crate::schedule::price::placed;
 use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
@@ -543,11 +543,7 @@ impl Running<'_> {
     fn write_trace<D: Device>(&self, path: &Path, executor: &mut Executor<D>) -> Result<()> {
         let (events, records) = executor.take_trace();
         let Resolved { decision, model, .. } = self.resolved;
-        let costs = decision.hardware.as_ref().map(|hardware| {
-            let placement = &decision.placement;
-            let head_parts = (placement.stages.len() - placement.num_layers).max(1);
-            Costs { head_parts, ..Costs::new(&model.cost, hardware) }
-        });
+        let costs = decision.hardware.as_ref().map(|hardware| placed(&model.cost, hardware, &decision.placement));
         let mut text = Vec::new();
         trace::write(&mut text, &events, &records, costs.as_ref()).expect("memory takes what is written");
         std::fs::write(path, text).map_err(Error::io("write", path))

@@ -69,13 +69,23 @@ impl Situation<'_> {
             budgets: self.budgets,
             name: &self.model.name,
         };
-        if self.policy.is_some() {
-            let placement = resources::fit(&wishes)?;
-            return self.expect(placement, measure, None);
-        }
         match resources::fit(&wishes) {
-            Ok(placement) if self.is_roomy(&placement) => self.expect(placement, measure, None),
+            Ok(placement) if self.policy.is_some() || self.is_roomy(&placement) => {
+                let hardware = self.profile(measure)?;
+                Ok(self.expect(placement, hardware, None))
+            }
+            Err(error) if self.policy.is_some() => Err(error),
             _ => self.plan(),
+        }
+    }
+
+    fn question<'a>(&'a self, hardware: &'a Hardware) -> Question<'a> {
+        Question {
+            model: self.model,
+            hardware,
+            budgets: lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64)),
+            capabilities: Capabilities { cpu_attention: false },
+            job: self.job,
         }
     }
 
@@ -87,15 +97,7 @@ impl Situation<'_> {
 
     fn plan(&self) -> Result<Decision> {
         let hardware = self.profile(true)?.expect("it was measured");
-        let budgets = lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64));
-        let question = Question {
-            model: self.model,
-            hardware: &hardware,
-            budgets,
-            capabilities: Capabilities { cpu_attention: false },
-            job: self.job,
-        };
-        let plan = question.plan()?;
+        let plan = self.question(&hardware).plan()?;
         let share = |split: &crate::policy::Split| {
             let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
             let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
@@ -112,18 +114,13 @@ impl Situation<'_> {
             if policy.compressed { ", compressed planes" } else { "" },
             plan.bottleneck.name(),
         );
-        self.expect(plan.placement, true, Some(said))
+        Ok(self.expect(plan.placement, Some(hardware), Some(said)))
     }
 
     /// The decision for a placement, with what is expected of it where the machine is known.
-    fn expect(&self, placement: Placement, measure: bool, said: Option<String>) -> Result<Decision> {
-        let hardware = self.profile(measure)?;
+    fn expect(&self, placement: Placement, hardware: Option<Hardware>, said: Option<String>) -> Decision {
         let prediction = hardware.as_ref().map(|hardware| predict(self.model, hardware, &placement, self.job));
-        let bound = hardware.as_ref().and_then(|hardware| {
-            let budgets = lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64));
-            let capabilities = Capabilities { cpu_attention: false };
-            Question { model: self.model, hardware, budgets, capabilities, job: self.job }.bound()
-        });
+        let bound = hardware.as_ref().and_then(|hardware| self.question(hardware).bound());
         let expected = prediction.map(|prediction| {
             let bound = bound.map_or(String::new(), |(rate, by)| format!(", bound {rate:.1} by {}", by.name()));
             format!("expected {:.1} tokens/s in all{bound}", prediction.total_tokens_per_s)
@@ -133,7 +130,7 @@ impl Situation<'_> {
             (said, expected) => said.or(expected),
         };
         let bound_tokens_per_s = bound.map(|(rate, _)| rate);
-        Ok(Decision { placement, prediction, bound_tokens_per_s, hardware, said })
+        Decision { placement, prediction, bound_tokens_per_s, hardware, said }
     }
 
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.

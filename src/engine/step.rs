@@ -1,7 +1,6 @@
 //! One pass: which rows it carries, and what becomes of the tokens drawn.
 //!
-//! **Invariant:** every active sequence that decodes has a row in every pass; prompts share what the chunk leaves,
-//! first come first served.
+//! **Invariant:** a pass is composed as [`Wishes`] says; a token that was drawn is taken in exactly once.
 
 use std::time::Instant;
 
@@ -9,10 +8,11 @@ use super::sequence::{self, Job, Sequence, prompt_scores};
 use super::{Engine, journal_sample};
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn, Problem, Target};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::job::Writer;
 use crate::job::request::{LineError, SampledToken};
 use crate::schedule::Run;
+use crate::schedule::compose::{Fill, Wishes};
 
 /// Who asked for a draw.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,24 @@ struct Asked {
     rows: usize,
 }
 
+/// The engine while it fills a pass.
+struct Filling<'a, 'm, D: Device> {
+    engine: &'a mut Engine<'m, D>,
+    asked: Asked,
+}
+
+impl<D: Device> Fill for Filling<'_, '_, D> {
+    type Error = Error;
+
+    fn open_block(&mut self) {
+        self.engine.pass.open_block();
+    }
+
+    fn take_up(&mut self, sequence: usize, most: usize) -> Result<usize> {
+        self.engine.take_up(sequence, most, &mut self.asked)
+    }
+}
+
 impl<D: Device> Engine<'_, D> {
     /// Computes one pass and takes its tokens in.
     pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
@@ -50,51 +68,21 @@ impl<D: Device> Engine<'_, D> {
     }
 
     /// Fills the pass, and lists what is asked of its rows.
-    ///
-    /// Every block gets its share of the sequences that decode and of the prompt tokens, so that blocks take equally
-    /// long and stream equally many pages. What the blocks of this pass have no room for waits for the next one.
     fn compose(&mut self) -> Result<(Vec<Draw>, Vec<Asker>)> {
         self.pass.clear();
-        let mut asked = Asked::default();
         let (decoding, prompts): (Vec<usize>, Vec<usize>) =
             (0..self.active.len()).partition(|&index| self.active[index].decodes());
-        let left: usize = prompts.iter().map(|&index| self.active[index].uncomputed()).sum();
-        let blocks = self.executor.placement().policy.blocks.min(decoding.len() + left).max(1);
-        let share = |total: usize, block: usize, parts: usize| total * (block + 1).min(parts) / parts;
-        // A sequence is in one block of a pass: fewer prompts than blocks take larger shares, so that the last ones
-        // are not cut ever thinner.
-        let takers = blocks.min(prompts.len()).max(1);
-        let chunk_tokens = self.batch.chunk_tokens;
-        let chunk = |block: usize| share(chunk_tokens, block, takers);
-        let (mut decoding, mut waiting) = (decoding.into_iter().peekable(), Vec::new());
-        let (mut prompts, mut decodes, mut prompt_tokens) = (prompts.into_iter().peekable(), 0, 0);
-        let total = self.active.len() - prompts.len();
-        for block in 0..blocks {
-            self.pass.open_block();
-            // Sequences that found no room in the block before.
-            let again = std::mem::take(&mut waiting);
-            while decodes < share(total, block, blocks) {
-                decodes += 1;
-                waiting.extend(decoding.next());
-            }
-            waiting.splice(0..0, again);
-            for index in std::mem::take(&mut waiting) {
-                if self.take_up(index, 1, &mut asked)? == 0 {
-                    waiting.push(index);
-                }
-            }
-            let upto = chunk(block);
-            while prompt_tokens < upto {
-                let Some(&index) = prompts.peek() else { break };
-                let taken = self.take_up(index, upto - prompt_tokens, &mut asked)?;
-                if taken == 0 {
-                    break;
-                }
-                prompt_tokens += taken;
-                prompts.next();
-            }
-        }
-        Ok((asked.draws, asked.askers))
+        let wishes = Wishes {
+            prompt_tokens: prompts.iter().map(|&index| self.active[index].uncomputed()).sum(),
+            decoding,
+            prompts,
+            blocks: self.executor.placement().policy.blocks,
+            chunk_tokens: self.batch.chunk_tokens,
+        };
+        let mut filling = Filling { engine: self, asked: Asked::default() };
+        wishes.compose(&mut filling)?;
+        let Asked { draws, askers, .. } = filling.asked;
+        Ok((draws, askers))
     }
 
     /// Puts up to `most` new positions of a sequence into the last block; gives how many.

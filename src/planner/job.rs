@@ -8,11 +8,21 @@ use crate::schedule::shape::BlockShape;
 /// Positions of a page.
 const PAGE: f64 = 64.0;
 
-/// What is to be generated, in averages.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Sequences whose lengths are kept one by one.
+const LENGTHS: usize = 1024;
+
+/// Jobs of fewer sequences per place than this are short.
+const SHORT_ROUNDS: usize = 4;
+/// Prompt tokens of a pass beyond which more of them gain nothing.
+const LONGEST_CHUNK: usize = 1 << 16;
+
+/// What is to be generated: averages, and the lengths of the first sequences.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     /// Sequences in all.
     pub requests: usize,
+    /// The first of them; the rest is taken to be like these.
+    pub lengths: Vec<Request>,
     /// Prompt tokens of a sequence.
     pub prompt_len: f64,
     /// Their mean square: attention in a prompt goes by it.
@@ -36,6 +46,13 @@ pub struct Request {
     pub max_tokens: usize,
 }
 
+impl Request {
+    /// Pages that are reserved for it; the last token drawn is never computed.
+    pub fn pages(&self) -> usize {
+        (self.prompt_len + self.max_tokens).saturating_sub(1).div_ceil(PAGE as usize).max(1)
+    }
+}
+
 impl Job {
     /// `requests` equal sequences.
     pub fn uniform(requests: usize, prompt_len: usize, gen_len: usize) -> Self {
@@ -47,14 +64,14 @@ impl Job {
     pub fn of(requests: &[Request]) -> Self {
         let count = requests.len().max(1) as f64;
         let mean = |value: &dyn Fn(&Request) -> f64| requests.iter().map(value).sum::<f64>() / count;
-        let pages = |request: &Request| (request.prompt_len + request.max_tokens).div_ceil(PAGE as usize);
         Job {
             requests: requests.len().max(1),
+            lengths: requests.iter().take(LENGTHS).copied().collect(),
             prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
             prompt_len_squared: mean(&|request| (request.prompt_len * request.prompt_len) as f64).max(1.0),
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
-            pages: mean(&|request| pages(request) as f64).max(1.0),
-            most_pages: requests.iter().map(pages).max().unwrap_or(1).max(1),
+            pages: mean(&|request| request.pages() as f64).max(1.0),
+            most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
         }
     }
 
@@ -73,6 +90,20 @@ impl Job {
             false => (count - 1.0) * self.prompt_len / (steps - 1.0),
         };
         tokens.ceil().max(16.0) as usize
+    }
+
+    /// Prompt tokens per pass that are worth trying with `sequences` in flight: what balances a long job; of a short
+    /// one, whose beginning and end count, also all prompts at once, and between.
+    pub fn chunks(&self, sequences: usize) -> Vec<usize> {
+        let balanced = self.balanced_chunk(sequences);
+        let all = (sequences as f64 * self.prompt_len).ceil() as usize;
+        let mut chunks = vec![balanced];
+        if self.requests < SHORT_ROUNDS * sequences && all > balanced {
+            let between = (balanced as f64 * all as f64).sqrt() as usize;
+            chunks.extend([between, all].into_iter().filter(|&chunk| chunk > balanced && chunk <= LONGEST_CHUNK));
+        }
+        chunks.dedup();
+        chunks
     }
 
     /// The mean pass of a long job with `sequences` in flight and at most `chunk_tokens` prompt tokens in a pass.

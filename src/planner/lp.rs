@@ -128,11 +128,11 @@ fn combine<S: Scalar>(terms: &[(f64, &S)]) -> S {
 impl Problem<'_> {
     /// Prices work of this problem.
     pub fn costs(&self) -> Costs<'_> {
-        let mut costs = Costs::new(&self.model.cost, self.hardware);
-        if !self.head_resident() {
-            costs.head_parts = self.model.bytes.head.len();
+        let costs = Costs::new(&self.model.cost, self.hardware);
+        match self.head_resident() {
+            true => Costs { logit_rows: self.model.bytes.logit_rows(), ..costs },
+            false => Costs { head_parts: self.model.bytes.head.len(), ..costs },
         }
-        costs
     }
 
     /// Whether the head stays where it is used.

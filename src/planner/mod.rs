@@ -6,6 +6,7 @@
 pub mod job;
 pub mod lp;
 pub mod model;
+pub mod passes;
 pub mod predict;
 pub mod rollout;
 pub mod search;

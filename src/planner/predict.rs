@@ -1,22 +1,23 @@
 //! How long a job takes under a placement that is given.
 //!
-//! The job is followed pass by pass as the engine composes it; every kind of pass is lowered, priced and simulated once
-//! between two of its like.
+//! The job is followed pass by pass as the engine composes it; of passes that are nearly alike one is lowered, priced
+//! and simulated, between two of its like.
 //!
-//! **Invariant:** the schedule that is simulated is the one that the executor runs, made by the same function.
+//! **Invariant:** the schedule that is simulated is the one that the executor runs, made by the same functions.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
-use super::job::{Job, PassLoad};
+use super::job::Job;
 use super::model::PlanModel;
-use super::rollout::rollout;
-use super::search::{place, rehearse};
-use crate::cost::Costs;
+use super::passes::{PlannedPass, passes};
+use super::search::rehearse;
 use crate::hardware::Hardware;
 use crate::schedule::placement::Placement;
+use crate::schedule::price::placed;
+use crate::schedule::shape::BlockShape;
 
-/// Kinds of passes that are simulated; further ones are taken for their nearest.
-const KINDS: usize = 400;
+/// Steps that may be simulated.
+const STEPS: usize = 60_000;
 
 /// What is expected of a job.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,33 +34,51 @@ pub struct Prediction {
 
 /// Predicts `job` on `hardware` under `placement`.
 pub fn predict(model: &PlanModel, hardware: &Hardware, placement: &Placement, job: &Job) -> Prediction {
-    let mut costs = Costs::new(&model.cost, hardware);
-    costs.head_parts = (placement.stages.len() - placement.num_layers).max(1);
-    let mut known: HashMap<[u64; 3], f64> = HashMap::new();
-    let mut price = |load: &PassLoad| {
-        let fine = [load.prompt_tokens, load.prompts, load.decodes].map(|value| value.round() as u64);
-        // When there are very many kinds, a few percent of rows more or less are the same kind.
-        let coarse = |value: u64| {
-            if value < 32 { value } else { value >> (60 - value.leading_zeros()) << (60 - value.leading_zeros()) }
-        };
-        let key = if known.len() < KINDS { fine } else { fine.map(coarse) };
-        if let Some(secs) = known.get(&key) {
-            return *secs;
-        }
-        let policy = &placement.policy;
-        let blocks = (load.rows() / policy.block_rows as f64).ceil().clamp(1.0, policy.blocks as f64) as usize;
-        let shapes = place(&load.blocks(job, blocks), placement);
-        let ends = rehearse(placement, &shapes, &costs, 3).ends;
-        let secs = ends[1] - ends[0];
-        known.insert(key, secs);
-        secs
-    };
-    let policy = &placement.policy;
-    let rollout = rollout(job, policy.sequences, policy.chunk_tokens, &mut price);
-    Prediction {
-        secs: rollout.secs,
-        passes: rollout.passes,
-        total_tokens_per_s: job.tokens() / rollout.secs,
-        generated_tokens_per_s: job.requests as f64 * job.gen_len / rollout.secs,
+    let costs = placed(&model.cost, hardware, placement);
+    let all = passes(job, placement);
+    let (mut secs, mut simulated) = (0.0, 0);
+    let mut groups = alike(&all, 0.02);
+    let mut apart = 0.02;
+    let steps = |pass: &PlannedPass| 3 * placement.stages.len() * (2 + 4 * pass.blocks.len());
+    while groups.iter().map(|group| steps(group[0])).sum::<usize>() > STEPS && apart < 1.0 {
+        apart *= 2.0;
+        groups = alike(&all, apart);
     }
+    for group in groups {
+        // A group is in order of time, so its middle is its mean, about.
+        let middle = group[group.len() / 2];
+        let ends = rehearse(placement, &middle.blocks, &costs, 3).ends;
+        secs += (ends[1] - ends[0]) * group.iter().map(|pass| pass.times).sum::<f64>();
+        simulated += group.len();
+    }
+    assert_eq!(simulated, all.len());
+    // Nothing runs if no sequence fits.
+    let per_sec = |tokens: f64| if secs > 0.0 { tokens / secs } else { 0.0 };
+    Prediction {
+        secs,
+        passes: all.iter().map(|pass| pass.times).sum(),
+        total_tokens_per_s: per_sec(job.tokens()),
+        generated_tokens_per_s: per_sec(job.requests as f64 * job.gen_len),
+    }
+}
+
+/// Passes whose rows, keys and pages are equal but for the share `apart`.
+fn alike(passes: &[PlannedPass], apart: f64) -> Vec<Vec<&PlannedPass>> {
+    let step = apart.ln_1p();
+    let coarse = |value: u64| ((value as f64).ln_1p() / step).round() as u64;
+    let mut groups: BTreeMap<[u64; 7], Vec<&PlannedPass>> = BTreeMap::new();
+    for pass in passes {
+        let sum = |value: &dyn Fn(&BlockShape) -> u64| coarse(pass.blocks.iter().map(value).sum());
+        let key = [
+            pass.blocks.len() as u64,
+            sum(&|block| block.rows as u64),
+            sum(&|block| block.segments as u64),
+            sum(&|block| block.keys),
+            sum(&|block| block.pages),
+            sum(&|block| block.loads.total() as u64),
+            sum(&|block| block.stores.total() as u64),
+        ];
+        groups.entry(key).or_default().push(pass);
+    }
+    groups.into_values().collect()
 }

@@ -9,6 +9,7 @@
 use super::job::{Block, Job, PassLoad};
 use super::lp::{Budgets, Capabilities, Outline, Problem, Shares, Solution};
 use super::model::PlanModel;
+use super::predict::{Prediction, predict};
 use super::rollout::rollout;
 use crate::cost::Costs;
 use crate::error::{Bytes, Error, Result, Tier};
@@ -17,7 +18,7 @@ use crate::policy::Policy;
 use crate::schedule::fences::Fences;
 use crate::schedule::lower::{Carried, lower};
 use crate::schedule::placement::Placement;
-use crate::schedule::price::{Bottleneck, Resources, step_work};
+use crate::schedule::price::{Bottleneck, Resources, placed, step_work};
 use crate::schedule::shape::{BlockShape, Pages};
 use crate::schedule::simulate::{Timeline, simulate};
 use crate::schedule::step::Step;
@@ -30,6 +31,10 @@ const SIMULATED: usize = 28;
 const OF_A_KIND: usize = 3;
 /// Times that budgets are tightened until a rounded placement fits.
 const ATTEMPTS: usize = 8;
+/// Plans whose whole job is followed, pass by pass.
+const FOLLOWED: usize = 3;
+/// How much slower a plan may be that does without the disk.
+const DISK_HANDICAP: f64 = 1.02;
 /// Sequences in flight at most.
 const MOST_SEQUENCES: usize = 1 << 15;
 /// Blocks of a pass that are tried.
@@ -113,13 +118,18 @@ impl<'a> Question<'a> {
     /// [`Error::OverBudget`] if nothing fits, with what would.
     pub fn plan(&self) -> Result<Plan> {
         let candidates = self.candidates();
-        let mut best: Option<Plan> = None;
+        let mut plans: Vec<Plan> = Vec::new();
         // The program does not see how well blocks overlap, so a few outlines of each kind are simulated.
-        let kind = |outline: &Outline| (outline.blocks, outline.head, outline.embed, outline.compressed);
+        let kind = |outline: &Outline| {
+            let chunks = self.job.chunks(outline.sequences);
+            let chunk = chunks.iter().position(|&chunk| chunk == outline.chunk_tokens);
+            (outline.blocks, outline.head, outline.embed, outline.compressed, chunk)
+        };
         let mut simulated: Vec<Outline> = Vec::new();
         for candidate in &candidates {
             // Whatever is bounded above the best cannot win.
-            if simulated.len() >= SIMULATED || best.as_ref().is_some_and(|best| candidate.secs > best.secs) {
+            let best = plans.iter().map(|plan| plan.secs).fold(f64::INFINITY, f64::min);
+            if simulated.len() >= SIMULATED || candidate.secs > best {
                 break;
             }
             let count = candidate.outline.sequences as f64;
@@ -133,11 +143,19 @@ impl<'a> Question<'a> {
             }
             let Some(plan) = self.finish(candidate) else { continue };
             simulated.push(candidate.outline);
-            if best.as_ref().is_none_or(|best| plan.secs < best.secs) {
-                best = Some(plan);
-            }
+            plans.push(plan);
         }
-        best.ok_or_else(|| self.refusal())
+        // What is as fast without the disk leaves it alone.
+        let secs = |plan: &Plan| plan.secs * if plan.placement.uses_disk() { DISK_HANDICAP } else { 1.0 };
+        let by_secs = |a: &Plan, b: &Plan| secs(a).total_cmp(&secs(b));
+        plans.sort_by(by_secs);
+        plans.truncate(FOLLOWED);
+        for plan in &mut plans {
+            let Prediction { secs, passes, total_tokens_per_s, generated_tokens_per_s } =
+                predict(self.model, self.hardware, &plan.placement, self.job);
+            *plan = Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan.clone() };
+        }
+        plans.into_iter().min_by(by_secs).ok_or_else(|| self.refusal())
     }
 
     /// The bound that the machine sets to this question whatever the program: the program's own at raw rates.
@@ -160,8 +178,7 @@ impl<'a> Question<'a> {
     /// A plan's passes in time.
     pub fn rehearse(&self, plan: &Plan, passes: usize) -> Rehearsed {
         let shapes = place(&plan.steady.blocks(self.job, plan.outline.blocks), &plan.placement);
-        let mut costs = Costs::new(&self.model.cost, self.hardware);
-        costs.head_parts = (plan.placement.stages.len() - plan.placement.num_layers).max(1);
+        let costs = placed(&self.model.cost, self.hardware, &plan.placement);
         rehearse(&plan.placement, &shapes, &costs, passes)
     }
 
@@ -204,8 +221,9 @@ impl<'a> Question<'a> {
         }
         let compression: &[bool] =
             if self.model.cost.compressed_ratio < 1.0 && self.budgets.0[2] > 0.0 { &[false, true] } else { &[false] };
-        for &sequences in sequences {
-            let chunk_tokens = self.job.balanced_chunk(sequences);
+        let pairs =
+            sequences.iter().flat_map(|&count| self.job.chunks(count).into_iter().map(move |chunk| (count, chunk)));
+        for (sequences, chunk_tokens) in pairs {
             let load = self.job.steady(sequences, chunk_tokens);
             for count in BLOCKS.into_iter().filter(|&count| count == 1 || count as f64 * 2.0 <= load.rows()) {
                 let blocks = load.blocks(self.job, count);
@@ -298,8 +316,7 @@ impl<'a> Question<'a> {
         let blocks = candidate.load.blocks(self.job, candidate.outline.blocks);
         let (policy, placement, solution) = self.round(candidate, &blocks)?;
         let shapes = place(&blocks, &placement);
-        let mut costs = Costs::new(&self.model.cost, self.hardware);
-        costs.head_parts = (placement.stages.len() - placement.num_layers).max(1);
+        let costs = placed(&self.model.cost, self.hardware, &placement);
         let rehearsed = rehearse(&placement, &shapes, &costs, 3);
         let pass_secs = rehearsed.ends[1] - rehearsed.ends[0];
         let (secs, passes) = self.job_secs(&candidate.outline, &solution.shares, pass_secs / solution.secs);

@@ -205,7 +205,7 @@ impl Lowering<'_> {
         let bytes = self.placement.stages[place.stage].bytes(slice.clone());
         let (from, to) = (slice.start as u32, slice.end as u32);
         let read = Op::ReadWeights { from, to };
-        let device = self.placement.compute == Tier::Gpu;
+        let device = self.has_device();
         let target = match device {
             true => Slot::WeightsStaging(turn(&mut self.carried.staged, self.placement.weight_staging.count)),
             false => slot,
@@ -257,13 +257,8 @@ impl Lowering<'_> {
         }
         if disk > 0 {
             let home = self.kv_home(Tier::Disk, place.stage, false);
-            if self.placement.compute == Tier::Gpu {
-                let staging = self.kv_staging();
-                self.step(Lane::DiskRead, Op::ReadKv, place, home.into(), staging.into(), disk);
-                self.step(Lane::H2d, Op::LoadKv, place, staging.into(), slot.into(), disk);
-            } else {
-                self.step(Lane::DiskRead, Op::ReadKv, place, home.into(), slot.into(), disk);
-            }
+            let staging = self.has_device().then(|| self.kv_staging());
+            self.bring((Op::ReadKv, Op::LoadKv), place, [home, slot], staging, disk);
         }
     }
 
@@ -278,13 +273,8 @@ impl Lowering<'_> {
         }
         if disk > 0 {
             let home = self.kv_home(Tier::Disk, place.stage, true);
-            if self.placement.compute == Tier::Gpu {
-                let staging = self.kv_staging();
-                self.step(Lane::D2h, Op::StoreKv, place, slot.into(), staging.into(), disk);
-                self.step(Lane::DiskWrite, Op::WriteKv, place, staging.into(), home.into(), disk);
-            } else {
-                self.step(Lane::DiskWrite, Op::WriteKv, place, slot.into(), home.into(), disk);
-            }
+            let staging = self.has_device().then(|| self.kv_staging());
+            self.put_away((Op::StoreKv, Op::WriteKv), place, [slot, home], staging, disk);
         }
     }
 
@@ -306,40 +296,53 @@ impl Lowering<'_> {
 
     fn load_hidden(&mut self, item: usize) {
         let place = self.place(item);
-        let tier = self.placement.hidden[place.block];
-        if tier == self.placement.compute {
-            return;
-        }
         let (home, slot) = (Slot::HiddenHome(place.block as u32), Slot::Hidden(self.turn_of(item)));
         let bytes = self.hidden_bytes(place);
-        match (tier, self.placement.compute) {
-            (Tier::Disk, Tier::Gpu) => {
-                let staging = self.hidden_staging();
-                self.step(Lane::DiskRead, Op::ReadHidden, place, home.into(), staging.into(), bytes);
-                self.step(Lane::H2d, Op::LoadHidden, place, staging.into(), slot.into(), bytes);
+        match self.placement.hidden[place.block] {
+            tier if tier == self.placement.compute => {}
+            Tier::Disk => {
+                let staging = self.has_device().then(|| self.hidden_staging());
+                self.bring((Op::ReadHidden, Op::LoadHidden), place, [home, slot], staging, bytes);
             }
-            (Tier::Disk, _) => self.step(Lane::DiskRead, Op::ReadHidden, place, home.into(), slot.into(), bytes),
             _ => self.step(Lane::H2d, Op::LoadHidden, place, home.into(), slot.into(), bytes),
         }
     }
 
     fn store_hidden(&mut self, item: usize) {
         let place = self.place(item);
-        let tier = self.placement.hidden[place.block];
-        if tier == self.placement.compute {
-            return;
-        }
         let (home, slot) = (Slot::HiddenHome(place.block as u32), Slot::Hidden(self.turn_of(item)));
         let bytes = self.hidden_bytes(place);
-        match (tier, self.placement.compute) {
-            (Tier::Disk, Tier::Gpu) => {
-                let staging = self.hidden_staging();
-                self.step(Lane::D2h, Op::StoreHidden, place, slot.into(), staging.into(), bytes);
-                self.step(Lane::DiskWrite, Op::WriteHidden, place, staging.into(), home.into(), bytes);
+        match self.placement.hidden[place.block] {
+            tier if tier == self.placement.compute => {}
+            Tier::Disk => {
+                let staging = self.has_device().then(|| self.hidden_staging());
+                self.put_away((Op::StoreHidden, Op::WriteHidden), place, [slot, home], staging, bytes);
             }
-            (Tier::Disk, _) => self.step(Lane::DiskWrite, Op::WriteHidden, place, slot.into(), home.into(), bytes),
             _ => self.step(Lane::D2h, Op::StoreHidden, place, slot.into(), home.into(), bytes),
         }
+    }
+
+    // The disk
+
+    /// Whether things computed lie in a memory of their own, so that what goes between it and the disk passes through
+    /// main memory.
+    fn has_device(&self) -> bool {
+        self.placement.compute == Tier::Gpu
+    }
+
+    fn bring(&mut self, ops: (Op, Op), place: Place, [from, to]: [Slot; 2], staging: Option<Slot>, bytes: u64) {
+        let read = staging.unwrap_or(to);
+        self.step(Lane::DiskRead, ops.0, place, from.into(), read.into(), bytes);
+        if let Some(staging) = staging {
+            self.step(Lane::H2d, ops.1, place, staging.into(), to.into(), bytes);
+        }
+    }
+
+    fn put_away(&mut self, ops: (Op, Op), place: Place, [from, to]: [Slot; 2], staging: Option<Slot>, bytes: u64) {
+        if let Some(staging) = staging {
+            self.step(Lane::D2h, ops.0, place, from.into(), staging.into(), bytes);
+        }
+        self.step(Lane::DiskWrite, ops.1, place, staging.unwrap_or(from).into(), to.into(), bytes);
     }
 
     // Computation

@@ -5,6 +5,7 @@
 //! is a correct program; lanes may overlap them as far as [`fences`] allow.
 
 pub mod check;
+pub mod compose;
 pub mod fences;
 pub mod lower;
 pub mod pass;

@@ -44,6 +44,13 @@ pub struct ModelBytes {
     pub logit_row: u64,
 }
 
+impl ModelBytes {
+    /// Rows that meet a resident head together: few, so that their logits take little memory.
+    pub fn logit_rows(&self) -> usize {
+        (LOGIT_BYTES / self.logit_row.max(1)).clamp(1, 64) as usize
+    }
+}
+
 /// How a stage's weights lie. Resident chunks come first, then those in main memory, then those on disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StagePlacement {
@@ -174,8 +181,7 @@ impl Placement {
         let hidden = split_blocks(share(&policy.hidden).round(policy.blocks));
         let rows = policy.blocks * policy.block_rows;
         let output_rows = rows.min(policy.sequences.max(64));
-        let affordable = (LOGIT_BYTES / model.logit_row.max(1)).clamp(1, 64) as usize;
-        let logit_rows = if head_resident { output_rows.min(affordable) } else { output_rows };
+        let logit_rows = if head_resident { output_rows.min(model.logit_rows()) } else { output_rows };
         let mut placement = Placement {
             compute,
             policy: policy.clone(),
@@ -322,6 +328,11 @@ impl Placement {
         } else {
             Tier::Disk
         }
+    }
+
+    /// Whether anything is on disk while passes run.
+    pub fn uses_disk(&self) -> bool {
+        self.reads_weights() || self.pages[Tier::Disk as usize] > 0 || self.hidden.contains(&Tier::Disk)
     }
 
     /// Whether weights come from packed files while passes run.

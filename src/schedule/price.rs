@@ -3,9 +3,10 @@
 //! **Invariant:** the demand of a pass is linear in what is streamed, and at the amounts of a lowered schedule it is
 //! the sum over its steps, but for what rounding and latencies of copies add: both are made of the same formulas.
 
+use super::placement::Placement;
 use super::shape::BlockShape;
 use super::step::{Lane, Op, Slot, Step};
-use crate::cost::{Costs, LayerLoad, Scalar, Work};
+use crate::cost::{Costs, LayerLoad, ModelCost, Scalar, Work};
 use crate::hardware::{Hardware, Link};
 
 /// What the lanes of a machine share.
@@ -128,9 +129,20 @@ fn link(lane: Lane) -> Option<Link> {
     }
 }
 
+/// Prices `model` on `hardware` as it is placed.
+pub fn placed<'a>(model: &'a ModelCost, hardware: &'a Hardware, placement: &Placement) -> Costs<'a> {
+    let head_parts = (placement.stages.len() - placement.num_layers).max(1);
+    Costs { head_parts, logit_rows: placement.logit_rows, ..Costs::new(model, hardware) }
+}
+
 /// What a block computes in a layer.
 pub fn load(block: &BlockShape) -> LayerLoad {
-    LayerLoad { rows: block.rows as f64, keys: block.keys as f64, pages: block.pages as f64 }
+    LayerLoad {
+        rows: block.rows as f64,
+        segments: block.segments as f64,
+        keys: block.keys as f64,
+        pages: block.pages as f64,
+    }
 }
 
 /// What one step of a pass takes. Steps count weights by the bytes they have when decoded.
@@ -268,7 +280,6 @@ fn scaled<S: Scalar>(work: &Work, share: &S) -> Work<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cost::ModelCost;
     use crate::cost::tests::config;
     use crate::hardware::Element;
     use crate::hardware::tests::example;

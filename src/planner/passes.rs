@@ -1,0 +1,298 @@
+//! The passes of a job as the engine will make them, one by one.
+//!
+//! **Invariant:** a pass is composed by the function that composes the engine's, over the same pool of pages, from
+//! sequences in the order of the job's lines; only tokens are missing.
+
+use std::convert::Infallible;
+
+use super::job::{Job, Request};
+use crate::kv::layout::{PAGE_POSITIONS, pages_for};
+use crate::kv::pages::{PageId, PagePool};
+use crate::schedule::compose::{Fill, Wishes};
+use crate::schedule::placement::Placement;
+use crate::schedule::shape::{BlockShape, Pages};
+
+/// Sequences in flight that are followed; of more, each that is followed stands for several of its like.
+const FOLLOWED: usize = 256;
+/// Times that all places are filled one by one; what is beyond goes on at the rate of the later ones.
+const ROUNDS: usize = 4;
+
+/// A pass of a job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedPass {
+    /// Its blocks.
+    pub blocks: Vec<BlockShape>,
+    /// How often it occurs.
+    pub times: f64,
+}
+
+/// A sequence in flight.
+struct Sequence {
+    request: Request,
+    /// Positions that are computed, and those whose token is known.
+    computed: usize,
+    known: usize,
+    pages: Vec<PageId>,
+    /// Pages that it may still take.
+    reserved: usize,
+}
+
+/// A pass in the making, and who may be in it.
+struct Crowd<'a> {
+    placement: &'a Placement,
+    /// Sequences that one of these stands for.
+    each: f64,
+    active: Vec<Sequence>,
+    pool: PagePool,
+    reserved: usize,
+    /// Limits of a block, and of the pass.
+    block_rows: usize,
+    block_pages: usize,
+    output_rows: usize,
+    /// Blocks of the pass, and the streamed pages of the last one.
+    blocks: Vec<BlockShape>,
+    streamed: usize,
+}
+
+/// All passes of `job` under `placement`, in order.
+pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
+    let policy = &placement.policy;
+    let places = policy.sequences.min(job.requests).clamp(1, FOLLOWED);
+    let each = policy.sequences.min(job.requests).max(1) as f64 / places as f64;
+    let fewer = |count: usize| (count as f64 / each).ceil() as usize;
+    let mut crowd = Crowd {
+        placement,
+        each,
+        active: Vec::new(),
+        pool: PagePool::new(placement.pages.map(fewer)),
+        reserved: 0,
+        block_rows: fewer(policy.block_rows),
+        block_pages: fewer(policy.block_pages).max(job.most_pages),
+        output_rows: fewer(placement.output_rows),
+        blocks: Vec::new(),
+        streamed: 0,
+    };
+    let requests = (job.requests as f64 / each).round() as usize;
+    let followed = requests.min(ROUNDS * places);
+    let room = crowd.pool.len();
+    let fits = |request: &&Request| request.pages() <= room;
+    let mut waiting = job.lengths.iter().filter(fits).cycle().take(followed).peekable();
+    let (mut passes, mut begun, mut finished) = (Vec::new(), 0, 0);
+    // Passes with a full house: what was done when they began and ended, and which they are.
+    let (mut steady, mut steady_from, mut steady_finished) = (0..0, 0, 0);
+    loop {
+        while let Some(request) = waiting.peek() {
+            if crowd.active.len() == places || crowd.pool.free() - crowd.reserved < request.pages() {
+                break;
+            }
+            crowd.begin(**request);
+            (begun, _) = (begun + 1, waiting.next());
+        }
+        if begun > (ROUNDS / 2) * places && waiting.peek().is_some() {
+            if steady.is_empty() {
+                (steady, steady_from) = (passes.len()..passes.len(), finished);
+            }
+            steady.end += 1;
+        }
+        let in_steady = steady.end == passes.len() + 1;
+        crowd.compose(policy.blocks, fewer(policy.chunk_tokens));
+        if crowd.blocks.is_empty() {
+            break;
+        }
+        passes.push(PlannedPass { blocks: crowd.shapes(), times: 1.0 });
+        finished += crowd.retire();
+        if in_steady {
+            steady_finished = finished;
+        }
+    }
+    let rest = (requests - followed) as f64;
+    let per_round = (steady_finished - steady_from) as f64;
+    if rest > 0.0 && per_round > 0.0 {
+        passes[steady].iter_mut().for_each(|pass| pass.times += rest / per_round);
+    }
+    passes
+}
+
+impl Crowd<'_> {
+    fn begin(&mut self, request: Request) {
+        let reserved = request.pages();
+        self.reserved += reserved;
+        self.active.push(Sequence { request, computed: 0, known: request.prompt_len, pages: Vec::new(), reserved });
+    }
+
+    fn compose(&mut self, blocks: usize, chunk_tokens: usize) {
+        self.blocks.clear();
+        let decodes = |index: &usize| self.active[*index].computed >= self.active[*index].request.prompt_len;
+        let (decoding, prompts): (Vec<usize>, Vec<usize>) = (0..self.active.len()).partition(decodes);
+        let left = |&index: &usize| self.active[index].known - self.active[index].computed;
+        let prompt_tokens = prompts.iter().map(left).sum();
+        let wishes = Wishes { decoding, prompts, prompt_tokens, blocks, chunk_tokens };
+        let Ok(()) = wishes.compose(self);
+        self.blocks.retain(|block| block.rows > 0);
+    }
+
+    /// The pass's blocks as large as they are in truth.
+    fn shapes(&self) -> Vec<BlockShape> {
+        let more = |count: usize| (count as f64 * self.each).round() as usize;
+        let pages = |pages: Pages| Pages { cpu: more(pages.cpu), disk: more(pages.disk) };
+        let shape = |block: &BlockShape| BlockShape {
+            rows: more(block.rows),
+            segments: more(block.segments),
+            keys: (block.keys as f64 * self.each) as u64,
+            pages: (block.pages as f64 * self.each) as u64,
+            loads: pages(block.loads),
+            stores: pages(block.stores),
+            outputs: more(block.outputs),
+        };
+        self.blocks.iter().map(shape).collect()
+    }
+
+    /// Draws the tokens that the pass asked for; gives how many sequences have ended.
+    fn retire(&mut self) -> usize {
+        let before = self.active.len();
+        let (pool, reserved) = (&mut self.pool, &mut self.reserved);
+        self.active.retain_mut(|sequence| {
+            if sequence.computed == sequence.known {
+                sequence.known += 1;
+            }
+            let over = sequence.known == sequence.request.prompt_len + sequence.request.gen_len;
+            if over {
+                sequence.pages.iter().for_each(|&page| pool.release(page));
+                *reserved -= sequence.reserved;
+            }
+            !over
+        });
+        before - self.active.len()
+    }
+}
+
+impl Fill for Crowd<'_> {
+    type Error = Infallible;
+
+    fn open_block(&mut self) {
+        self.blocks.push(BlockShape::default());
+        self.streamed = 0;
+    }
+
+    fn take_up(&mut self, index: usize, most: usize) -> Result<usize, Infallible> {
+        let sequence = &mut self.active[index];
+        let from = sequence.computed;
+        let block = self.blocks.last_mut().expect("a block is open");
+        let to = sequence.known.min(from + most.min(self.block_rows - block.rows));
+        let outputs: usize = usize::from(to == sequence.known);
+        if to == from || (outputs == 1 && self.output_rows == 0) {
+            return Ok(0);
+        }
+        while sequence.pages.len() < pages_for(to) {
+            sequence.pages.push(self.pool.take());
+            sequence.reserved -= 1;
+            self.reserved -= 1;
+        }
+        let pages = &sequence.pages[..pages_for(to)];
+        let tiers = |pages: &[PageId]| {
+            let mut counts = [0; 3];
+            pages.iter().for_each(|&page| counts[self.placement.page_tier(page as usize) as usize] += 1);
+            counts[self.placement.compute as usize] = 0;
+            counts
+        };
+        let streamed: usize = tiers(pages).iter().sum();
+        if self.streamed + streamed > self.block_pages {
+            return Ok(0);
+        }
+        self.streamed += streamed;
+        let (old, written) = (tiers(&pages[..pages_for(from)]), tiers(&pages[from / PAGE_POSITIONS..]));
+        block.rows += to - from;
+        block.segments += 1;
+        block.keys += (from + 1..=to).sum::<usize>() as u64;
+        block.pages += pages.len() as u64;
+        block.loads.cpu += old[1];
+        block.loads.disk += old[2];
+        block.stores.cpu += written[1];
+        block.stores.disk += written[2];
+        block.outputs += outputs;
+        sequence.computed = to;
+        Ok(to - from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Tier;
+    use crate::policy::{Policy, Split};
+    use crate::schedule::placement::ModelBytes;
+
+    fn placement(sequences: usize, chunk_tokens: usize, blocks: usize, kv: Split) -> Placement {
+        let model = ModelBytes {
+            layers: vec![vec![4096; 8]; 4],
+            head: vec![vec![4096; 8]],
+            table: 1 << 15,
+            small: 1 << 10,
+            frame: 4096,
+            activations: vec![64],
+            embedding_row: 64,
+            hidden_row: 64,
+            logit_row: 256,
+            ..ModelBytes::default()
+        };
+        let policy = Policy {
+            sequences,
+            chunk_tokens,
+            blocks,
+            block_rows: (sequences + chunk_tokens).div_ceil(blocks) + 8,
+            pages: 3 * sequences + 1,
+            block_pages: 3 * sequences + 4,
+            weight_slots: 2,
+            kv_slots: 2,
+            weights: Split::all(Tier::Gpu),
+            kv,
+            hidden: Split::all(Tier::Gpu),
+            embed: Tier::Gpu,
+            head: Tier::Gpu,
+            compressed: false,
+        };
+        Placement::new(&model, &policy, Tier::Gpu)
+    }
+
+    #[test]
+    fn every_token_is_computed_once() {
+        for (requests, sequences, chunk, blocks) in
+            [(1, 1, 64, 1), (10, 4, 64, 2), (100, 16, 2000, 4), (60, 16, 300, 5), (64, 64, 5000, 3)]
+        {
+            let job = Job::uniform(requests, 100, 10);
+            let passes = passes(&job, &placement(sequences, chunk, blocks, Split { gpu: 0.3, cpu: 0.4, disk: 0.3 }));
+            let sum = |value: &dyn Fn(&BlockShape) -> usize| -> f64 {
+                passes.iter().map(|pass| pass.times * pass.blocks.iter().map(value).sum::<usize>() as f64).sum()
+            };
+            let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 0.02, "{requests} {sequences}: {a} {b}");
+            near(sum(&|block| block.rows), (requests * 109) as f64);
+            near(sum(&|block| block.outputs), (requests * 10) as f64);
+            near(sum(&|block| block.keys as usize), (requests * (109 * 110) / 2) as f64);
+            for pass in &passes {
+                assert!(pass.blocks.iter().map(|block| block.rows).sum::<usize>() <= sequences + chunk);
+                assert!(pass.blocks.len() <= blocks);
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_job_goes_on_like_its_middle_and_a_large_one_like_its_likeness() {
+        let rows = |requests: usize, sequences: usize| {
+            let job = Job::uniform(requests, 100, 10);
+            let placement = placement(sequences, job.balanced_chunk(sequences), 4, Split::all(Tier::Cpu));
+            let passes = passes(&job, &placement);
+            let total = |value: &dyn Fn(&BlockShape) -> usize| -> f64 {
+                passes.iter().map(|pass| pass.times * pass.blocks.iter().map(value).sum::<usize>() as f64).sum()
+            };
+            [total(&|block| block.rows), total(&|block| block.loads.cpu), total(&|block| block.stores.cpu)]
+                .map(|total| total / requests as f64)
+        };
+        let few = rows(800, 50);
+        for (requests, sequences) in [(100_000, 50), (20_000, 1000)] {
+            for (many, few) in rows(requests, sequences).into_iter().zip(few) {
+                // Prompts are cut elsewhere, so a few pages are written once more or less.
+                assert!((many / few - 1.0).abs() < 0.05, "{requests}, {sequences}: {many} {few}");
+            }
+        }
+    }
+}
