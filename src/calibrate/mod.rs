@@ -28,6 +28,9 @@ use measure::{median, rounds};
 /// What a measured profile gives as its source.
 pub const SOURCE: &str = "measured by tidemill calibrate";
 
+/// Which way of measuring this is: profiles made in another way are not kept.
+pub const METHOD: u32 = 2;
+
 /// What is measured, and how long.
 #[derive(Clone, Debug)]
 pub struct Options {

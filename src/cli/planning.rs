@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
 use super::say;
-use crate::calibrate::{Options, calibrate};
+use crate::calibrate::{METHOD, Options, calibrate};
 use crate::durable;
 use crate::error::{Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
@@ -151,7 +151,7 @@ impl Situation<'_> {
 /// # Errors
 /// What measuring gives, or keeping the result in `cache`.
 pub fn this_machine(cache: &Path, offload: &Path, memory_bytes: u64, measure: bool) -> Result<Option<Hardware>> {
-    let file = cache.join("calibration").join(format!("{}.toml", machine_name(offload)));
+    let file = cache.join("calibration").join(format!("{}-{METHOD}.toml", machine_name(offload)));
     let known = std::fs::read_to_string(&file).ok();
     let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
     if known.is_some() || !measure {
