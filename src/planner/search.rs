@@ -455,6 +455,7 @@ mod tests {
     use crate::cost::tests::config;
     use crate::hardware::Element;
     use crate::hardware::tests::example;
+    use crate::model::config::ModelConfig;
     use crate::rng::Philox;
 
     fn model() -> PlanModel {
@@ -511,23 +512,23 @@ mod tests {
 
     #[test]
     fn planes_are_chosen_where_the_disk_binds_and_declined_where_cores_do() {
-        let model = model();
+        let deep = ModelConfig { num_layers: 40, ..config() };
+        let model = PlanModel::new("deep", deep, None, Element::Bf16, Element::F16);
         let bytes = model.weight_bytes() as f64;
-        let plan = |disk: &str, requests: usize, decode_bytes_per_core_s: f64| {
+        let plan = |disk: &str, decode_bytes_per_core_s: f64| {
             let mut hardware = example().without_gpu().throttled(&disk.parse().unwrap());
             hardware.cpu.decode_bytes_per_core_s = decode_bytes_per_core_s;
-            let job = Job::uniform(requests, 100, 20);
-            // Half of the weights fit, and every sequence.
-            let budgets = Budgets([0.0, 0.5 * bytes + 200.0 * requests as f64 * model.cost.frame_bytes, 1e12]);
+            let job = Job::uniform(4, 100, 20);
+            let budgets = Budgets([0.0, 0.6 * bytes, 1e12]);
             let capabilities = Capabilities::default();
             let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
             question.plan().unwrap()
         };
-        let slow_disk = plan("disk_read=20MB/s", 4, 7e8);
+        let slow_disk = plan("disk_read=20MB/s", 7e8);
         assert!(slow_disk.placement.reads_planes(), "{slow_disk:?}");
         assert_eq!(slow_disk.bottleneck, Bottleneck::Lane(crate::schedule::step::Lane::DiskRead));
         // Cores that are slower at decoding than the disk at reading.
-        let slow_cores = plan("disk_read=900MB/s", 4, 5e6);
+        let slow_cores = plan("disk_read=900MB/s", 5e6);
         assert!(slow_cores.placement.reads_weights() && !slow_cores.placement.reads_planes(), "{slow_cores:?}");
     }
 
