@@ -12,7 +12,7 @@ use tidemill::device::sampling::{Draw, Target};
 use tidemill::error::Tier;
 use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts, Throttle};
-use tidemill::hardware::{Element, Hardware, Link, Throttles};
+use tidemill::hardware::{Hardware, Link, Throttles};
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::kv::pages::PagePool;
 use tidemill::memory::arena::Arena;
@@ -153,7 +153,7 @@ fn run(
     let bytes = model_bytes(config, packed.layout(), &kv);
     let placement = Placement::new(&bytes, &setting.policy, Tier::Gpu);
     let hardware = machine.without_gpu().rehearsed(placement.bytes[0].max(1)).throttled(&setting.throttles);
-    let plan_model = PlanModel::new("overlap", config.clone(), None, Element::Bf16, Element::Bf16).with_bytes(bytes);
+    let plan_model = PlanModel::new("overlap", config.clone(), None, DType::Bf16, DType::Bf16).with_bytes(bytes);
     let (device_bytes, host_bytes) = placement.arenas();
     let device = Host::new(Arena::new("bench", Tier::Gpu, device_bytes as usize).expect("memory")).rehearsing();
     let host = Arena::new("bench", Tier::Cpu, host_bytes as usize).expect("memory");

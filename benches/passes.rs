@@ -23,7 +23,6 @@ use tidemill::memory::limits;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::pack::Packer;
-use tidemill::planner::model::element;
 use tidemill::policy::{Policy, Split};
 use tidemill::schedule::placement::Placement;
 use tidemill::schedule::price::{placed, step_work};
@@ -160,7 +159,7 @@ fn predicted(record: &PassRecord, cost: &ModelCost, hardware: &Hardware, placeme
     };
     let (kernels, layers) = (hardware.kernels(), cost.num_layers as f64);
     let rows = record.blocks.iter().map(|block| block.rows as f64);
-    let curve = kernels.curve(cost.weights);
+    let curve = kernels.curve(cost.weights, cost.integer_activations);
     let products: f64 = rows.clone().map(|rows| layers * cost.layer_weights() * curve.secs_per_weight(rows)).sum();
     let pointwise: f64 = rows.map(|rows| layers * rows * cost.pointwise_bytes / kernels.pointwise_bytes_per_s).sum();
     let all = of(Some(Op::Layer));
@@ -207,8 +206,8 @@ fn main() {
     let config =
         config.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/policies/models/llama-1.1b.json").into());
     let model = Model::open(&format!("synth:{}#1", config.display())).expect("a configuration");
-    let weights = element(model.config.dtype.unwrap_or(DType::Bf16));
-    let cost = ModelCost::new(&model.config, None, weights, tidemill::hardware::Element::Bf16);
+    let weights = model.config.dtype.unwrap_or(DType::Bf16);
+    let cost = ModelCost::new(&model.config, None, weights, DType::Bf16);
     let mut executor = executor(&model);
     let runs = CASES.map(pass);
     // Memory is given out when it is first written.

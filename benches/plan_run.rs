@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tidemill::calibrate::{Options, calibrate};
 use tidemill::error::Tier;
 use tidemill::executor::size::model_bytes;
-use tidemill::hardware::{Curve, Element, Hardware, Throttles};
+use tidemill::hardware::{Curve, Hardware, Throttles};
 use tidemill::kv::layout::KvLayout;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
@@ -189,8 +189,7 @@ fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run
         dtype: DType::Bf16,
     };
     let bytes = model_bytes(&model.config, model.packed(None).expect("packs").layout(), &kv);
-    let plan_model =
-        PlanModel::new("plan_run", model.config.clone(), None, Element::Bf16, Element::Bf16).with_bytes(bytes);
+    let plan_model = PlanModel::new("plan_run", model.config.clone(), None, DType::Bf16, DType::Bf16).with_bytes(bytes);
     let compute = if setting.flags.contains(&"--gpu-memory") { Tier::Gpu } else { Tier::Cpu };
     let placement = Placement::new(&plan_model.bytes, &policy, compute);
     let job = Job::uniform(setting.requests, setting.prompt_len, setting.gen_len);

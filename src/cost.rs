@@ -7,8 +7,9 @@
 
 use std::ops::{Add, Mul};
 
-use crate::hardware::{Element, Hardware, Kernels, Link};
+use crate::hardware::{Hardware, Kernels, Link};
 use crate::model::config::ModelConfig;
+use crate::model::dtype::DType;
 
 /// Positions of a KV page.
 pub const PAGE_POSITIONS: f64 = 64.0;
@@ -110,9 +111,11 @@ pub struct ModelCost {
     /// The matrices of one layer.
     pub products: Vec<Product>,
     /// Stored dtype of the matrices.
-    pub weights: Element,
+    pub weights: DType,
+    /// Whether their products round activations to 8 bits.
+    pub integer_activations: bool,
     /// Stored dtype of keys and values.
-    pub kv: Element,
+    pub kv: DType,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the embedding table.
@@ -150,7 +153,7 @@ pub struct LayerLoad {
 
 impl ModelCost {
     /// The costs of a model whose weights and cache are stored so. `experts` puts a mixture in the place of the MLP.
-    pub fn new(config: &ModelConfig, experts: Option<Experts>, weights: Element, kv: Element) -> Self {
+    pub fn new(config: &ModelConfig, experts: Option<Experts>, weights: DType, kv: DType) -> Self {
         let (hidden, intermediate) = (config.hidden_size as f64, config.intermediate_size as f64);
         let (query_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let qkv = (query_width + 2 * kv_width) as f64;
@@ -174,6 +177,7 @@ impl ModelCost {
             num_layers: config.num_layers,
             products,
             weights,
+            integer_activations: false,
             kv,
             hidden_size: config.hidden_size,
             embed_size: config.embed_size,
@@ -186,7 +190,7 @@ impl ModelCost {
             hidden_bytes: 4.0 * hidden,
             compressed_ratio: match weights {
                 // What `quant::planes` makes of Gaussian weights.
-                Element::Bf16 => 0.704,
+                DType::Bf16 => 0.704,
                 _ => 1.0,
             },
         }
@@ -319,7 +323,7 @@ impl<'a> Costs<'a> {
             return Work::none();
         }
         let (model, kernels) = (self.model, self.hardware.kernels());
-        let curve = kernels.curve(model.weights);
+        let curve = kernels.curve(model.weights, model.integer_activations);
         let products: f64 = model
             .products
             .iter()
@@ -364,7 +368,7 @@ impl<'a> Costs<'a> {
         let (model, kernels) = (self.model, self.hardware.kernels());
         let together = self.logit_rows as f64;
         let (whole, rest) = ((outputs / together).floor(), outputs % together);
-        let curve = kernels.curve(model.weights);
+        let curve = kernels.curve(model.weights, model.integer_activations);
         let rest = if rest > 0.0 { curve.secs_per_weight(rest) } else { 0.0 };
         let rounds = if whole > 0.0 { whole * curve.secs_per_weight(together) } else { 0.0 };
         let product = model.head_weights() * (rounds + rest);
@@ -393,19 +397,19 @@ pub(crate) mod tests {
 
     #[test]
     fn a_layers_numbers_are_those_of_its_matrices() {
-        let model = ModelCost::new(&config(), None, Element::Bf16, Element::F16);
+        let model = ModelCost::new(&config(), None, DType::Bf16, DType::F16);
         let weights = 256.0 * (256.0 + 2.0 * 128.0) + 256.0 * 256.0 + 3.0 * 256.0 * 512.0;
         assert_eq!(model.layer_weights(), weights);
         assert_eq!(model.row_flops(), 2.0 * weights);
         assert_eq!(model.frame_bytes, 64.0 * 2.0 * 128.0 * 2.0);
-        let mixture = ModelCost::new(&config(), Some(Experts { total: 8, active: 2 }), Element::Int4, Element::F16);
+        let mixture = ModelCost::new(&config(), Some(Experts { total: 8, active: 2 }), DType::Int4, DType::F16);
         assert!(mixture.layer_weights() > 7.0 * 3.0 * 256.0 * 512.0);
         assert_eq!(mixture.row_flops() - model.row_flops(), 2.0 * (3.0 * 256.0 * 512.0 + 256.0 * 8.0));
     }
 
     #[test]
     fn links_cost_their_bytes_and_a_latency() {
-        let (model, hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
+        let (model, hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
         let costs = Costs::new(&model, &hardware);
         let work = costs.transfer(Link::H2d, 1e9, 2.0);
         assert!((work.lane_secs - (0.1 + 2e-5)).abs() < 1e-12);
@@ -419,7 +423,7 @@ pub(crate) mod tests {
 
     #[test]
     fn attention_of_one_row_costs_its_page_and_of_many_their_arithmetic() {
-        let (model, mut hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
+        let (model, mut hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
         hardware.gpu = None;
         hardware.links = None;
         let costs = Costs::new(&model, &hardware);
@@ -437,7 +441,7 @@ pub(crate) mod tests {
 
     #[test]
     fn computing_on_the_cpu_takes_its_cores() {
-        let (model, hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
+        let (model, hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
         let load = LayerLoad { rows: 64.0, segments: 64.0, keys: 6400.0, pages: 128.0 };
         let device = Costs::new(&model, &hardware).layer(&load);
         assert_eq!((device.core_secs, device.dram_bytes), (0.0, 0.0));

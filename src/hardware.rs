@@ -14,6 +14,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, Tier};
+use crate::model::dtype::DType;
 
 /// The version of the file format.
 pub const VERSION: u32 = 1;
@@ -89,7 +90,10 @@ pub struct Cpu {
 #[serde(deny_unknown_fields)]
 pub struct Kernels {
     /// FLOP/s of matrix products (2 per weight and row) by the dtype of the weights, as a function of rows.
-    pub matmul: BTreeMap<Element, Curve>,
+    pub matmul: BTreeMap<DType, Curve>,
+    /// The same where activations are rounded to 8 bits, by the dtype of the weights: int8, int4.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub integer_matmul: BTreeMap<DType, Curve>,
     /// FLOP/s of attention (4 per query head, dimension and key) where a segment has many rows.
     pub attention_prefill_flops: f64,
     /// FLOP/s of attention where a segment has one row, besides reading keys and values.
@@ -170,54 +174,6 @@ pub struct Raw {
     /// Bytes/s written with O_DIRECT, sequentially.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_write_bytes_per_s: Option<f64>,
-}
-
-/// Element types that weights and KV caches can be planned with; not all of them can be run yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Element {
-    /// IEEE binary32.
-    F32,
-    /// The upper half of binary32.
-    Bf16,
-    /// IEEE binary16.
-    F16,
-    /// 8 bits, and 32 more for every group of 64.
-    Int8,
-    /// 4 bits, and 32 more for every group of 64.
-    Int4,
-}
-
-impl Element {
-    /// All of them.
-    pub const ALL: [Element; 5] = [Element::F32, Element::Bf16, Element::F16, Element::Int8, Element::Int4];
-
-    /// Bytes per element.
-    pub fn bytes(self) -> f64 {
-        match self {
-            Element::F32 => 4.0,
-            Element::Bf16 | Element::F16 => 2.0,
-            Element::Int8 => 8.5 / 8.0,
-            Element::Int4 => 4.5 / 8.0,
-        }
-    }
-
-    /// Its name in flags and files.
-    pub fn name(self) -> &'static str {
-        match self {
-            Element::F32 => "f32",
-            Element::Bf16 => "bf16",
-            Element::F16 => "f16",
-            Element::Int8 => "int8",
-            Element::Int4 => "int4",
-        }
-    }
-}
-
-impl fmt::Display for Element {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
 }
 
 /// FLOP/s as a function of rows: points (rows, FLOP/s) in ascending order of rows.
@@ -520,10 +476,10 @@ impl Hardware {
         let raw = self.raw;
         hardware.cpu.dram_bytes_per_s = raw.dram_bytes_per_s.max(self.cpu.dram_bytes_per_s);
         let dram = hardware.cpu.dram_bytes_per_s;
-        hardware.cpu.kernels = self.cpu.kernels.ideal(raw.cpu_flops, dram);
+        hardware.cpu.kernels = self.cpu.kernels.ideal(raw.cpu_flops, raw.cpu_int8_ops, dram);
         if let Some(gpu) = &mut hardware.gpu {
             let flops = raw.gpu_flops.unwrap_or(raw.cpu_flops);
-            gpu.kernels = gpu.kernels.ideal(flops, raw.gpu_memory_bytes_per_s.unwrap_or(dram));
+            gpu.kernels = gpu.kernels.ideal(flops, None, raw.gpu_memory_bytes_per_s.unwrap_or(dram));
         }
         let best = |rate: f64, raw: Option<f64>| raw.map_or(rate, |raw| raw.max(rate));
         if let Some(links) = &mut hardware.links {
@@ -545,17 +501,21 @@ impl Hardware {
 }
 
 impl Kernels {
-    /// The curve of products with weights of `element`, or the nearest one that was measured: 16 bits stand for 16
-    /// bits, then whatever is wider.
-    pub fn curve(&self, element: Element) -> &Curve {
-        let near: &[Element] = match element {
-            Element::F32 => &[Element::F32, Element::Bf16, Element::F16],
-            Element::Bf16 => &[Element::Bf16, Element::F16, Element::F32],
-            Element::F16 => &[Element::F16, Element::Bf16, Element::F32],
-            Element::Int8 => &[Element::Int8, Element::Int4, Element::Bf16, Element::F16, Element::F32],
-            Element::Int4 => &[Element::Int4, Element::Int8, Element::Bf16, Element::F16, Element::F32],
+    /// The curve of products with weights of `element`, of activations that are rounded to `integers` if that was
+    /// measured, or the nearest one that was: 16 bits stand for 16 bits, then whatever is wider.
+    pub fn curve(&self, element: DType, integers: bool) -> &Curve {
+        let integer = self.integer_matmul.get(&element).filter(|_| integers);
+        if let Some(curve) = integer {
+            return curve;
+        }
+        let near: &[DType] = match element {
+            DType::F32 => &[DType::F32, DType::Bf16, DType::F16],
+            DType::Bf16 => &[DType::Bf16, DType::F16, DType::F32],
+            DType::F16 => &[DType::F16, DType::Bf16, DType::F32],
+            DType::Int8 => &[DType::Int8, DType::Int4, DType::Bf16, DType::F16, DType::F32],
+            DType::Int4 => &[DType::Int4, DType::Int8, DType::Bf16, DType::F16, DType::F32],
         };
-        let found = near.iter().chain(&Element::ALL).find_map(|element| self.matmul.get(element));
+        let found = near.iter().chain(&DType::ALL).find_map(|element| self.matmul.get(element));
         found.expect("a profile has at least one curve")
     }
 
@@ -578,7 +538,7 @@ impl Kernels {
         if self.matmul.is_empty() {
             return Err(format!("`{place}.matmul` has no curve"));
         }
-        for (element, Curve(points)) in &self.matmul {
+        for (element, Curve(points)) in self.matmul.iter().chain(&self.integer_matmul) {
             let positive = points.iter().all(|(rows, flops)| *rows > 0.0 && *flops > 0.0 && (rows * flops).is_finite());
             let ascending = points.windows(2).all(|pair| pair[0].0 < pair[1].0);
             if points.is_empty() || !positive || !ascending {
@@ -590,13 +550,19 @@ impl Kernels {
     }
 
     /// The same kernels at the ceilings of the hardware: products bound by `flops` or by reading the weights once.
-    fn ideal(&self, flops: f64, bytes_per_s: f64) -> Self {
-        let curve = |element: Element| {
+    fn ideal(&self, flops: f64, int8_ops: Option<f64>, bytes_per_s: f64) -> Self {
+        let curve = |element: DType| {
             let rows = flops * element.bytes() / (2.0 * bytes_per_s);
-            Curve(vec![(rows, flops.max(self.curve(element).best_flops()))])
+            Curve(vec![(rows, flops.max(self.curve(element, false).best_flops()))])
+        };
+        let integer = |(&element, measured): (&DType, &Curve)| {
+            // Bytes multiply at four times the rate of f32 where nothing better is known.
+            let ops = int8_ops.unwrap_or(4.0 * flops).max(measured.best_flops());
+            (element, Curve(vec![(ops * element.bytes() / (2.0 * bytes_per_s), ops)]))
         };
         Kernels {
-            matmul: Element::ALL.into_iter().map(|element| (element, curve(element))).collect(),
+            matmul: DType::ALL.into_iter().map(|element| (element, curve(element))).collect(),
+            integer_matmul: self.integer_matmul.iter().map(integer).collect(),
             attention_prefill_flops: flops.max(self.attention_prefill_flops),
             attention_decode_flops: flops.max(self.attention_decode_flops),
             attention_bytes_per_s: bytes_per_s.max(self.attention_bytes_per_s),
@@ -615,7 +581,8 @@ pub(crate) mod tests {
     /// A machine with round numbers, for tests here and above.
     pub fn example() -> Hardware {
         let kernels = |scale: f64| Kernels {
-            matmul: BTreeMap::from([(Element::Bf16, Curve(vec![(1.0, 1e9 * scale), (64.0, 3.2e10 * scale)]))]),
+            matmul: BTreeMap::from([(DType::Bf16, Curve(vec![(1.0, 1e9 * scale), (64.0, 3.2e10 * scale)]))]),
+            integer_matmul: BTreeMap::new(),
             attention_prefill_flops: 2e10 * scale,
             attention_decode_flops: 5e9 * scale,
             attention_bytes_per_s: 5e9 * scale,
@@ -689,7 +656,7 @@ pub(crate) mod tests {
         assert!(refused(&|hardware| hardware.cpu.kernels.matmul.clear()).contains("no curve"));
         let backwards = Curve(vec![(8.0, 1.0), (2.0, 1.0)]);
         let text = refused(&|hardware| {
-            hardware.cpu.kernels.matmul.insert(Element::F32, backwards.clone());
+            hardware.cpu.kernels.matmul.insert(DType::F32, backwards.clone());
         });
         assert!(text.contains("cpu.kernels.matmul.f32"), "{text}");
         let unknown = example().to_toml().replace("cores =", "coers =");
@@ -741,7 +708,7 @@ pub(crate) mod tests {
             assert!(ideal.rate(link) >= real.rate(link));
         }
         for rows in [1.0, 3.0, 64.0, 1000.0] {
-            let secs = |hardware: &Hardware| hardware.kernels().curve(Element::Bf16).secs_per_weight(rows);
+            let secs = |hardware: &Hardware| hardware.kernels().curve(DType::Bf16, false).secs_per_weight(rows);
             assert!(secs(&ideal) <= secs(&real) * (1.0 + 1e-9), "{rows}");
         }
     }

@@ -3,6 +3,7 @@
 
 mod support;
 
+use tidemill::device::Device as _;
 use tidemill::device::host::Host;
 use tidemill::device::host::isa::Isa;
 use tidemill::device::sampling::{Draw, Drawn, Target};
@@ -21,15 +22,23 @@ use tidemill::schedule::{Pass, Run};
 
 const PAGES: usize = 16;
 
-fn executor(model: &Model, isa: Isa, kv: DType) -> Executor<Host> {
+#[derive(Debug)]
+struct Numerics {
+    kv: DType,
+    weights: Option<DType>,
+    /// Activations are rounded to integers.
+    rounds: bool,
+}
+
+fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
     let config = &model.config;
     let layout = KvLayout {
         num_layers: config.num_layers,
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
-        dtype: kv,
+        dtype: numerics.kv,
     };
-    let packed = Packer::new(model, None);
+    let packed = Packer::new(model, numerics.weights);
     let policy = Policy {
         sequences: 7,
         chunk_tokens: 400,
@@ -54,7 +63,9 @@ fn executor(model: &Model, isa: Isa, kv: DType) -> Executor<Host> {
     let arena = Arena::new("test", Tier::Cpu, device_bytes as usize + room).unwrap();
     let host = Arena::new("test", Tier::Cpu, host_bytes as usize).unwrap();
     let parts = Parts { packed: &packed, config, placement, kv: layout, offload: None, throttle: [None; 6] };
-    Executor::new(Host::with_isa(arena, isa), host, parts).unwrap()
+    let mut device = Host::with_isa(arena, isa);
+    device.round_activations(numerics.rounds);
+    Executor::new(device, host, parts).unwrap()
 }
 
 fn tokens(len: usize, salt: usize, vocab: usize) -> Vec<u32> {
@@ -62,8 +73,8 @@ fn tokens(len: usize, salt: usize, vocab: usize) -> Vec<u32> {
 }
 
 /// Scores of every token of two sequences, run in chunks of these sizes, side by side or one after the other.
-fn scores(model: &Model, isa: Isa, kv: DType, chunk: usize, together: bool) -> Vec<Vec<Drawn>> {
-    let mut executor = executor(model, isa, kv);
+fn scores(model: &Model, isa: Isa, numerics: &Numerics, chunk: usize, together: bool) -> Vec<Vec<Drawn>> {
+    let mut executor = executor(model, isa, numerics);
     let sequences = [tokens(150, 1, model.config.vocab_size), tokens(67, 2, model.config.vocab_size)];
     let mut scores = vec![Vec::new(), Vec::new()];
     let mut first_page = 0;
@@ -107,13 +118,16 @@ fn scores(model: &Model, isa: Isa, kv: DType, chunk: usize, together: bool) -> V
 fn one_set_of_bits_for_all() {
     for name in ["llama-head20", "mistral-w23", "opt-postln", "qwen3-mixed", "neox-parallel", "llama-dynamic"] {
         let model = Model::from_directory(name, &support::golden(name)).unwrap();
-        for kv in [DType::F32, DType::Bf16, DType::F16] {
-            let expected = scores(&model, Isa::Portable, kv, 400, false);
+        let plain = [DType::F32, DType::Bf16, DType::F16].map(|kv| Numerics { kv, weights: None, rounds: false });
+        let integers = [(DType::Int4, false), (DType::Int4, true), (DType::Int8, true)]
+            .map(|(dtype, rounds)| Numerics { kv: DType::F16, weights: Some(dtype), rounds });
+        for numerics in plain.into_iter().chain(integers) {
+            let expected = scores(&model, Isa::Portable, &numerics, 400, false);
             assert!(expected.iter().flatten().all(|drawn| drawn.logprob.is_finite()));
             for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
                 for (chunk, together) in [(400, true), (64, false), (37, true), (1, true)] {
-                    let same = scores(&model, isa, kv, chunk, together) == expected;
-                    assert!(same, "{name}, KV {kv}, {isa:?}, chunks of {chunk}, together {together}");
+                    let same = scores(&model, isa, &numerics, chunk, together) == expected;
+                    assert!(same, "{name}, {numerics:?}, {isa:?}, chunks of {chunk}, together {together}");
                 }
             }
         }

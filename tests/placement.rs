@@ -30,7 +30,12 @@ fn split(chance: &mut Chance) -> String {
     format!("{{ gpu = {gpu}, cpu = {cpu}, disk = {disk} }}")
 }
 
-fn policy(chance: &mut Chance, mix: &Mix) -> String {
+/// Numerics that are not the model's own.
+const INT4: &[&str] = &["--weights", "int4"];
+const INTEGERS: &[&str] = &["--weights", "int4", "--activations", "int8"];
+const INT8: &[&str] = &["--weights", "int8", "--activations", "int8"];
+
+fn policy(chance: &mut Chance, mix: &Mix, numerics: &[&str]) -> String {
     let sequences: u64 = [1, 2, 5, 12, 40][chance.below(5) as usize];
     let blocks = 1 + chance.below(4);
     let longest = mix.context.div_ceil(64) + 1;
@@ -51,8 +56,8 @@ fn policy(chance: &mut Chance, mix: &Mix) -> String {
         tier(chance),
         tier(chance),
     );
-    // The others are f32, of which there are no planes.
-    if [DEMO.model, BF16.model].contains(&mix.model) && chance.below(2) == 0 {
+    // Of the others, which are not bf16, there are no planes.
+    if [DEMO.model, BF16.model].contains(&mix.model) && numerics.is_empty() && chance.below(2) == 0 {
         text += "compressed = true\n";
     }
     text
@@ -66,14 +71,16 @@ fn stats(path: &Path) -> Value {
 fn random_policies_change_no_byte_and_keep_the_budgets() {
     let count: u64 = std::env::var("PLACEMENTS").map_or(40, |count| count.parse().unwrap());
     let scratch = Scratch::new();
-    let mixes = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED];
+    let native = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED].map(|mix| (mix, &[][..]));
+    let rounded = [(DEMO, INTEGERS), (WINDOW, INT4), (TIED, INT8)];
+    let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).collect();
     let expected: Vec<(std::path::PathBuf, Vec<u8>)> = mixes
         .iter()
         .enumerate()
-        .map(|(index, mix)| {
+        .map(|(index, (mix, numerics))| {
             let input = scratch.write(&format!("in-{index}.jsonl"), file(&mixed(mix, 24, index as u64)));
             let output = scratch.path(&format!("expected-{index}.jsonl"));
-            generate_ok(mix.model, &input, &output, &["--progress", "none"], 3);
+            generate_ok(mix.model, &input, &output, &[&["--progress", "none"], *numerics].concat(), 3);
             (input, std::fs::read(output).unwrap())
         })
         .collect();
@@ -82,7 +89,8 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     for seed in 0..count {
         let mut chance = Chance::new(1000 + seed);
         let which = (seed % mixes.len() as u64) as usize;
-        let text = policy(&mut chance, &mixes[which]);
+        let (mix, numerics) = &mixes[which];
+        let text = policy(&mut chance, mix, numerics);
         let file = scratch.write("policy.toml", &text);
         let (output, figures) = (scratch.path(&format!("out-{seed}.jsonl")), scratch.path("stats.json"));
         let threads = (1 + seed % 2).to_string();
@@ -93,13 +101,14 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
         if seed % 4 != 3 {
             extra.extend(["--gpu-memory", "200MiB", "--device", "host"]);
         }
+        extra.extend(*numerics);
         let (input, expected) = &expected[which];
-        generate_ok(mixes[which].model, input, &output, &extra, 3);
+        generate_ok(mix.model, input, &output, &extra, 3);
         let got = std::fs::read(&output).unwrap();
         if got != *expected {
             let (got, expected) = (String::from_utf8_lossy(&got), String::from_utf8_lossy(expected));
             let lines = expected.lines().zip(got.lines()).find(|(a, b)| a != b);
-            panic!("seed {seed}, {}:\n{text}\n{lines:?}", mixes[which].model);
+            panic!("seed {seed}, {} {numerics:?}:\n{text}\n{lines:?}", mix.model);
         }
         std::fs::remove_file(&output).unwrap();
         let figures = stats(&figures);

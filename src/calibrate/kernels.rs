@@ -17,7 +17,7 @@ use crate::device::sampling::{Draw, SampleRule, Target as Wanted};
 use crate::device::{AttentionSpan, Device, Frames, Heads, KvView, KvViewMut, Matrix, NormParameters, Piece};
 use crate::device::{Rotation, Target};
 use crate::error::Result;
-use crate::hardware::{Curve, Element, Kernels};
+use crate::hardware::{Curve, Kernels};
 use crate::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
 use crate::memory::arena::aligned;
@@ -28,9 +28,6 @@ use crate::rng::Philox;
 
 /// Rows of the points of a curve.
 pub const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
-/// Weights that are measured.
-const ELEMENTS: [(Element, DType); 3] =
-    [(Element::F32, DType::F32), (Element::Bf16, DType::Bf16), (Element::F16, DType::F16)];
 
 /// Layers of the widest weights that the region holds.
 const LAYERS: usize = 2;
@@ -147,8 +144,8 @@ const WIDE_GROUP: usize = 8;
 /// What is measured in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Probe {
-    /// Products of a layer.
-    Products(Element, DType, usize),
+    /// Products of a layer with weights of a dtype and so many rows; with activations rounded to integers or not.
+    Products(DType, bool, usize),
     /// Attention of a prompt.
     Prompt,
     /// Attention of single queries, with so many query heads to a key head and so many keys.
@@ -161,6 +158,12 @@ enum Probe {
     NarrowProducts,
     /// Tokens drawn.
     Sampling,
+}
+
+/// Products that are measured: dtype of the weights, and whether activations are rounded to integers.
+fn curves() -> impl Iterator<Item = (DType, bool)> {
+    let plain = DType::ALL.into_iter().map(|dtype| (dtype, false));
+    plain.chain([(DType::Int8, true), (DType::Int4, true)])
 }
 
 /// A device, and buffers for a layer's work.
@@ -244,9 +247,9 @@ impl<D: Device> Bench<D> {
     /// # Errors
     /// None so far: a device that computes in main memory cannot fail.
     pub fn measure(&mut self, budget: Duration, handover_secs: f64) -> Result<Kernels> {
-        let curves = ELEMENTS.into_iter().flat_map(|(element, dtype)| {
+        let curves = curves().flat_map(|(dtype, integers)| {
             let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
-            rows.map(move |rows| Probe::Products(element, dtype, rows))
+            rows.map(move |rows| Probe::Products(dtype, integers, rows))
         });
         let others = [
             Probe::Prompt,
@@ -261,20 +264,20 @@ impl<D: Device> Bench<D> {
         let probes: Vec<Probe> = curves.chain(others).collect();
         let patience = (budget / 12).as_secs_f64();
         // Rows of which products took longer the last time; more rows would take longer still.
-        let mut too_slow: BTreeMap<Element, usize> = BTreeMap::new();
+        let mut too_slow: BTreeMap<(DType, bool), usize> = BTreeMap::new();
         let samples = rounds(&probes, budget, |probe| {
-            if let Probe::Products(element, _, rows) = probe
-                && too_slow.get(&element).is_some_and(|&slow| rows > slow)
+            if let Probe::Products(dtype, integers, rows) = probe
+                && too_slow.get(&(dtype, integers)).is_some_and(|&slow| rows > slow)
             {
                 return Ok(None);
             }
             let mut secs = 0.0;
             rayon::scope(|_| secs = self.sample(probe));
-            if let Probe::Products(element, _, rows) = probe {
+            if let Probe::Products(dtype, integers, rows) = probe {
                 if secs > patience {
-                    too_slow.insert(element, rows);
-                } else if too_slow.get(&element) == Some(&rows) {
-                    too_slow.remove(&element);
+                    too_slow.insert((dtype, integers), rows);
+                } else if too_slow.get(&(dtype, integers)) == Some(&rows) {
+                    too_slow.remove(&(dtype, integers));
                 }
             }
             Ok(Some(secs))
@@ -291,15 +294,16 @@ impl<D: Device> Bench<D> {
         let shape = self.shape;
         let always = |probe: Probe| secs(probe).expect("only products can be left out");
         let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
-        let mut matmul = BTreeMap::new();
-        for (element, dtype) in ELEMENTS {
+        let [mut matmul, mut integer_matmul] = [BTreeMap::new(), BTreeMap::new()];
+        for (dtype, integers) in curves() {
             let points = ROWS.into_iter().filter_map(|rows| {
-                let secs = secs(Probe::Products(element, dtype, rows))?;
+                let secs = secs(Probe::Products(dtype, integers, rows))?;
                 Some((rows as f64, flops(rows) / secs))
             });
-            matmul.insert(element, Curve(points.collect()));
+            let curves = if integers { &mut integer_matmul } else { &mut matmul };
+            curves.insert(dtype, Curve(points.collect()));
         }
-        let cost = |heads: Heads| ModelCost::new(&shape.config(heads), None, Element::Bf16, Element::Bf16);
+        let cost = |heads: Heads| ModelCost::new(&shape.config(heads), None, DType::Bf16, DType::Bf16);
         let (narrow, wide) = (cost(shape.heads(1)), cost(shape.heads(WIDE_GROUP)));
         let segment = |group: usize, context: usize| {
             always(Probe::Single(group, context)) / self.single_segments(1, context).len() as f64
@@ -326,6 +330,7 @@ impl<D: Device> Bench<D> {
         let pointwise_rows = POINTWISE_ROWS.min(shape.rows) as f64;
         Kernels {
             matmul,
+            integer_matmul,
             attention_prefill_flops: wide.key_flops() / key_secs,
             attention_decode_flops: positions / arithmetic,
             attention_bytes_per_s: narrow.frame_bytes / reading,
@@ -340,7 +345,11 @@ impl<D: Device> Bench<D> {
     fn sample(&mut self, probe: Probe) -> f64 {
         let (shape, narrow) = (self.shape, Shape::new(NARROW_HALVINGS, 1));
         repeated(SAMPLE_TIME, || match probe {
-            Probe::Products(_, dtype, rows) => self.layer(shape, rows, Some(dtype), false),
+            Probe::Products(dtype, integers, rows) => {
+                self.device.round_activations(integers);
+                self.layer(shape, rows, Some(dtype), false);
+                self.device.round_activations(false);
+            }
             Probe::Prompt => self.attend(&[self.segment(0, PROMPT, 0)], WIDE_GROUP),
             Probe::Single(group, context) => self.attend(&self.single_segments(self.frames_at, context), group),
             Probe::Pointwise => self.layer(shape, POINTWISE_ROWS.min(shape.rows), None, true),

@@ -10,8 +10,9 @@ use super::{resources, say};
 use crate::calibrate::{Options, calibrate};
 use crate::durable;
 use crate::error::Result;
-use crate::hardware::{Curve, Element, Hardware, Kernels};
+use crate::hardware::{Curve, Hardware, Kernels};
 use crate::memory::limits;
+use crate::model::dtype::DType;
 
 /// The arguments of `calibrate`.
 #[derive(clap::Args, Clone, Debug)]
@@ -89,7 +90,7 @@ fn table(hardware: &Hardware) -> String {
 
 /// Products by rows and dtype, in GFLOP/s.
 fn curves(kernels: &Kernels) -> String {
-    let elements: Vec<(&Element, &Curve)> = kernels.matmul.iter().collect();
+    let elements: Vec<(&DType, &Curve)> = kernels.matmul.iter().collect();
     let mut text = format!("  {:32}", "products, GFLOP/s: rows");
     for (element, _) in &elements {
         let _ = write!(text, "{:>10}", element.name());

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::model::dtype::DType;
 
 /// A number of bytes such as `14GiB`, `512MB` or `1000000`.
@@ -79,6 +80,10 @@ pub enum WeightsChoice {
     F16,
     /// IEEE single.
     F32,
+    /// 8 bits, in groups of 64 with a scale and an offset: 8.5 bits a weight.
+    Int8,
+    /// 4 bits, likewise: 4.5 bits a weight.
+    Int4,
 }
 
 impl WeightsChoice {
@@ -89,6 +94,8 @@ impl WeightsChoice {
             WeightsChoice::Bf16 => Some(DType::Bf16),
             WeightsChoice::F16 => Some(DType::F16),
             WeightsChoice::F32 => Some(DType::F32),
+            WeightsChoice::Int8 => Some(DType::Int8),
+            WeightsChoice::Int4 => Some(DType::Int4),
         }
     }
 }
@@ -133,6 +140,23 @@ pub enum KvPolicyChoice {
 pub enum ActivationsChoice {
     /// Products take activations in IEEE single.
     F32,
+    /// Products with int8 and int4 weights round activations to 8 bits, in groups of 64: faster, and less exact.
+    Int8,
+}
+
+/// Whether products round activations to integers, which takes weights that are integers.
+///
+/// # Errors
+/// [`Error::Usage`] for other weights.
+pub fn rounds_activations(choice: Option<ActivationsChoice>, weights: DType) -> Result<bool> {
+    let rounds = choice == Some(ActivationsChoice::Int8);
+    match weights {
+        DType::F32 | DType::Bf16 | DType::F16 if rounds => Err(Error::usage(
+            format!("--activations int8 goes with weights of small integers, these are {weights}"),
+            "add --weights int4 or int8, or leave --activations away",
+        )),
+        _ => Ok(rounds),
+    }
 }
 
 /// `--prefix-sharing`.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::config::{self, PolicyFile};
 use super::flags::{
     ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, WeightsChoice,
+    rounds_activations,
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
@@ -37,7 +38,7 @@ use crate::model::dtype::DType;
 use crate::model::packed::read::PackedModel;
 use crate::model::packed::{Packed, cache};
 use crate::planner::job::Job;
-use crate::planner::model::{self, PlanModel};
+use crate::planner::model::PlanModel;
 use crate::schedule::price::placed;
 use crate::schedule::step::Lane;
 
@@ -255,10 +256,9 @@ impl Arguments {
         let budgets = self.budgets()?;
         let packed = model.packed(weights.dtype())?;
         let bytes = model_bytes(config, packed.layout(), &kv);
-        let element = weights.dtype().unwrap_or(stored);
-        let plan_model =
-            PlanModel::new(&model.name, config.clone(), None, model::element(element), model::element(kv.dtype));
-        let mut plan_model = plan_model.with_bytes(bytes);
+        let element = weights.dtype().or(converted).unwrap_or(stored);
+        let mut plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype).with_bytes(bytes);
+        plan_model.cost.integer_activations = rounds_activations(self.activations, element)?;
         if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
             plan_model.cost.compressed_ratio = 1.0;
         }
@@ -277,7 +277,7 @@ impl Arguments {
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
         let numerics = BTreeMap::from([
-            ("weights", weights.dtype().or(converted).unwrap_or(stored).to_string()),
+            ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
             ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
@@ -480,7 +480,8 @@ impl Running<'_> {
         }
         let name = format!("model `{}`", model.name);
         let (device_bytes, host_bytes) = resolved.decision.placement.arenas();
-        let device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
+        let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
+        device.round_activations(resolved.model.cost.integer_activations);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
         let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
         let made;

@@ -11,12 +11,13 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
-use super::flags::{DeviceChoice, Size};
+use super::flags::{ActivationsChoice, DeviceChoice, Size, rounds_activations};
 use super::planning::this_machine;
 use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
-use crate::hardware::{Element, Hardware, Throttles};
+use crate::hardware::{Hardware, Throttles};
 use crate::memory::limits;
+use crate::model::dtype::DType;
 use crate::model::packed::cache;
 use crate::planner::draw;
 use crate::planner::explain::{Change, Explanation, explain, words};
@@ -77,6 +78,9 @@ pub struct Arguments {
     /// Dtype of the weights: native, f32, bf16, f16, int8, int4 [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<String>,
+    /// Precision of activations in products [default: f32].
+    #[arg(long, env = "TIDEMILL_ACTIVATIONS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
+    activations: Option<ActivationsChoice>,
     /// Dtype of the KV cache: auto, f32, bf16, f16, int8, int4 [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<String>,
@@ -136,10 +140,10 @@ fn read_json(file: &Path) -> Result<Value> {
     serde_json::from_str(&text).map_err(|error| Error::model(file, format!("is no JSON: {error}")))
 }
 
-fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<Element>> {
+fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<DType>> {
     let Some(text) = text.filter(|text| *text != native) else { return Ok(None) };
-    let known = Element::ALL.map(Element::name).join(", ");
-    let found = Element::ALL.into_iter().find(|element| element.name() == text);
+    let known = DType::ALL.map(DType::name).join(", ");
+    let found = DType::ALL.into_iter().find(|element| element.name() == text);
     found
         .map(Some)
         .ok_or_else(|| Error::usage(format!("{flag} {text}: no such dtype"), format!("use {native}, {known}")))
@@ -166,7 +170,9 @@ impl Arguments {
             false => path.file_stem(),
         };
         let name = name.map_or_else(|| self.model.clone(), |name| name.to_string_lossy().into_owned());
-        PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)
+        let mut model = PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)?;
+        model.cost.integer_activations = rounds_activations(self.activations, model.cost.weights)?;
+        Ok(model)
     }
 
     fn hardware(&self) -> Result<(Hardware, Budgets)> {
@@ -397,7 +403,7 @@ mod tests {
     #[test]
     fn dtypes_are_named_or_refused() {
         assert_eq!(dtype("--weights", Some("native"), "native").unwrap(), None);
-        assert_eq!(dtype("--weights", Some("int4"), "native").unwrap(), Some(Element::Int4));
+        assert_eq!(dtype("--weights", Some("int4"), "native").unwrap(), Some(DType::Int4));
         assert!(dtype("--kv-dtype", Some("int3"), "auto").unwrap_err().hint().unwrap().contains("int4"));
     }
 }

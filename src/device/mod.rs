@@ -124,6 +124,10 @@ pub trait Device: Send + Sync + 'static {
     /// multiples of 4 KiB, allocated first, begin on such a boundary.
     fn allocate(&mut self, bytes: usize) -> Self::Buffer;
 
+    /// Whether products with weights of small integers round activations to 8 bits, in groups of 64 inputs: faster, and
+    /// less exact. Not so at first, and never in matrices of fewer than 64 inputs.
+    fn round_activations(&mut self, round: bool);
+
     /// Bytes of the arena that have been handed out.
     fn used_bytes(&self) -> usize;
 

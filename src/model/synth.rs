@@ -100,6 +100,7 @@ impl SyntheticWeights {
             DType::F32 => bytes = value.to_le_bytes(),
             DType::Bf16 => bytes[..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
             DType::F16 => bytes[..2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+            DType::Int8 | DType::Int4 => unreachable!("checkpoints are plain"),
         }
         bytes
     }

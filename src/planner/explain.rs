@@ -5,7 +5,8 @@
 use super::lp::{Budgets, Capabilities};
 use super::model::Numerics;
 use super::search::{Plan, Question};
-use crate::hardware::{Element, Hardware, Link};
+use crate::hardware::{Hardware, Link};
+use crate::model::dtype::DType;
 use crate::schedule::price::Bottleneck;
 use crate::schedule::step::Lane;
 
@@ -124,12 +125,12 @@ fn changes(question: &Question<'_>) -> Vec<Change> {
         add("attention by the CPU where the cache lies".into(), false, &Question { capabilities, ..*question });
     }
     let (weights, kv) = (question.model.cost.weights, question.model.cost.kv);
-    if weights != Element::Int4 {
-        let model = question.model.with(Numerics { weights: Some(Element::Int4), kv: None });
+    if weights != DType::Int4 {
+        let model = question.model.with(Numerics { weights: Some(DType::Int4), kv: None });
         add("4-bit weights".into(), true, &Question { model: &model, ..*question });
     }
-    if kv != Element::Int4 {
-        let model = question.model.with(Numerics { weights: None, kv: Some(Element::Int4) });
+    if kv != DType::Int4 {
+        let model = question.model.with(Numerics { weights: None, kv: Some(DType::Int4) });
         add("a 4-bit KV cache".into(), true, &Question { model: &model, ..*question });
     }
     changes

@@ -346,8 +346,8 @@ impl Problem<'_> {
 mod tests {
     use super::*;
     use crate::cost::tests::config;
-    use crate::hardware::Element;
     use crate::hardware::tests::example;
+    use crate::model::dtype::DType;
     use crate::planner::job::Job;
     use crate::rng::Philox;
 
@@ -361,7 +361,7 @@ mod tests {
     #[test]
     fn the_program_finds_what_a_grid_finds() {
         const STEPS: usize = 16;
-        let model = PlanModel::new("m", config(), None, Element::Bf16, Element::F16);
+        let model = PlanModel::new("m", config(), None, DType::Bf16, DType::F16);
         let (mut solved, mut bound_by) = (0, std::collections::BTreeSet::new());
         for case in 0..60 {
             let rng = Philox::new(case, 3);
@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn attention_by_the_cpu_saves_the_link() {
-        let model = PlanModel::new("m", config(), None, Element::Bf16, Element::F16);
+        let model = PlanModel::new("m", config(), None, DType::Bf16, DType::F16);
         let mut hardware = example();
         hardware.links.as_mut().unwrap().h2d_bytes_per_s = 2e8;
         hardware.links.as_mut().unwrap().h2d_together_bytes_per_s = 2e8;

@@ -8,7 +8,6 @@ use serde_json::Value;
 
 use crate::cost::{Experts, ModelCost};
 use crate::error::{Error, Result};
-use crate::hardware::Element;
 use crate::model::config::{ModelConfig, Norm, Positions};
 use crate::model::dtype::DType;
 use crate::schedule::placement::ModelBytes;
@@ -41,9 +40,9 @@ pub struct PlanModel {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Numerics {
     /// Of the matrices.
-    pub weights: Option<Element>,
+    pub weights: Option<DType>,
     /// Of keys and values.
-    pub kv: Option<Element>,
+    pub kv: Option<DType>,
 }
 
 impl PlanModel {
@@ -54,12 +53,12 @@ impl PlanModel {
     pub fn from_json(name: &str, value: &Value, path: &Path, numerics: Numerics) -> Result<Self> {
         let (value, experts) = dense(value, path)?;
         let config = ModelConfig::from_json(&value, path)?;
-        let stored = config.dtype.map_or(Element::F32, element);
+        let stored = config.dtype.unwrap_or(DType::F32);
         Ok(PlanModel::new(name, config, experts, numerics.weights.unwrap_or(stored), numerics.kv.unwrap_or(stored)))
     }
 
     /// A model whose weights and cache are stored so.
-    pub fn new(name: &str, config: ModelConfig, experts: Option<Experts>, weights: Element, kv: Element) -> Self {
+    pub fn new(name: &str, config: ModelConfig, experts: Option<Experts>, weights: DType, kv: DType) -> Self {
         let cost = ModelCost::new(&config, experts, weights, kv);
         let bytes = model_bytes(&config, experts, &cost);
         PlanModel { name: name.to_owned(), config, experts, cost, bytes }
@@ -75,7 +74,9 @@ impl PlanModel {
     #[must_use]
     pub fn with(&self, numerics: Numerics) -> Self {
         let (weights, kv) = (numerics.weights.unwrap_or(self.cost.weights), numerics.kv.unwrap_or(self.cost.kv));
-        PlanModel::new(&self.name, self.config.clone(), self.experts, weights, kv)
+        let mut model = PlanModel::new(&self.name, self.config.clone(), self.experts, weights, kv);
+        model.cost.integer_activations = self.cost.integer_activations;
+        model
     }
 
     /// Weights in all, and those that a token goes through; the embedding table counts once.
@@ -90,15 +91,6 @@ impl PlanModel {
         let chunks = |stages: &[Vec<u64>]| stages.iter().flatten().sum::<u64>();
         let head = if self.bytes.tied { 0 } else { chunks(&self.bytes.head) };
         chunks(&self.bytes.layers) + head + self.bytes.table + self.bytes.small
-    }
-}
-
-/// The element type that a checkpoint's dtype is planned as.
-pub fn element(dtype: DType) -> Element {
-    match dtype {
-        DType::F32 => Element::F32,
-        DType::Bf16 => Element::Bf16,
-        DType::F16 => Element::F16,
     }
 }
 
@@ -141,13 +133,13 @@ impl Matrix {
         self.outputs.div_ceil(PANEL_OUTPUTS)
     }
 
-    fn panel_bytes(self, element: Element) -> f64 {
+    fn panel_bytes(self, element: DType) -> f64 {
         (self.inputs.next_multiple_of(TILE_INPUTS) * PANEL_OUTPUTS) as f64 * element.bytes()
     }
 }
 
 /// Padded bytes of the chunks of a stage with these matrices.
-fn chunks(matrices: &[Matrix], element: Element) -> Vec<u64> {
+fn chunks(matrices: &[Matrix], element: DType) -> Vec<u64> {
     let total: f64 = matrices.iter().map(|matrix| matrix.panels() as f64 * matrix.panel_bytes(element)).sum();
     let target = (total / CHUNKS_PER_STAGE as f64).ceil();
     let mut chunks = Vec::new();
@@ -232,7 +224,7 @@ mod tests {
         assert_eq!(total - active, 6.0 * expert + 256_000.0);
         let bytes = model.weight_bytes() as f64;
         assert!(bytes >= 2.0 * total && bytes < 2.3 * total, "{bytes} {total}");
-        let quarter = model.with(Numerics { weights: Some(Element::Int4), kv: None });
+        let quarter = model.with(Numerics { weights: Some(DType::Int4), kv: None });
         assert!(quarter.weight_bytes() * 3 < model.weight_bytes());
         let mut broken = json();
         broken["num_experts_per_tok"] = 9.into();

@@ -453,13 +453,13 @@ pub fn rehearse(placement: &Placement, shapes: &[BlockShape], costs: &Costs<'_>,
 mod tests {
     use super::*;
     use crate::cost::tests::config;
-    use crate::hardware::Element;
     use crate::hardware::tests::example;
     use crate::model::config::ModelConfig;
+    use crate::model::dtype::DType;
     use crate::rng::Philox;
 
     fn model() -> PlanModel {
-        PlanModel::new("m", config(), None, Element::Bf16, Element::F16)
+        PlanModel::new("m", config(), None, DType::Bf16, DType::F16)
     }
 
     #[test]
@@ -513,7 +513,7 @@ mod tests {
     #[test]
     fn planes_are_chosen_where_the_disk_binds_and_declined_where_cores_do() {
         let deep = ModelConfig { num_layers: 40, ..config() };
-        let model = PlanModel::new("deep", deep, None, Element::Bf16, Element::F16);
+        let model = PlanModel::new("deep", deep, None, DType::Bf16, DType::F16);
         let bytes = model.weight_bytes() as f64;
         let plan = |disk: &str, decode_bytes_per_core_s: f64| {
             let mut hardware = example().without_gpu().throttled(&disk.parse().unwrap());

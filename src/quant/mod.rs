@@ -2,4 +2,5 @@
 //!
 //! **Invariant:** nothing here knows where weights come from or go to: bytes in, bytes out.
 
+pub mod groups;
 pub mod planes;

@@ -281,8 +281,8 @@ fn scaled<S: Scalar>(work: &Work, share: &S) -> Work<S> {
 mod tests {
     use super::*;
     use crate::cost::tests::config;
-    use crate::hardware::Element;
     use crate::hardware::tests::example;
+    use crate::model::dtype::DType;
     use crate::schedule::step::Slots;
 
     fn block(rows: usize) -> BlockShape {
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_pass_takes_what_its_steps_take() {
-        let (model, mut hardware) = (ModelCost::new(&config(), None, Element::Bf16, Element::F16), example());
+        let (model, mut hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
         hardware.links.as_mut().unwrap().step_secs = 0.0;
         hardware.disk.as_mut().unwrap().step_secs = 0.0;
         let costs = Costs::new(&model, &hardware);

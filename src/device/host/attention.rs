@@ -65,6 +65,7 @@ fn store(to: &mut [u8], dtype: DType, from: &[f32], element: impl Fn(usize) -> u
             let to: &mut [half::f16] = bytemuck::cast_slice_mut(to);
             from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = to_f16(value));
         }
+        DType::Int8 | DType::Int4 => unreachable!("the cache is stored plain"),
     }
 }
 

@@ -14,13 +14,13 @@ use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes};
 use super::shared::SharedMut;
 use crate::model::dtype::DType;
-use crate::model::packed::panels::panel_bytes;
+use crate::model::packed::panels::{TILE_INPUTS, code_bytes, panel_bytes, tile_bytes};
 
 /// Inputs whose weights are widened to f32 at a time: two panels of 16 outputs take 16 KiB of the first cache.
-const BLOCK_INPUTS: usize = 128;
+const BLOCK_INPUTS: usize = 2 * TILE_INPUTS;
 
 /// Below this many multiply-adds a product runs on the calling thread.
-const PARALLEL_WORK: usize = 1 << 16;
+pub const PARALLEL_WORK: usize = 1 << 16;
 
 /// Stored elements of a packed matrix, borrowed: panels of 16 outputs, each (inputs padded to 64, 16).
 #[derive(Clone)]
@@ -131,10 +131,16 @@ impl Kernel for Linear<'_> {
             while k < self.w.inputs {
                 let depth = BLOCK_INPUTS.min(self.w.inputs - k);
                 for v in 0..vectors {
-                    let from = &self.w.panel(panel + v)[k * LANES * self.w.dtype.size()..];
+                    let from = &self.w.panel(panel + v)[k / TILE_INPUTS * tile_bytes(self.w.dtype)..];
                     let to = &mut widened[v * BLOCK_INPUTS * LANES..][..depth * LANES];
-                    // SAFETY: a panel holds at least `depth * LANES` elements from k on; the set is the caller's.
-                    unsafe { widen::<V>(from, self.w.dtype, to) };
+                    // SAFETY: a panel holds at least `depth * LANES` elements from k on, which begins a tile; the set
+                    // is the caller's.
+                    unsafe {
+                        match self.w.dtype {
+                            DType::Int8 | DType::Int4 => widen_groups::<V>(from, self.w.dtype, to),
+                            plain => widen::<V>(from, plain, to),
+                        }
+                    };
                 }
                 // SAFETY: `widened` holds `vectors` panels of `depth` inputs; the set is the caller's.
                 unsafe {
@@ -323,6 +329,7 @@ pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
                 DType::F32 => V::load(at.cast()),
                 DType::Bf16 => V::load_bf16(at.cast()),
                 DType::F16 => V::load_f16(at.cast()),
+                DType::Int8 | DType::Int4 => unreachable!("groups are widened by another function"),
             };
             values.store(to.as_mut_ptr().add(i));
         }
@@ -330,54 +337,106 @@ pub unsafe fn widen<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::packed::panels::{packed_bytes, panel_elements};
-    use crate::rng::Philox;
-
-    /// Packs row-major (outputs, inputs) elements into panels.
-    pub fn pack(w: &[f32], inputs: usize, outputs: usize, dtype: DType) -> Vec<u8> {
-        let mut data = vec![0u8; packed_bytes(inputs, outputs, dtype)];
-        for n in 0..outputs {
-            for k in 0..inputs {
-                let at = (n / LANES * panel_elements(inputs) + k * LANES + n % LANES) * dtype.size();
-                let value = w[n * inputs + k];
-                match dtype {
-                    DType::F32 => data[at..at + 4].copy_from_slice(&value.to_le_bytes()),
-                    DType::Bf16 => data[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
-                    DType::F16 => data[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+/// Widens tiles of small integers to f32, as [`crate::quant::groups::Grid::decode`] does.
+///
+/// # Safety
+/// `V`'s instruction set exists.
+#[inline(always)]
+unsafe fn widen_groups<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
+    let (bits, codes) = if dtype == DType::Int4 { (4, 32) } else { (8, 64) };
+    let tiles = from.chunks_exact(tile_bytes(dtype));
+    for (tile, to) in tiles.zip(to.chunks_mut(TILE_INPUTS * LANES)) {
+        let (bytes, parameters) = tile.split_at(code_bytes(dtype));
+        let inputs = to.len() / LANES;
+        // SAFETY: 16 scales, then 16 offsets of two bytes; a quad is 64 bytes and there are `codes / 4` of them; `to`
+        // holds 16 values for each of its inputs.
+        unsafe {
+            let scale = V::load_f16(parameters.as_ptr().cast());
+            let offset = V::load_f16(parameters.as_ptr().add(2 * LANES).cast());
+            for quad in 0..codes / 4 {
+                for part in 0..8 / bits * 4 {
+                    // Four inputs from the low bits of each byte, then four from the high ones.
+                    let (within, high) = (part % 4, part / 4);
+                    let k = 4 * quad + within + codes * high;
+                    if k < inputs {
+                        let shift = (8 * within + bits * high) as u32;
+                        let code = V::load_code(bytes.as_ptr().add(64 * quad).cast(), shift, (1 << bits) - 1);
+                        code.fma(scale, offset).store(to.as_mut_ptr().add(k * LANES));
+                    }
                 }
             }
         }
-        data
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::model::packed::panels::{packed_bytes, panel_lane, put_group};
+    use crate::quant::groups::encode;
+    use crate::rng::Philox;
+
+    /// Row-major (outputs, inputs) weights in panels, and what the panels stand for.
+    pub fn pack(w: &[f32], inputs: usize, outputs: usize, dtype: DType) -> (Vec<u8>, Vec<f32>) {
+        let mut data = vec![0u8; packed_bytes(inputs, outputs, dtype)];
+        let mut values = w.to_vec();
+        let panel = panel_bytes(inputs, dtype);
+        for n in 0..outputs {
+            for first in (0..inputs).step_by(TILE_INPUTS) {
+                let tile =
+                    &mut data[n / LANES * panel + first / TILE_INPUTS * tile_bytes(dtype)..][..tile_bytes(dtype)];
+                let range = n * inputs + first..n * inputs + inputs.min(first + TILE_INPUTS);
+                if let DType::Int8 | DType::Int4 = dtype {
+                    let mut codes = [0; TILE_INPUTS];
+                    let grid = encode(&w[range.clone()], if dtype == DType::Int4 { 15 } else { 255 }, &mut codes);
+                    put_group(tile, dtype, n % LANES, &codes, grid.unwrap());
+                    values[range].iter_mut().zip(codes).for_each(|(v, code)| *v = grid.unwrap().decode(code));
+                    continue;
+                }
+                for (k, value) in values[range].iter_mut().enumerate() {
+                    let at = &mut tile[(k * LANES + n % LANES) * dtype.size()..];
+                    match dtype {
+                        DType::Bf16 => {
+                            let stored = half::bf16::from_f32(*value);
+                            at[..2].copy_from_slice(&stored.to_le_bytes());
+                            *value = stored.to_f32();
+                        }
+                        DType::F16 => {
+                            let stored = half::f16::from_f32(*value);
+                            at[..2].copy_from_slice(&stored.to_le_bytes());
+                            *value = stored.to_f32();
+                        }
+                        _ => at[..4].copy_from_slice(&value.to_le_bytes()),
+                    }
+                }
+            }
+        }
+        (data, values)
     }
 
     fn normals(seed: u64, count: usize) -> Vec<f32> {
         (0..count.div_ceil(4) as u64).flat_map(|i| Philox::new(seed, 0).normals(i)).take(count).collect()
     }
 
-    fn round(value: f32, dtype: DType) -> f32 {
-        match dtype {
-            DType::F32 => value,
-            DType::Bf16 => half::bf16::from_f32(value).to_f32(),
-            DType::F16 => half::f16::from_f32(value).to_f32(),
-        }
-    }
-
     /// Every instruction set, dtype, row count and odd width gives the bits of the plain chain.
     #[test]
     fn equals_the_chain_of_fused_multiply_adds() {
         for (inputs, outputs) in [(1, 1), (20, 17), (64, 16), (130, 48), (300, 81)] {
-            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for dtype in DType::ALL {
                 let rows = 31;
                 let (x, w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
                 let bias = normals(3, outputs);
-                let data = pack(&w, inputs, outputs, dtype);
+                let (data, w) = pack(&w, inputs, outputs, dtype);
+                for n in 0..outputs {
+                    let mut lane = vec![f32::NAN; inputs];
+                    let panel = &data[n / LANES * panel_bytes(inputs, dtype)..][..panel_bytes(inputs, dtype)];
+                    panel_lane(panel, dtype, n % LANES, &mut lane);
+                    assert_eq!(lane, w[n * inputs..][..inputs], "{dtype}, output {n}");
+                }
                 let expected: Vec<f32> = (0..rows * outputs)
                     .map(|i| {
                         let (m, n) = (i / outputs, i % outputs);
-                        let terms = (0..inputs).map(|k| (x[m * inputs + k], round(w[n * inputs + k], dtype)));
+                        let terms = (0..inputs).map(|k| (x[m * inputs + k], w[n * inputs + k]));
                         terms.fold(bias[n], |sum, (x, w)| x.mul_add(w, sum))
                     })
                     .collect();

@@ -20,6 +20,8 @@ pub trait Lanes: Copy {
     unsafe fn load_bf16(from: *const u16) -> Self;
     /// Reads 16 f16 values and widens them.
     unsafe fn load_f16(from: *const u16) -> Self;
+    /// Reads 16 integers of 32 bits; of each the bits above `shift` that `mask` leaves, as a value.
+    unsafe fn load_code(from: *const u32, shift: u32, mask: u32) -> Self;
     /// Writes 16 values to `to`.
     unsafe fn store(self, to: *mut f32);
     /// `self * b + c`, rounded once.
@@ -94,6 +96,12 @@ impl Lanes for Portable {
         Portable(bits.map(|bits| half::f16::from_bits(bits).to_f32()))
     }
     #[inline(always)]
+    unsafe fn load_code(from: *const u32, shift: u32, mask: u32) -> Self {
+        // SAFETY: as in `load`.
+        let words = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        Portable(words.map(|word| (word >> shift & mask) as f32))
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller passes a pointer to 16 writable values.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
@@ -159,11 +167,11 @@ mod x86 {
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
+    pub struct Avx512(pub __m512);
 
     /// Two 256-bit registers.
     #[derive(Clone, Copy)]
-    pub struct Avx2(__m256, __m256);
+    pub struct Avx2(pub __m256, pub __m256);
 
     /// Every body is one intrinsic (or a few) of the set that `Isa::run` has established. Closures would be
     /// compiled without that set, so there are none.
@@ -187,6 +195,10 @@ mod x86 {
                 Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
             }
             fn load_f16(from: *const u16) -> Self { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+            fn load_code(from: *const u32, shift: u32, mask: u32) -> Self {
+                let words = _mm512_srl_epi32(_mm512_loadu_si512(from.cast()), _mm_cvtsi32_si128(shift as i32));
+                Avx512(_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask as i32))))
+            }
             fn store(self: Self, to: *mut f32) { _mm512_storeu_ps(to, self.0) }
             fn fma(self: Self, b: Self, c: Self) -> Self { Avx512(_mm512_fmadd_ps(self.0, b.0, c.0)) }
             fn add(self: Self, b: Self) -> Self { Avx512(_mm512_add_ps(self.0, b.0)) }
@@ -233,6 +245,10 @@ mod x86 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
             }
             fn load_f16(from: *const u16) -> __m256 { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+            fn load_code(from: *const u32, shift: u32, mask: u32) -> __m256 {
+                let words = _mm256_srl_epi32(_mm256_loadu_si256(from.cast()), _mm_cvtsi32_si128(shift as i32));
+                _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(mask as i32)))
+            }
             fn round(a: __m256) -> __m256 {
                 _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
             }
@@ -254,6 +270,9 @@ mod x86 {
             fn load(from: *const f32) -> Self { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
             fn load_bf16(from: *const u16) -> Self { Avx2(halves::load_bf16(from), halves::load_bf16(from.add(8))) }
             fn load_f16(from: *const u16) -> Self { Avx2(halves::load_f16(from), halves::load_f16(from.add(8))) }
+            fn load_code(from: *const u32, shift: u32, mask: u32) -> Self {
+                Avx2(halves::load_code(from, shift, mask), halves::load_code(from.add(8), shift, mask))
+            }
             fn store(self: Self, to: *mut f32) {
                 _mm256_storeu_ps(to, self.0);
                 _mm256_storeu_ps(to.add(8), self.1);

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
+pub mod dot;
 pub mod gemm;
 pub mod isa;
 mod lanes;
@@ -26,6 +27,9 @@ use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
 use crate::memory::arena::{Arena, Region};
 use crate::model::config::Activation;
+use crate::model::dtype::DType;
+use crate::model::packed::panels::TILE_INPUTS;
+use dot::IntegerRows;
 use gemm::{PackedRows, Panels};
 use isa::Isa;
 
@@ -34,6 +38,7 @@ pub struct Host {
     isa: Isa,
     arena: Arena,
     rehearses: bool,
+    rounds: bool,
 }
 
 /// Frames of the KV cache, resident ones first.
@@ -74,12 +79,12 @@ impl HostFramesMut<'_> {
 impl Host {
     /// The CPU with its best instruction set, and the arena that everything lives in.
     pub fn new(arena: Arena) -> Self {
-        Host { isa: Isa::detect(), arena, rehearses: false }
+        Host::with_isa(arena, Isa::detect())
     }
 
     /// The CPU restricted to an instruction set, for tests.
     pub fn with_isa(arena: Arena, isa: Isa) -> Self {
-        Host { isa, arena, rehearses: false }
+        Host { isa, arena, rehearses: false, rounds: false }
     }
 
     /// Behaves as a device with memory of its own: what goes in and out is copied.
@@ -99,6 +104,10 @@ impl Device for Host {
 
     fn allocate(&mut self, bytes: usize) -> Region {
         self.arena.carve(bytes)
+    }
+
+    fn round_activations(&mut self, round: bool) {
+        self.rounds = round;
     }
 
     fn used_bytes(&self) -> usize {
@@ -153,8 +162,12 @@ impl Device for Host {
         scratch: &mut Region,
         y: Target<'_, Region>,
     ) {
-        let x = PackedRows::pack(self.isa, x.as_slice(), rows, w.inputs, scratch.as_mut_slice());
         let to = &mut y.buffer.as_mut_slice()[y.column..];
+        if self.rounds && matches!(w.dtype, DType::Int8 | DType::Int4) && w.inputs >= TILE_INPUTS {
+            let x = IntegerRows::round(self.isa, x.as_slice(), rows, w.inputs, scratch.as_mut_slice());
+            return dot::linear(self.isa, &x, &panels(w), bias.map(|bias| bias.as_slice()), to, y.stride);
+        }
+        let x = PackedRows::pack(self.isa, x.as_slice(), rows, w.inputs, scratch.as_mut_slice());
         gemm::linear(self.isa, &x, &panels(w), bias.map(|bias| bias.as_slice()), to, y.stride);
     }
 

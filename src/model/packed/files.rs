@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::Packed;
 use super::layout::{CHUNK_ALIGNMENT, ChunkLayout, ModelLayout, Small, StageId, StageLayout};
 use super::manifest::{damaged, damaged_planes};
-use super::panels::{PANEL_OUTPUTS, TILE_INPUTS};
+use super::panels::{PANEL_OUTPUTS, TILE_INPUTS, panel_bytes};
 use crate::error::{Error, Result};
 use crate::model::dtype::DType;
 
@@ -126,12 +126,10 @@ pub(super) fn plans(layout: &ModelLayout) -> Vec<FilePlan> {
     let mut blocks = Vec::new();
     for tensor in &layout.small {
         let (dtype, shape) = match &tensor.what {
-            Small::Vector(_) => (DType::F32, vec![tensor.bytes / 4]),
-            Small::Matrix(linear, dtype) => {
-                (*dtype, panel_shape(linear.outputs.div_ceil(PANEL_OUTPUTS), linear.inputs))
-            }
+            Small::Vector(_) => ("F32".into(), vec![tensor.bytes / 4]),
+            Small::Matrix(linear, dtype) => stored(*dtype, linear.outputs.div_ceil(PANEL_OUTPUTS), linear.inputs),
         };
-        let (name, dtype) = (tensor.key.clone(), stored_name(dtype));
+        let name = tensor.key.clone();
         blocks.push(Block { name, dtype, shape, extent: at..at + tensor.bytes });
         at = (at + tensor.bytes).next_multiple_of(CHUNK_ALIGNMENT);
     }
@@ -174,8 +172,12 @@ fn stage_name(id: StageId) -> String {
     }
 }
 
-fn stored_name(dtype: DType) -> String {
-    dtype.to_string().to_uppercase()
+/// How panels are declared: dtype and shape. The format knows no groups, so of integers these are bytes.
+fn stored(dtype: DType, panels: usize, inputs: usize) -> (String, Vec<usize>) {
+    match dtype {
+        DType::Int8 | DType::Int4 => ("U8".into(), vec![panels, panel_bytes(inputs, dtype)]),
+        plain => (plain.to_string().to_uppercase(), vec![panels, inputs.next_multiple_of(TILE_INPUTS), PANEL_OUTPUTS]),
+    }
 }
 
 fn chunk_name(id: StageId, chunk: &ChunkLayout) -> String {
@@ -189,16 +191,8 @@ fn chunk_name(id: StageId, chunk: &ChunkLayout) -> String {
 
 fn chunk_block(id: StageId, stage: &StageLayout, chunk: &ChunkLayout) -> Block {
     let matrix = &stage.matrices[chunk.matrix];
-    Block {
-        name: chunk_name(id, chunk),
-        dtype: stored_name(matrix.dtype),
-        shape: panel_shape(chunk.panels.len(), matrix.source.inputs),
-        extent: chunk.offset..chunk.offset + chunk.bytes,
-    }
-}
-
-fn panel_shape(panels: usize, inputs: usize) -> Vec<usize> {
-    vec![panels, inputs.next_multiple_of(TILE_INPUTS), PANEL_OUTPUTS]
+    let (dtype, shape) = stored(matrix.dtype, chunk.panels.len(), matrix.source.inputs);
+    Block { name: chunk_name(id, chunk), dtype, shape, extent: chunk.offset..chunk.offset + chunk.bytes }
 }
 
 /// The header, of at least `room` bytes, a multiple of the alignment.

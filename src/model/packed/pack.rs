@@ -5,13 +5,14 @@
 use rayon::prelude::*;
 
 use super::layout::{ModelLayout, Small, StageId};
-use super::panels::{PANEL_OUTPUTS, panel_bytes};
+use super::panels::{PANEL_OUTPUTS, panel_bytes, put_group, tile_bytes};
 use super::planes::Planes;
 use super::{Extent, Packed};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::dtype::DType;
 use crate::model::source::{LinearSource, Rows, TensorView};
+use crate::quant::groups::{GROUP, encode};
 
 /// A model's own tensors, packed when they are asked for.
 pub struct Packer<'m> {
@@ -46,14 +47,21 @@ impl<'m> Packer<'m> {
             }
         }
         assert_eq!((at, rows.len()), (linear.outputs, to - from), "{}: parts of {at} rows", linear.weight[0].tensor);
-        out.par_chunks_exact_mut(panel).zip(rows.par_chunks(PANEL_OUTPUTS)).for_each(|(panel, rows)| {
+        out.par_chunks_exact_mut(panel).zip(rows.par_chunks(PANEL_OUTPUTS)).try_for_each(|(panel, rows)| {
             // Lanes and inputs that pad the panel.
             panel.fill(0);
-            for (lane, &(view, row)) in rows.iter().enumerate() {
-                pack_row(&views[view], row, linear.inputs, dtype, lane, panel);
-            }
-        });
-        Ok(())
+            rows.iter().enumerate().try_for_each(|(lane, &(view, row))| {
+                let view = &views[view];
+                match dtype {
+                    DType::Int8 | DType::Int4 => quantize_row(view, row, linear.inputs, dtype, lane, panel)
+                        .map_err(|k| not_finite(&linear.weight[0].tensor, row, k, dtype)),
+                    _ => {
+                        pack_row(view, row, linear.inputs, dtype, lane, panel);
+                        Ok(())
+                    }
+                }
+            })
+        })
     }
 
     fn rows(&self, name: &str, rows: std::ops::Range<usize>) -> Result<TensorView<'_>> {
@@ -122,10 +130,32 @@ fn pack_row(view: &TensorView<'_>, row: usize, inputs: usize, dtype: DType, lane
                     DType::F32 => panel[at..at + 4].copy_from_slice(&value.to_le_bytes()),
                     DType::Bf16 => panel[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
                     DType::F16 => panel[at..at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+                    DType::Int8 | DType::Int4 => unreachable!("groups are packed by another function"),
                 }
             }
         }
     }
+}
+
+/// As [`pack_row`], in groups of small integers; fails with the input whose weight is not a finite number.
+fn quantize_row(
+    view: &TensorView<'_>,
+    row: usize,
+    inputs: usize,
+    dtype: DType,
+    lane: usize,
+    panel: &mut [u8],
+) -> Result<(), usize> {
+    let most = if dtype == DType::Int4 { 15 } else { 255 };
+    let (mut weights, mut codes) = ([0f32; GROUP], [0u8; GROUP]);
+    for (index, tile) in panel.chunks_exact_mut(tile_bytes(dtype)).enumerate() {
+        let first = index * GROUP;
+        let count = GROUP.min(inputs - first);
+        widen(view, row * inputs + first, &mut weights[..count]);
+        let grid = encode(&weights[..count], most, &mut codes).map_err(|k| first + k)?;
+        put_group(tile, dtype, lane, &codes, grid);
+    }
+    Ok(())
 }
 
 fn copy_lane<const SIZE: usize>(from: &[u8], lane: usize, panel: &mut [u8]) {
@@ -136,11 +166,30 @@ fn copy_lane<const SIZE: usize>(from: &[u8], lane: usize, panel: &mut [u8]) {
 
 /// Element `index` of a tensor, widened.
 fn element(view: &TensorView<'_>, index: usize) -> f32 {
+    let mut value = [0.0];
+    widen(view, index, &mut value);
+    value[0]
+}
+
+/// Elements of a tensor from `first` on, widened.
+fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
     let size = view.dtype.size();
-    let bytes = &view.data[index * size..(index + 1) * size];
+    let bytes = view.data[first * size..(first + out.len()) * size].chunks_exact(size);
     match view.dtype {
-        DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-        DType::Bf16 => half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-        DType::F16 => half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        DType::F32 => {
+            out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        }
+        DType::Bf16 => {
+            out.iter_mut().zip(bytes).for_each(|(out, b)| *out = half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
+        }
+        DType::F16 => {
+            out.iter_mut().zip(bytes).for_each(|(out, b)| *out = half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+        }
+        DType::Int8 | DType::Int4 => unreachable!("checkpoints are plain"),
     }
+}
+
+fn not_finite(tensor: &str, row: usize, input: usize, dtype: DType) -> Error {
+    let what = format!("tensor {tensor} has a weight that is not a finite number, in row {row} at input {input}");
+    Error::model(tensor, format!("{what}: it cannot be stored as {dtype}"))
 }

@@ -1,0 +1,599 @@
+//! Matrix products of small integers: groups of weights by activations of 8 bits.
+//!
+//! Activations are rounded per row and group of 64 inputs: `x ~ s * a`, `s = max |x| / 127`. For a group of output n,
+//! `sum_k w[n, k] x[m, k] ~ s * (scale * sum_k c a + offset * sum_k a)` with integer codes c and a; groups are added in
+//! ascending order, each with one fused multiply-add.
+//!
+//! **Invariant:** integer sums are exact and the rest is one chain of f32 operations per output element, so its bits
+//! depend on its row of x and its column of w alone, on every instruction set.
+//!
+//! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products; `cargo bench --bench dot` prints the
+//! fraction that is reached.
+
+use rayon::prelude::*;
+
+use super::gemm::{PARALLEL_WORK, Panels};
+use super::isa::{Isa, Kernel, Registers};
+use super::lanes::{LANES, Lanes, Portable, fold, greatest};
+use super::shared::SharedMut;
+use crate::model::dtype::DType;
+use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
+
+/// Groups whose codes are spread out at a time: a panel's take 8 KiB of the first cache.
+const BLOCK_GROUPS: usize = 8;
+/// Bytes of the codes of a tile, one to a byte.
+const CODES: usize = TILE_INPUTS * LANES;
+
+/// Rows of activations as small integers.
+pub struct IntegerRows<'a> {
+    /// Codes, (rows, groups * 64).
+    codes: &'a [i8],
+    /// What a step is worth, and the sum of the codes, (rows, groups).
+    scales: &'a [[f32; 2]],
+    rows: usize,
+    groups: usize,
+}
+
+impl<'a> IntegerRows<'a> {
+    /// Rounds `x` (rows, inputs) into `scratch`, of at least `rows * inputs` elements and 64 for each row beyond.
+    pub fn round(isa: Isa, x: &[f32], rows: usize, inputs: usize, scratch: &'a mut [f32]) -> Self {
+        let groups = inputs.div_ceil(TILE_INPUTS);
+        let (scales, rest) = scratch.split_at_mut(rows * groups * 2);
+        let scales: &mut [[f32; 2]] = bytemuck::cast_slice_mut(scales);
+        let codes: &mut [i8] = &mut bytemuck::cast_slice_mut(rest)[..rows * groups * TILE_INPUTS];
+        let width = groups * TILE_INPUTS;
+        if rows * inputs < PARALLEL_WORK {
+            let all = codes.chunks_exact_mut(width).zip(scales.chunks_exact_mut(groups)).zip(x.chunks_exact(inputs));
+            all.for_each(|((codes, scales), x)| isa.run(RoundRow { x, codes, scales }));
+        } else {
+            let all = codes.par_chunks_exact_mut(width).zip(scales.par_chunks_exact_mut(groups));
+            all.zip(x.par_chunks_exact(inputs)).for_each(|((codes, scales), x)| isa.run(RoundRow { x, codes, scales }));
+        }
+        IntegerRows { codes, scales, rows, groups }
+    }
+}
+
+/// A row of activations, and where its codes go.
+struct RoundRow<'a> {
+    x: &'a [f32],
+    codes: &'a mut [i8],
+    scales: &'a mut [[f32; 2]],
+}
+
+impl Kernel for RoundRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes, R: Registers>(self) {
+        let groups = self.codes.chunks_exact_mut(TILE_INPUTS).zip(self.scales);
+        for ((codes, scale), x) in groups.zip(self.x.chunks(TILE_INPUTS)) {
+            let mut padded = [0f32; TILE_INPUTS];
+            padded[..x.len()].copy_from_slice(x);
+            // SAFETY: four vectors lie in `padded`; the set is the caller's.
+            unsafe {
+                let at = |v: usize| V::load(padded.as_ptr().add(v * LANES));
+                let (mut most, mut poison) = (V::splat(0.0), V::splat(0.0));
+                for v in 0..TILE_INPUTS / LANES {
+                    most = at(v).abs().max(most);
+                    // What is not finite must not be rounded to something that is.
+                    poison = at(v).fma(V::splat(0.0), poison);
+                }
+                let most = greatest(most.to_array());
+                let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
+                let mut sum = 0;
+                for v in 0..TILE_INPUTS / LANES {
+                    let rounded = at(v).mul(inverse).round().to_array();
+                    for (code, value) in codes[v * LANES..][..LANES].iter_mut().zip(rounded) {
+                        *code = value as i8;
+                        sum += i32::from(*code);
+                    }
+                }
+                *scale = [most / 127.0 + fold(poison.to_array()), sum as f32];
+            }
+        }
+    }
+}
+
+/// `y = x w^T + bias`, as [`super::gemm::linear`] for weights in groups.
+pub fn linear(isa: Isa, x: &IntegerRows<'_>, w: &Panels<'_>, bias: Option<&[f32]>, y: &mut [f32], stride: usize) {
+    assert_eq!(x.groups, w.inputs.div_ceil(TILE_INPUTS));
+    let extent = x.rows.saturating_sub(1) * stride + w.outputs;
+    assert!(stride >= w.outputs && y.len() >= extent, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
+    assert!(bias.is_none_or(|bias| bias.len() >= w.outputs));
+    let panels = w.outputs.div_ceil(LANES);
+    let y = SharedMut::new(y);
+    // Even, so that a task's panels pair up.
+    let chunk = 2 * panels.div_ceil(2).div_ceil(8 * rayon::current_num_threads()).clamp(1, 16);
+    let task = |index: usize| {
+        let range = index * chunk..panels.min((index + 1) * chunk);
+        run(isa, Task { x, w, bias, y: &y, stride, panels: range });
+    };
+    let tasks = panels.div_ceil(chunk);
+    if x.rows * w.inputs * w.outputs < PARALLEL_WORK {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().for_each(task);
+    }
+}
+
+/// How a set of instructions multiplies bytes.
+trait Dots {
+    /// Its vectors.
+    type V: Lanes;
+    /// Rows that are computed together: 12, 4 or 1.
+    const ROWS: usize;
+    /// Panels that are.
+    const PANELS: usize;
+
+    /// The products of a group: of each of `M` rows of codes, `stride` apart, with the codes of 16 outputs of `N` panels,
+    /// four inputs of an output side by side. `wide` codes have 8 bits, others 4.
+    ///
+    /// # Safety
+    /// The set exists, 1024 bytes of each panel's weights and 64 of each row are there.
+    unsafe fn group<const M: usize, const N: usize>(
+        weights: [*const u8; N],
+        rows: *const i8,
+        stride: usize,
+        wide: bool,
+    ) -> [[Self::V; N]; M];
+}
+
+/// Some panels, all rows.
+struct Task<'a> {
+    x: &'a IntegerRows<'a>,
+    w: &'a Panels<'a>,
+    bias: Option<&'a [f32]>,
+    y: &'a SharedMut<'a, f32>,
+    stride: usize,
+    panels: std::ops::Range<usize>,
+}
+
+/// A block of groups of a panel, its codes spread out.
+struct Spread {
+    codes: [u8; BLOCK_GROUPS * CODES],
+    /// Scales, then offsets.
+    grids: [[f32; 2 * LANES]; BLOCK_GROUPS],
+}
+
+impl Task<'_> {
+    /// # Safety
+    /// The set of `D` exists, and this function is compiled with it.
+    #[inline(always)]
+    unsafe fn run<D: Dots>(self) {
+        let mut spread =
+            [const { Spread { codes: [0; BLOCK_GROUPS * CODES], grids: [[0.0; 2 * LANES]; BLOCK_GROUPS] } }; 2];
+        let mut panel = self.panels.start;
+        while panel < self.panels.end {
+            let count = D::PANELS.min(self.panels.end - panel);
+            for first in (0..self.x.groups).step_by(BLOCK_GROUPS) {
+                let groups = first..self.x.groups.min(first + BLOCK_GROUPS);
+                // SAFETY: panels, groups and rows exist; the set is the caller's.
+                unsafe {
+                    for (index, spread) in spread.iter_mut().enumerate().take(count) {
+                        self.spread::<D>(panel + index, groups.clone(), spread);
+                    }
+                    match count {
+                        2 => self.all_rows::<D, 2>(panel, groups, [&spread[0], &spread[1]]),
+                        _ => self.all_rows::<D, 1>(panel, groups, [&spread[0]]),
+                    }
+                }
+            }
+            panel += count;
+        }
+    }
+
+    /// Spreads out some groups of a panel.
+    ///
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn spread<D: Dots>(&self, panel: usize, groups: std::ops::Range<usize>, spread: &mut Spread) {
+        let dtype = self.w.dtype;
+        let tiles = self.w.panel(panel).chunks_exact(tile_bytes(dtype)).skip(groups.start).take(groups.len());
+        for ((tile, codes), grid) in tiles.zip(spread.codes.chunks_exact_mut(CODES)).zip(&mut spread.grids) {
+            let (packed, parameters) = tile.split_at(code_bytes(dtype));
+            spread_codes(packed, codes);
+            for (part, grid) in grid.chunks_exact_mut(LANES).enumerate() {
+                // SAFETY: 32 halves follow the codes; the set is the caller's.
+                unsafe { D::V::load_f16(parameters.as_ptr().add(2 * LANES * part).cast()).store(grid.as_mut_ptr()) };
+            }
+        }
+    }
+
+    /// All rows with some groups of `N` panels.
+    ///
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn all_rows<D: Dots, const N: usize>(
+        &self,
+        panel: usize,
+        groups: std::ops::Range<usize>,
+        spread: [&Spread; N],
+    ) {
+        let mut row = 0;
+        while row < self.x.rows {
+            let left = self.x.rows - row;
+            // SAFETY: the rows exist; the set is the caller's.
+            unsafe {
+                if D::ROWS >= 12 && left >= 12 {
+                    self.rows::<D, 12, N>(row, panel, groups.clone(), spread);
+                    row += 12;
+                } else if D::ROWS >= 4 && left >= 4 {
+                    self.rows::<D, 4, N>(row, panel, groups.clone(), spread);
+                    row += 4;
+                } else {
+                    self.rows::<D, 1, N>(row, panel, groups.clone(), spread);
+                    row += 1;
+                }
+            }
+        }
+    }
+
+    /// `M` rows from `row` on with some groups of `N` panels.
+    ///
+    /// # Safety
+    /// As [`Task::run`]; the rows exist.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    unsafe fn rows<D: Dots, const M: usize, const N: usize>(
+        &self,
+        row: usize,
+        panel: usize,
+        groups: std::ops::Range<usize>,
+        spread: [&Spread; N],
+    ) {
+        let row_bytes = self.x.groups * TILE_INPUTS;
+        let wide = self.w.dtype == DType::Int8;
+        let mut y = [[[0f32; LANES]; N]; M];
+        for (m, y) in y.iter_mut().enumerate() {
+            for (n, y) in y.iter_mut().enumerate() {
+                let column = (panel + n) * LANES;
+                let width = (self.w.outputs - column).min(LANES);
+                if groups.start > 0 {
+                    let at = self.y.at((row + m) * self.stride + column);
+                    // SAFETY: the columns of the output belong to this task alone.
+                    unsafe { std::ptr::copy_nonoverlapping(at, y.as_mut_ptr(), width) };
+                } else if let Some(bias) = self.bias {
+                    y[..width].copy_from_slice(&bias[column..column + width]);
+                }
+            }
+        }
+        for (index, group) in groups.enumerate() {
+            // SAFETY: codes of these rows and groups exist; the set is the caller's.
+            unsafe {
+                let codes = self.x.codes.as_ptr().add(row * row_bytes + group * TILE_INPUTS);
+                let weights = spread.map(|spread| spread.codes.as_ptr().add(index * CODES));
+                let sums = D::group::<M, N>(weights, codes, row_bytes, wide);
+                let grids = spread.map(|spread| spread.grids[index].as_ptr());
+                for m in 0..M {
+                    let [step, sum] = self.x.scales[(row + m) * self.x.groups + group];
+                    let (step, sum) = (D::V::splat(step), D::V::splat(sum));
+                    for n in 0..N {
+                        let (scale, offset) = (D::V::load(grids[n]), D::V::load(grids[n].add(LANES)));
+                        let value = sums[m][n].fma(scale, offset.mul(sum));
+                        value.fma(step, D::V::load(y[m][n].as_ptr())).store(y[m][n].as_mut_ptr());
+                    }
+                }
+            }
+        }
+        for (m, y) in y.iter().enumerate() {
+            for (n, y) in y.iter().enumerate() {
+                let column = (panel + n) * LANES;
+                let at = self.y.at((row + m) * self.stride + column);
+                // SAFETY: as above.
+                unsafe { std::ptr::copy_nonoverlapping(y.as_ptr(), at, (self.w.outputs - column).min(LANES)) };
+            }
+        }
+    }
+}
+
+/// The codes of a tile, one to a byte.
+#[inline(always)]
+fn spread_codes(codes: &[u8], spread: &mut [u8]) {
+    if codes.len() == spread.len() {
+        spread.copy_from_slice(codes);
+        return;
+    }
+    let (low, high) = spread.split_at_mut(codes.len());
+    for ((&pair, low), high) in codes.iter().zip(low).zip(high) {
+        *low = pair & 15;
+        *high = pair >> 4;
+    }
+}
+
+/// Plain code.
+struct Plain;
+
+impl Dots for Plain {
+    type V = Portable;
+    const ROWS: usize = 1;
+    const PANELS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn group<const M: usize, const N: usize>(
+        weights: [*const u8; N],
+        rows: *const i8,
+        stride: usize,
+        _: bool,
+    ) -> [[Portable; N]; M] {
+        let dot = |row: *const i8, weights: *const u8| {
+            // SAFETY: the caller passes that many bytes.
+            let (weights, row) =
+                unsafe { (std::slice::from_raw_parts(weights, CODES), std::slice::from_raw_parts(row, TILE_INPUTS)) };
+            let mut sums = [0i32; LANES];
+            for (quad, weights) in weights.chunks_exact(4 * LANES).enumerate() {
+                for (sum, weights) in sums.iter_mut().zip(weights.chunks_exact(4)) {
+                    for (&weight, &code) in weights.iter().zip(&row[4 * quad..]) {
+                        *sum += i32::from(weight) * i32::from(code);
+                    }
+                }
+            }
+            let sums = sums.map(|sum| sum as f32);
+            // SAFETY: plain code runs everywhere.
+            unsafe { Portable::load(sums.as_ptr()) }
+        };
+        std::array::from_fn(|m| weights.map(|weights| dot(rows.wrapping_add(m * stride), weights)))
+    }
+}
+
+/// Runs a task with the best that `isa` and the processor have.
+fn run(isa: Isa, task: Task<'_>) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor was asked.
+        Isa::Avx512 if x86::has_vnni() => unsafe { x86::run_vnni(task) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: who has AVX-512 has AVX2, and `isa` was chosen among those that the processor has.
+        Isa::Avx512 | Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(task) },
+        // SAFETY: plain code runs everywhere.
+        _ => unsafe { task.run::<Plain>() },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::super::lanes::{Avx2, Avx512};
+    use super::{Dots, Task};
+
+    pub fn has_vnni() -> bool {
+        super::Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    pub unsafe fn run_vnni(task: Task<'_>) {
+        // SAFETY: this function is only entered where the set exists.
+        unsafe { task.run::<Vnni>() }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn run_avx2(task: Task<'_>) {
+        // SAFETY: this function is only entered where the set exists.
+        unsafe { task.run::<Maddubs>() }
+    }
+
+    /// Four products and their sum for each of 16 outputs in one instruction.
+    struct Vnni;
+
+    impl Dots for Vnni {
+        type V = Avx512;
+        const ROWS: usize = 12;
+        const PANELS: usize = 2;
+
+        #[inline(always)]
+        #[allow(clippy::needless_range_loop)]
+        unsafe fn group<const M: usize, const N: usize>(
+            weights: [*const u8; N],
+            rows: *const i8,
+            stride: usize,
+            _: bool,
+        ) -> [[Avx512; N]; M] {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let mut sums = [[_mm512_setzero_si512(); N]; M];
+                for quad in 0..16 {
+                    let mut w = [_mm512_setzero_si512(); N];
+                    for n in 0..N {
+                        w[n] = _mm512_loadu_si512(weights[n].add(64 * quad).cast());
+                    }
+                    for m in 0..M {
+                        let four = _mm512_set1_epi32(rows.add(m * stride + 4 * quad).cast::<i32>().read_unaligned());
+                        for n in 0..N {
+                            sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
+                        }
+                    }
+                }
+                let mut values = [[Avx512(_mm512_setzero_ps()); N]; M];
+                for m in 0..M {
+                    for n in 0..N {
+                        values[m][n] = Avx512(_mm512_cvtepi32_ps(sums[m][n]));
+                    }
+                }
+                values
+            }
+        }
+    }
+
+    /// Two products and their sum in 16 bits at a time. Of codes of 4 bits, 8 such sums stay below
+    /// 8 * 2 * 15 * 127 < 2^15; wider codes are taken as two of 4 bits.
+    struct Maddubs;
+
+    impl Maddubs {
+        /// The sums of a group of codes of 4 bits; `high` takes those of each byte's upper half.
+        #[inline(always)]
+        unsafe fn narrow(weights: *const u8, row: *const i8, high: bool) -> [__m256i; 2] {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+                let mut sums = [_mm256_setzero_si256(); 2];
+                for half in 0..2 {
+                    let mut pairs = [_mm256_setzero_si256(); 2];
+                    for quad in 8 * half..8 * half + 8 {
+                        let four = _mm256_set1_epi32(row.add(4 * quad).cast::<i32>().read_unaligned());
+                        for (part, pairs) in pairs.iter_mut().enumerate() {
+                            let w = _mm256_loadu_si256(weights.add(64 * quad + 32 * part).cast());
+                            let w = if high { _mm256_srli_epi16::<4>(w) } else { w };
+                            let products = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), four);
+                            *pairs = _mm256_add_epi16(*pairs, products);
+                        }
+                    }
+                    for (sum, pairs) in sums.iter_mut().zip(pairs) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                sums
+            }
+        }
+    }
+
+    impl Dots for Maddubs {
+        type V = Avx2;
+        const ROWS: usize = 4;
+        const PANELS: usize = 1;
+
+        #[inline(always)]
+        #[allow(clippy::needless_range_loop)]
+        unsafe fn group<const M: usize, const N: usize>(
+            weights: [*const u8; N],
+            rows: *const i8,
+            stride: usize,
+            wide: bool,
+        ) -> [[Avx2; N]; M] {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
+                for m in 0..M {
+                    let row = rows.add(m * stride);
+                    for n in 0..N {
+                        let mut sums = Maddubs::narrow(weights[n], row, false);
+                        if wide {
+                            let high = Maddubs::narrow(weights[n], row, true);
+                            for part in 0..2 {
+                                sums[part] = _mm256_add_epi32(sums[part], _mm256_slli_epi32::<4>(high[part]));
+                            }
+                        }
+                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1]));
+                    }
+                }
+                values
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::tests::pack;
+    use super::*;
+    use crate::model::packed::panels::panel_bytes;
+    use crate::rng::Philox;
+
+    fn normals(seed: u64, count: usize) -> Vec<f32> {
+        (0..count.div_ceil(4) as u64).flat_map(|i| Philox::new(seed, 0).normals(i)).take(count).collect()
+    }
+
+    /// The definition, in f64 but for the operations that the module says are f32.
+    fn expected(x: &[f32], (w, dtype): (&[u8], DType), bias: &[f32], inputs: usize, outputs: usize) -> Vec<f32> {
+        let panel = panel_bytes(inputs, dtype);
+        let mut y = Vec::new();
+        for x in x.chunks_exact(inputs) {
+            for n in 0..outputs {
+                let tiles = w[n / LANES * panel..][..panel].chunks_exact(tile_bytes(dtype));
+                y.push(tiles.zip(x.chunks(TILE_INPUTS)).fold(bias[n], |y, (tile, x)| {
+                    let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+                    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+                    let codes: Vec<i32> = x.iter().map(|x| (x * inverse).round_ties_even() as i32).collect();
+                    let parameter = |at: usize| {
+                        let bytes = &tile[code_bytes(dtype) + 2 * at..];
+                        half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
+                    };
+                    let weight = |k: usize| match dtype {
+                        DType::Int8 => i32::from(tile[k / 4 * 64 + n % LANES * 4 + k % 4]),
+                        _ => i32::from(tile[k % 32 / 4 * 64 + n % LANES * 4 + k % 4] >> (4 * (k / 32)) & 15),
+                    };
+                    let sum: i32 = codes.iter().sum();
+                    let dot: i32 = codes.iter().enumerate().map(|(k, code)| code * weight(k)).sum();
+                    let value = (dot as f32).mul_add(parameter(n % LANES), parameter(LANES + n % LANES) * sum as f32);
+                    value.mul_add(most / 127.0, y)
+                }));
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn every_set_gives_the_bits_of_the_definition() {
+        for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (1100, 33)] {
+            for dtype in [DType::Int8, DType::Int4] {
+                let rows = 31;
+                let (mut x, mut w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
+                // An outlier, a row of zeros, weights all alike.
+                x[5] = 4000.0;
+                x[inputs..2 * inputs].fill(0.0);
+                w[..inputs].fill(0.25);
+                let bias = normals(3, outputs);
+                let (data, _) = pack(&w, inputs, outputs, dtype);
+                let expected = expected(&x, (&data, dtype), &bias, inputs, outputs);
+                for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                    for some in [1, 2, 4, 5, 11, 12, 13, 31] {
+                        let mut scratch = vec![0.0; some * (inputs + TILE_INPUTS)];
+                        let integers = IntegerRows::round(isa, &x[..some * inputs], some, inputs, &mut scratch);
+                        let mut y = vec![f32::NAN; some * outputs];
+                        let panels = Panels { pieces: vec![&data], dtype, inputs, outputs };
+                        linear(isa, &integers, &panels, Some(&bias), &mut y, outputs);
+                        for (at, (got, wanted)) in y.iter().zip(&expected).enumerate() {
+                            let place = format!("{isa:?} {dtype} {some} rows, {inputs} x {outputs}, at {at}");
+                            assert!(got.to_bits() == wanted.to_bits(), "{place}: {got} {wanted}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_at_their_limits_do_not_overflow() {
+        let (inputs, outputs) = (128, 16);
+        for dtype in [DType::Int8, DType::Int4] {
+            // Codes at their greatest but for one weight of a group, which spans the range.
+            let mut w = vec![1.0; inputs * outputs];
+            w.chunks_exact_mut(TILE_INPUTS).for_each(|group| group[0] = 0.0);
+            let (data, w) = pack(&w, inputs, outputs, dtype);
+            for sign in [1.0, -1.0] {
+                let x = vec![sign * 3.0; inputs];
+                let exact: f64 = w[..inputs].iter().map(|&w| f64::from(w) * f64::from(sign) * 3.0).sum();
+                for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                    let mut scratch = vec![0.0; inputs];
+                    let integers = IntegerRows::round(isa, &x, 1, inputs, &mut scratch);
+                    let mut y = vec![0.0; outputs];
+                    linear(
+                        isa,
+                        &integers,
+                        &Panels { pieces: vec![&data], dtype, inputs, outputs },
+                        None,
+                        &mut y,
+                        outputs,
+                    );
+                    assert!((f64::from(y[0]) - exact).abs() < 1e-3 * exact.abs(), "{isa:?} {dtype}: {} {exact}", y[0]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        let (data, _) = pack(&normals(4, 64 * 16), 64, 16, DType::Int4);
+        for wrong in [f32::NAN, f32::INFINITY] {
+            let mut x = normals(5, 64);
+            x[9] = wrong;
+            let mut scratch = vec![0.0; 128];
+            let integers = IntegerRows::round(Isa::detect(), &x, 1, 64, &mut scratch);
+            let mut y = vec![0.0; 16];
+            let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
+            linear(Isa::detect(), &integers, &panels, None, &mut y, 16);
+            assert!(y.iter().all(|y| y.is_nan()), "{y:?}");
+        }
+    }
+}
