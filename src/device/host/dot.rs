@@ -125,8 +125,8 @@ trait Dots {
     /// Panels that are.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of codes, `stride` apart, with the codes of 16 outputs of `N` panels,
-    /// four inputs of an output side by side. `wide` codes have 8 bits, others 4.
+    /// The products of a group: of each of `M` rows of codes, `stride` apart, with the codes of 16 outputs of `N`
+    /// panels, four inputs of an output side by side. `wide` codes have 8 bits, others 4.
     ///
     /// # Safety
     /// The set exists, 1024 bytes of each panel's weights and 64 of each row are there.
