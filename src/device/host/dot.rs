@@ -24,11 +24,14 @@ const BLOCK_GROUPS: usize = 8;
 /// Bytes of the codes of a tile, one to a byte.
 const CODES: usize = TILE_INPUTS * LANES;
 
-/// Rows of activations as small integers.
+/// Rows whose codes lie together: those that are computed together at most.
+const TILE_ROWS: usize = 12;
+
+/// Rows of activations as small integers, in tiles of 12 rows (the last may have fewer).
 pub struct IntegerRows<'a> {
-    /// Codes, (rows, groups * 64).
+    /// Codes, each tile (groups, rows of the tile, 64).
     codes: &'a [i8],
-    /// What a step is worth, and the sum of the codes, (rows, groups).
+    /// What a step is worth, and the sum of the codes, each tile (groups, rows of the tile).
     scales: &'a [[f32; 2]],
     rows: usize,
     groups: usize,
@@ -41,32 +44,41 @@ impl<'a> IntegerRows<'a> {
         let (scales, rest) = scratch.split_at_mut(rows * groups * 2);
         let scales: &mut [[f32; 2]] = bytemuck::cast_slice_mut(scales);
         let codes: &mut [i8] = &mut bytemuck::cast_slice_mut(rest)[..rows * groups * TILE_INPUTS];
-        let width = groups * TILE_INPUTS;
+        let tile = TILE_ROWS * groups;
+        let round =
+            |codes: &mut [i8], scales: &mut [[f32; 2]], x: &[f32]| isa.run(RoundTile { x, inputs, codes, scales });
+        let x = &x[..rows * inputs];
         if rows * inputs < PARALLEL_WORK {
-            let all = codes.chunks_exact_mut(width).zip(scales.chunks_exact_mut(groups)).zip(x.chunks_exact(inputs));
-            all.for_each(|((codes, scales), x)| isa.run(RoundRow { x, codes, scales }));
+            let all =
+                codes.chunks_mut(tile * TILE_INPUTS).zip(scales.chunks_mut(tile)).zip(x.chunks(TILE_ROWS * inputs));
+            all.for_each(|((codes, scales), x)| round(codes, scales, x));
         } else {
-            let all = codes.par_chunks_exact_mut(width).zip(scales.par_chunks_exact_mut(groups));
-            all.zip(x.par_chunks_exact(inputs)).for_each(|((codes, scales), x)| isa.run(RoundRow { x, codes, scales }));
+            let all = codes.par_chunks_mut(tile * TILE_INPUTS).zip(scales.par_chunks_mut(tile));
+            all.zip(x.par_chunks(TILE_ROWS * inputs)).for_each(|((codes, scales), x)| round(codes, scales, x));
         }
         IntegerRows { codes, scales, rows, groups }
     }
 }
 
-/// A row of activations, and where its codes go.
-struct RoundRow<'a> {
+/// A tile's rows of activations, and where their codes go.
+struct RoundTile<'a> {
     x: &'a [f32],
+    inputs: usize,
     codes: &'a mut [i8],
     scales: &'a mut [[f32; 2]],
 }
 
-impl Kernel for RoundRow<'_> {
+impl Kernel for RoundTile<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Registers>(self) {
-        let groups = self.codes.chunks_exact_mut(TILE_INPUTS).zip(self.scales);
-        for ((codes, scale), x) in groups.zip(self.x.chunks(TILE_INPUTS)) {
+        let rows = self.x.len() / self.inputs;
+        let places = self.codes.chunks_exact_mut(TILE_INPUTS).zip(self.scales).enumerate();
+        for (place, (codes, scale)) in places {
+            let (group, row) = (place / rows, place % rows);
+            let x = &self.x[row * self.inputs..][..self.inputs];
+            let x = &x[group * TILE_INPUTS..self.inputs.min((group + 1) * TILE_INPUTS)];
             let mut padded = [0f32; TILE_INPUTS];
             padded[..x.len()].copy_from_slice(x);
             // SAFETY: four vectors lie in `padded`; the set is the caller's.
@@ -80,15 +92,16 @@ impl Kernel for RoundRow<'_> {
                 }
                 let most = greatest(most.to_array());
                 let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
-                let mut sum = 0;
+                let mut sum = V::splat(0.0);
                 for v in 0..TILE_INPUTS / LANES {
-                    let rounded = at(v).mul(inverse).round().to_array();
-                    for (code, value) in codes[v * LANES..][..LANES].iter_mut().zip(rounded) {
-                        *code = value as i8;
-                        sum += i32::from(*code);
-                    }
+                    let rounded = at(v).mul(inverse).round();
+                    sum = sum.add(rounded);
+                    // Adding 1.5 * 2^23 leaves a small integer in the last bits.
+                    let bits = rounded.add(V::splat(12_582_912.0)).to_array().map(f32::to_bits);
+                    codes[v * LANES..][..LANES].iter_mut().zip(bits).for_each(|(code, bits)| *code = bits as i8);
                 }
-                *scale = [most / 127.0 + fold(poison.to_array()), sum as f32];
+                // Sums of integers this small are exact.
+                *scale = [most / 127.0 + fold(poison.to_array()), fold(sum.to_array())];
             }
         }
     }
@@ -125,15 +138,14 @@ trait Dots {
     /// Panels that are.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of codes, `stride` apart, with the codes of 16 outputs of `N`
-    /// panels, four inputs of an output side by side. `wide` codes have 8 bits, others 4.
+    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels, four inputs
+    /// of an output side by side. `wide` codes have 8 bits, others 4.
     ///
     /// # Safety
     /// The set exists, 1024 bytes of each panel's weights and 64 of each row are there.
     unsafe fn group<const M: usize, const N: usize>(
         weights: [*const u8; N],
         rows: *const i8,
-        stride: usize,
         wide: bool,
     ) -> [[Self::V; N]; M];
 }
@@ -211,26 +223,26 @@ impl Task<'_> {
         groups: std::ops::Range<usize>,
         spread: [&Spread; N],
     ) {
-        let mut row = 0;
-        while row < self.x.rows {
-            let left = self.x.rows - row;
-            // SAFETY: the rows exist; the set is the caller's.
-            unsafe {
-                if D::ROWS >= 12 && left >= 12 {
-                    self.rows::<D, 12, N>(row, panel, groups.clone(), spread);
-                    row += 12;
-                } else if D::ROWS >= 4 && left >= 4 {
-                    self.rows::<D, 4, N>(row, panel, groups.clone(), spread);
-                    row += 4;
-                } else {
-                    self.rows::<D, 1, N>(row, panel, groups.clone(), spread);
-                    row += 1;
-                }
+        for first in (0..self.x.rows).step_by(TILE_ROWS) {
+            let count = TILE_ROWS.min(self.x.rows - first);
+            let mut row = 0;
+            while row < count {
+                let tile = Rows { first, count, row };
+                // SAFETY: the rows exist; the set is the caller's.
+                row += unsafe {
+                    if D::ROWS >= 12 && count - row >= 12 {
+                        self.rows::<D, 12, N>(&tile, panel, groups.clone(), spread)
+                    } else if D::ROWS >= 4 && count - row >= 4 {
+                        self.rows::<D, 4, N>(&tile, panel, groups.clone(), spread)
+                    } else {
+                        self.rows::<D, 1, N>(&tile, panel, groups.clone(), spread)
+                    }
+                };
             }
         }
     }
 
-    /// `M` rows from `row` on with some groups of `N` panels.
+    /// `M` rows with some groups of `N` panels; gives `M`.
     ///
     /// # Safety
     /// As [`Task::run`]; the rows exist.
@@ -238,12 +250,12 @@ impl Task<'_> {
     #[allow(clippy::needless_range_loop)]
     unsafe fn rows<D: Dots, const M: usize, const N: usize>(
         &self,
-        row: usize,
+        tile: &Rows,
         panel: usize,
         groups: std::ops::Range<usize>,
         spread: [&Spread; N],
-    ) {
-        let row_bytes = self.x.groups * TILE_INPUTS;
+    ) -> usize {
+        let row = tile.first + tile.row;
         let wide = self.w.dtype == DType::Int8;
         let mut y = [[[0f32; LANES]; N]; M];
         for (m, y) in y.iter_mut().enumerate() {
@@ -262,12 +274,13 @@ impl Task<'_> {
         for (index, group) in groups.enumerate() {
             // SAFETY: codes of these rows and groups exist; the set is the caller's.
             unsafe {
-                let codes = self.x.codes.as_ptr().add(row * row_bytes + group * TILE_INPUTS);
+                let place = tile.first * self.x.groups + group * tile.count + tile.row;
+                let codes = self.x.codes.as_ptr().add(place * TILE_INPUTS);
                 let weights = spread.map(|spread| spread.codes.as_ptr().add(index * CODES));
-                let sums = D::group::<M, N>(weights, codes, row_bytes, wide);
+                let sums = D::group::<M, N>(weights, codes, wide);
                 let grids = spread.map(|spread| spread.grids[index].as_ptr());
                 for m in 0..M {
-                    let [step, sum] = self.x.scales[(row + m) * self.x.groups + group];
+                    let [step, sum] = self.x.scales[place + m];
                     let (step, sum) = (D::V::splat(step), D::V::splat(sum));
                     for n in 0..N {
                         let (scale, offset) = (D::V::load(grids[n]), D::V::load(grids[n].add(LANES)));
@@ -285,7 +298,17 @@ impl Task<'_> {
                 unsafe { std::ptr::copy_nonoverlapping(y.as_ptr(), at, (self.w.outputs - column).min(LANES)) };
             }
         }
+        M
     }
+}
+
+/// Some rows of a tile.
+struct Rows {
+    /// The tile's first row, and how many it has.
+    first: usize,
+    count: usize,
+    /// The first of these, within the tile.
+    row: usize,
 }
 
 /// The codes of a tile, one to a byte.
@@ -314,7 +337,6 @@ impl Dots for Plain {
     unsafe fn group<const M: usize, const N: usize>(
         weights: [*const u8; N],
         rows: *const i8,
-        stride: usize,
         _: bool,
     ) -> [[Portable; N]; M] {
         let dot = |row: *const i8, weights: *const u8| {
@@ -333,7 +355,7 @@ impl Dots for Plain {
             // SAFETY: plain code runs everywhere.
             unsafe { Portable::load(sums.as_ptr()) }
         };
-        std::array::from_fn(|m| weights.map(|weights| dot(rows.wrapping_add(m * stride), weights)))
+        std::array::from_fn(|m| weights.map(|weights| dot(rows.wrapping_add(m * TILE_INPUTS), weights)))
     }
 }
 
@@ -356,7 +378,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::lanes::{Avx2, Avx512};
-    use super::{Dots, Task};
+    use super::{Dots, TILE_INPUTS, Task};
 
     pub fn has_vnni() -> bool {
         super::Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
@@ -387,7 +409,6 @@ mod x86 {
         unsafe fn group<const M: usize, const N: usize>(
             weights: [*const u8; N],
             rows: *const i8,
-            stride: usize,
             _: bool,
         ) -> [[Avx512; N]; M] {
             // SAFETY: passed on from the caller.
@@ -399,7 +420,8 @@ mod x86 {
                         w[n] = _mm512_loadu_si512(weights[n].add(64 * quad).cast());
                     }
                     for m in 0..M {
-                        let four = _mm512_set1_epi32(rows.add(m * stride + 4 * quad).cast::<i32>().read_unaligned());
+                        let four =
+                            _mm512_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned());
                         for n in 0..N {
                             sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
                         }
@@ -458,14 +480,13 @@ mod x86 {
         unsafe fn group<const M: usize, const N: usize>(
             weights: [*const u8; N],
             rows: *const i8,
-            stride: usize,
             wide: bool,
         ) -> [[Avx2; N]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
                 let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
                 for m in 0..M {
-                    let row = rows.add(m * stride);
+                    let row = rows.add(m * TILE_INPUTS);
                     for n in 0..N {
                         let mut sums = Maddubs::narrow(weights[n], row, false);
                         if wide {
