@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 
@@ -42,6 +43,25 @@ impl Lock {
                     file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes()));
                 write_pid.map_err(Error::io("write", path))?;
                 return Ok(Lock { _file: file, path: path.to_owned() });
+            }
+        }
+    }
+
+    /// Takes the lock as soon as nobody else holds it; `held` is called once if somebody does.
+    ///
+    /// # Errors
+    /// `Error::Io` when it cannot be made.
+    pub fn wait(path: &Path, held: &mut dyn FnMut()) -> Result<Lock> {
+        let mut told = false;
+        loop {
+            match Lock::take(path) {
+                Err(Error::Output { .. }) => {
+                    if !std::mem::replace(&mut told, true) {
+                        held();
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                taken => return taken,
             }
         }
     }

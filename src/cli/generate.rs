@@ -5,8 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -19,7 +17,8 @@ use super::flags::{
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
 use super::resources::{self, Budgets};
-use super::{estimate, pack, say, signals, stats};
+use super::signals::Signals;
+use super::{estimate, pack, say, stats};
 use crate::bench::trace;
 use crate::device::Device;
 use crate::device::host::Host;
@@ -187,7 +186,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Some(file) => config::overlay(&arguments, file)?,
         None => arguments,
     };
-    let signal = signals::watch()?;
+    let signals = Signals::watch()?;
     let (model_spec, input, output) = arguments.required()?;
     arguments.check_paths()?;
     resources::use_threads(arguments.threads)?;
@@ -206,7 +205,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         }
         Opening::Run(job) => {
             model.set_time(job.started_secs);
-            Running { arguments: &arguments, model: &model, resolved: &resolved, started, signal }.run(job)
+            Running { arguments: &arguments, model: &model, resolved: &resolved, started, signals }.run(job)
         }
     }
 }
@@ -222,21 +221,24 @@ impl Arguments {
         Ok((model, input, output))
     }
 
-    /// Statistics must not replace another file of the job, by whatever name.
+    /// Statistics and trace must not replace another file of the job, by whatever name.
     fn check_paths(&self) -> Result<()> {
-        let Some(stats) = &self.stats else { return Ok(()) };
-        let place = real_path(stats).ok_or_else(|| {
-            Error::usage(format!("--stats {}: no such directory", stats.display()), "create it first")
-        })?;
-        let others = [&self.input, &self.output, &self.error_file, &self.policy, &self.config];
-        let mut others: Vec<PathBuf> = others.into_iter().flatten().filter_map(|path| real_path(path)).collect();
+        let inputs = [&self.input, &self.output, &self.error_file, &self.policy, &self.config];
+        let mut taken: Vec<PathBuf> = inputs.into_iter().flatten().filter_map(|path| real_path(path)).collect();
         if let Some(output) = self.output.as_deref().and_then(real_path) {
             let side_file = |suffix: &&str| PathBuf::from(format!("{}.{suffix}", output.display()));
-            others.extend(["journal", "run.json", "lock", "input", "partial"].iter().map(side_file));
+            taken.extend(["journal", "run.json", "lock", "input", "partial"].iter().map(side_file));
         }
-        if others.contains(&place) {
-            let what = format!("--stats {} is another file of the job", stats.display());
-            return Err(Error::usage(what, "name a file of its own"));
+        for (flag, path) in [("--stats", &self.stats), ("--trace", &self.trace)] {
+            let Some(path) = path else { continue };
+            let place = real_path(path).ok_or_else(|| {
+                Error::usage(format!("{flag} {}: no such directory", path.display()), "create it first")
+            })?;
+            if taken.contains(&place) {
+                let what = format!("{flag} {} is another file of the job", path.display());
+                return Err(Error::usage(what, "name a file of its own"));
+            }
+            taken.push(place);
         }
         Ok(())
     }
@@ -468,7 +470,7 @@ struct Running<'a> {
     model: &'a Model,
     resolved: &'a Resolved,
     started: Instant,
-    signal: Arc<AtomicUsize>,
+    signals: Signals,
 }
 
 impl Running<'_> {
@@ -511,24 +513,27 @@ impl Running<'_> {
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
-        let result = engine.run(reader, &mut writer, &self.signal, &mut |now| {
+        let deferred = self.signals.defer();
+        let result = engine.run(reader, &mut writer, &self.signals.number, &mut |now| {
             counts = *now;
             progress.show(now);
         });
+        drop(deferred);
         progress.finish();
         let wall_secs = began.elapsed().as_secs_f64();
         // A failing disk makes closing fail too; the first error is the one to show.
         let closed = writer.close(result.is_ok());
         let counts = result.as_ref().copied().unwrap_or(counts);
-        if let (Some(path), Ok(summary)) = (&arguments.stats, &closed) {
-            let times = stats::Times { load_secs, wall_secs };
-            stats::write(path, resolved, engine.executor(), &counts, summary, &times)?;
-        }
-        if let Some(path) = &arguments.trace {
-            self.write_trace(path, engine.executor_mut())?;
-        }
+        let times = stats::Times { load_secs, wall_secs };
+        let told = match (&arguments.stats, &closed) {
+            (Some(path), Ok(summary)) => stats::write(path, resolved, engine.executor(), &counts, summary, &times),
+            _ => Ok(()),
+        };
+        let traced = arguments.trace.as_ref().map_or(Ok(()), |path| self.write_trace(path, engine.executor_mut()));
+        // What ended the run goes before what could not be told about it.
         result?;
         let summary = closed?;
+        told.and(traced)?;
         say::line(&format!(
             "finished: {} lines, {} failed; {:.1} generated tokens/s, {:.1} tokens/s in all, {:.1} s after {:.1} s of loading",
             summary.succeeded + summary.failed,

@@ -138,6 +138,7 @@ impl Display {
         }
         let total = Bytes(progress.total);
         say::line(&match progress.step {
+            Step::Wait => format!("{}: waiting for another process that packs it", self.what),
             Step::Check => format!("{}: comparing {total} with their checksums", self.what),
             Step::Write if progress.done > 0 => {
                 format!("{}: {total}, of which {} are there", self.what, Bytes(progress.done))

@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::device::Device;
-use crate::error::{Bytes, Error, Result, Tier};
+use crate::error::{Bytes, Error, Result};
 use crate::executor::Executor;
 use crate::job::request::{LineError, SampledToken};
 use crate::job::{Reader, Writer};
@@ -194,15 +194,18 @@ impl<'m, D: Device> Engine<'m, D> {
         }
         let placement = self.executor.placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
-        let (need, have) = (self.pages_wanted as u64 * page_bytes, self.longest() as u64 * page_bytes);
+        let (wanted, longest) = (self.pages_wanted, self.longest());
+        let (need, have) = (wanted as u64 * page_bytes, longest as u64 * page_bytes);
         Err(Error::OverBudget {
             what: format!("the KV cache for the longest of {} postponed lines", self.postponed),
-            tier: Tier::Cpu,
+            tier: placement.compute,
             need: Bytes(need),
             have: Bytes(have),
             hint: Some(format!(
-                "all other lines are done; run the same command with {}MiB more of --cpu-memory, or fewer sequences",
+                "all other lines are done; run the same command with {}MiB more of --{}-memory or fewer sequences, or \
+                 with a policy whose `pages` and `block-pages` are {wanted} or more",
                 (need - have).div_ceil(1 << 20),
+                placement.compute,
             )),
         })
     }

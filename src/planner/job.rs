@@ -92,8 +92,8 @@ impl Job {
         tokens.ceil().max(16.0) as usize
     }
 
-    /// Prompt tokens per pass that are worth trying with `sequences` in flight: what balances a long job; of a short
-    /// one, whose beginning and end count, also all prompts at once, and between.
+    /// Prompt tokens per pass that are worth trying with `sequences` in flight: what balances a long job, or a whole
+    /// prompt if that is more; of a short one, whose beginning and end count, also all prompts at once, and between.
     pub fn chunks(&self, sequences: usize) -> Vec<usize> {
         let balanced = self.balanced_chunk(sequences);
         let all = (sequences as f64 * self.prompt_len).ceil() as usize;
@@ -101,6 +101,8 @@ impl Job {
         if self.requests < SHORT_ROUNDS * sequences && all > balanced {
             let between = (balanced as f64 * all as f64).sqrt() as usize;
             chunks.extend([between, all].into_iter().filter(|&chunk| chunk > balanced && chunk <= LONGEST_CHUNK));
+        } else if self.prompt_len.ceil() as usize > balanced {
+            chunks.push(self.prompt_len.ceil() as usize);
         }
         chunks.dedup();
         chunks
@@ -149,7 +151,8 @@ impl PassLoad {
         let parts = count as f64;
         let rows = self.prompt_tokens / parts;
         // A prompt is cut by the passes and blocks that it goes through; a cut segment attends to what was before it.
-        let cuts = if rows > 0.0 { (job.prompt_len / rows).max(1.0) } else { 1.0 };
+        // Never into parts of less than a token, whatever rounding leaves of a pass.
+        let cuts = if rows > 0.0 { (job.prompt_len / rows).clamp(1.0, job.prompt_len) } else { 1.0 };
         let started = self.prompt_tokens / job.prompt_len;
         let own_pages = (job.prompt_len / PAGE).ceil();
         let prompt_keys = started * (job.prompt_len_squared + job.prompt_len) / 2.0;
@@ -219,6 +222,16 @@ mod tests {
         assert!(few.decodes > 6.0 && few.decodes < 8.0, "{few:?}");
         // A smaller chunk than that leaves places empty.
         assert!(job.steady(320, 512).decodes < 32.0);
+    }
+
+    #[test]
+    fn a_pass_of_next_to_nothing_is_cut_into_tokens_at_most() {
+        let job = Job::of(&[
+            Request { prompt_len: 65, gen_len: 4, max_tokens: 4 },
+            Request { prompt_len: 1, gen_len: 9, max_tokens: 9 },
+        ]);
+        let load = PassLoad { prompt_tokens: 1e-13, prompts: 0.0, decodes: 3.0 };
+        assert_eq!(load.blocks(&job, 2).iter().map(|block| block.shape.rows).sum::<usize>(), 3);
     }
 
     #[test]

@@ -6,10 +6,11 @@
 use std::convert::Infallible;
 
 use super::job::{Job, Request};
+use crate::error::Tier;
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::{PageId, PagePool};
 use crate::schedule::compose::{Fill, Wishes};
-use crate::schedule::placement::Placement;
+use crate::schedule::placement::{Placement, tier_of};
 use crate::schedule::shape::{BlockShape, Pages};
 
 /// Sequences in flight that are followed; of more, each that is followed stands for several of its like.
@@ -38,8 +39,10 @@ struct Sequence {
 }
 
 /// A pass in the making, and who may be in it.
-struct Crowd<'a> {
-    placement: &'a Placement,
+struct Crowd {
+    /// Where things are computed, and pages by tier.
+    compute: Tier,
+    pages: [usize; 3],
     /// Sequences that one of these stands for.
     each: f64,
     active: Vec<Sequence>,
@@ -60,11 +63,13 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let places = policy.sequences.min(job.requests).clamp(1, FOLLOWED);
     let each = policy.sequences.min(job.requests).max(1) as f64 / places as f64;
     let fewer = |count: usize| (count as f64 / each).ceil() as usize;
+    let pages = placement.pages.map(fewer);
     let mut crowd = Crowd {
-        placement,
+        compute: placement.compute,
+        pages,
         each,
         active: Vec::new(),
-        pool: PagePool::new(placement.pages.map(fewer)),
+        pool: PagePool::new(pages),
         reserved: 0,
         block_rows: fewer(policy.block_rows),
         block_pages: fewer(policy.block_pages).max(job.most_pages),
@@ -77,9 +82,10 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let room = crowd.pool.len();
     let fits = |request: &&Request| request.pages() <= room;
     let mut waiting = job.lengths.iter().filter(fits).cycle().take(followed).peekable();
-    let (mut passes, mut begun, mut finished) = (Vec::new(), 0, 0);
-    // Passes with a full house: what was done when they began and ended, and which they are.
-    let (mut steady, mut steady_from, mut steady_finished) = (0..0, 0, 0);
+    let (mut passes, mut begun) = (Vec::new(), 0);
+    // When the third round had begun, and when as many again had: the pass, and how many had begun. Between them lies
+    // all that repeats, however unevenly a round begins.
+    let mut marks: Vec<(usize, usize)> = Vec::new();
     loop {
         while let Some(request) = waiting.peek() {
             if crowd.active.len() == places || crowd.pool.free() - crowd.reserved < request.pages() {
@@ -88,32 +94,25 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
             crowd.begin(**request);
             (begun, _) = (begun + 1, waiting.next());
         }
-        if begun > (ROUNDS / 2) * places && waiting.peek().is_some() {
-            if steady.is_empty() {
-                (steady, steady_from) = (passes.len()..passes.len(), finished);
-            }
-            steady.end += 1;
+        if marks.len() < 2 && begun > (ROUNDS - 2 + marks.len()) * places {
+            marks.push((passes.len(), begun));
         }
-        let in_steady = steady.end == passes.len() + 1;
         crowd.compose(policy.blocks, fewer(policy.chunk_tokens));
         if crowd.blocks.is_empty() {
             break;
         }
         passes.push(PlannedPass { blocks: crowd.shapes(), times: 1.0 });
-        finished += crowd.retire();
-        if in_steady {
-            steady_finished = finished;
-        }
+        crowd.retire();
     }
     let rest = (requests - followed) as f64;
-    let per_round = (steady_finished - steady_from) as f64;
-    if rest > 0.0 && per_round > 0.0 {
-        passes[steady].iter_mut().for_each(|pass| pass.times += rest / per_round);
+    if let (true, [(from, before), (to, after)]) = (rest > 0.0, &marks[..]) {
+        let times = rest / (after - before) as f64;
+        passes[*from..*to].iter_mut().for_each(|pass| pass.times += times);
     }
     passes
 }
 
-impl Crowd<'_> {
+impl Crowd {
     fn begin(&mut self, request: Request) {
         let reserved = request.pages();
         self.reserved += reserved;
@@ -147,9 +146,8 @@ impl Crowd<'_> {
         self.blocks.iter().map(shape).collect()
     }
 
-    /// Draws the tokens that the pass asked for; gives how many sequences have ended.
-    fn retire(&mut self) -> usize {
-        let before = self.active.len();
+    /// Draws the tokens that the pass asked for, and takes out who has ended.
+    fn retire(&mut self) {
         let (pool, reserved) = (&mut self.pool, &mut self.reserved);
         self.active.retain_mut(|sequence| {
             if sequence.computed == sequence.known {
@@ -162,11 +160,10 @@ impl Crowd<'_> {
             }
             !over
         });
-        before - self.active.len()
     }
 }
 
-impl Fill for Crowd<'_> {
+impl Fill for Crowd {
     type Error = Infallible;
 
     fn open_block(&mut self) {
@@ -191,8 +188,8 @@ impl Fill for Crowd<'_> {
         let pages = &sequence.pages[..pages_for(to)];
         let tiers = |pages: &[PageId]| {
             let mut counts = [0; 3];
-            pages.iter().for_each(|&page| counts[self.placement.page_tier(page as usize) as usize] += 1);
-            counts[self.placement.compute as usize] = 0;
+            pages.iter().for_each(|&page| counts[tier_of(&self.pages, page as usize) as usize] += 1);
+            counts[self.compute as usize] = 0;
             counts
         };
         let streamed: usize = tiers(pages).iter().sum();
@@ -218,11 +215,10 @@ impl Fill for Crowd<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Tier;
     use crate::policy::{Policy, Split};
     use crate::schedule::placement::ModelBytes;
 
-    fn placement(sequences: usize, chunk_tokens: usize, blocks: usize, kv: Split) -> Placement {
+    fn placement(job: &Job, sequences: usize, chunk_tokens: usize, blocks: usize, kv: Split) -> Placement {
         let model = ModelBytes {
             layers: vec![vec![4096; 8]; 4],
             head: vec![vec![4096; 8]],
@@ -240,8 +236,8 @@ mod tests {
             chunk_tokens,
             blocks,
             block_rows: (sequences + chunk_tokens).div_ceil(blocks) + 8,
-            pages: 3 * sequences + 1,
-            block_pages: 3 * sequences + 4,
+            pages: job.most_pages * sequences + 1,
+            block_pages: job.most_pages * sequences + 4,
             weight_slots: 2,
             kv_slots: 2,
             weights: Split::all(Tier::Gpu),
@@ -260,7 +256,8 @@ mod tests {
             [(1, 1, 64, 1), (10, 4, 64, 2), (100, 16, 2000, 4), (60, 16, 300, 5), (64, 64, 5000, 3)]
         {
             let job = Job::uniform(requests, 100, 10);
-            let passes = passes(&job, &placement(sequences, chunk, blocks, Split { gpu: 0.3, cpu: 0.4, disk: 0.3 }));
+            let passes =
+                passes(&job, &placement(&job, sequences, chunk, blocks, Split { gpu: 0.3, cpu: 0.4, disk: 0.3 }));
             let sum = |value: &dyn Fn(&BlockShape) -> usize| -> f64 {
                 passes.iter().map(|pass| pass.times * pass.blocks.iter().map(value).sum::<usize>() as f64).sum()
             };
@@ -276,21 +273,37 @@ mod tests {
     }
 
     #[test]
+    fn few_places_repeat_unevenly_and_are_counted_whole() {
+        let passes = |requests: usize| {
+            let job = Job::uniform(requests, 512, 256);
+            let passes = passes(&job, &placement(&job, 3, 16, 1, Split::all(Tier::Gpu)));
+            passes.iter().map(|pass| pass.times).sum::<f64>()
+        };
+        // A prompt takes 32 passes and goes alone, an answer 255; three at a time.
+        for requests in [24, 100, 1000] {
+            let least = requests as f64 / 3.0 * (32.0 + 255.0);
+            let ratio = passes(requests) / least;
+            assert!((0.99..1.1).contains(&ratio), "{requests}: {} of {least}", passes(requests));
+        }
+    }
+
+    #[test]
     fn a_long_job_goes_on_like_its_middle_and_a_large_one_like_its_likeness() {
+        let kv = Split { gpu: 0.0, cpu: 0.4, disk: 0.6 };
         let rows = |requests: usize, sequences: usize| {
             let job = Job::uniform(requests, 100, 10);
-            let placement = placement(sequences, job.balanced_chunk(sequences), 4, Split::all(Tier::Cpu));
+            let placement = placement(&job, sequences, job.balanced_chunk(sequences), 4, kv);
             let passes = passes(&job, &placement);
             let total = |value: &dyn Fn(&BlockShape) -> usize| -> f64 {
                 passes.iter().map(|pass| pass.times * pass.blocks.iter().map(value).sum::<usize>() as f64).sum()
             };
-            [total(&|block| block.rows), total(&|block| block.loads.cpu), total(&|block| block.stores.cpu)]
+            // Not stores: where prompts are cut, a page is written twice, and that goes by the places.
+            [total(&|block| block.rows), total(&|block| block.loads.cpu), total(&|block| block.loads.disk)]
                 .map(|total| total / requests as f64)
         };
         let few = rows(800, 50);
-        for (requests, sequences) in [(100_000, 50), (20_000, 1000)] {
+        for (requests, sequences) in [(100_000, 50), (20_000, 1000), (100_000, 47)] {
             for (many, few) in rows(requests, sequences).into_iter().zip(few) {
-                // Prompts are cut elsewhere, so a few pages are written once more or less.
                 assert!((many / few - 1.0).abs() < 0.05, "{requests}, {sequences}: {many} {few}");
             }
         }

@@ -26,7 +26,7 @@ use crate::schedule::step::Step;
 /// Outlines whose neighbours are looked at.
 const FINALISTS: usize = 10;
 /// Outlines that are simulated.
-const SIMULATED: usize = 28;
+const SIMULATED: usize = 24;
 /// Of these, outlines of a kind, their numbers of sequences a tenth apart.
 const OF_A_KIND: usize = 3;
 /// Times that budgets are tightened until a rounded placement fits.
@@ -279,11 +279,13 @@ impl<'a> Question<'a> {
         // Passes of a real job carry a few rows more than the mean one.
         let spare = if blocks.len() == 1 { rows.max(sequences + chunk_tokens) } else { rows + rows.div_ceil(16) };
         let pages = (sequences as f64 * self.job.pages).ceil() as usize;
+        let prompts = ((chunk_tokens as f64 / self.job.prompt_len) as usize).clamp(1, blocks.len());
         Outline {
             sequences,
             chunk_tokens,
             blocks: blocks.len(),
-            block_rows: spare.max((sequences + chunk_tokens).div_ceil(blocks.len())),
+            // A prompt is in one block of a pass, so few prompts need larger ones.
+            block_rows: spare.max(chunk_tokens.div_ceil(prompts) + sequences.div_ceil(blocks.len())),
             pages: pages.max(self.job.most_pages) + 1,
             weight_slots: 3,
             kv_slots: if blocks.len() == 1 { 2 } else { 3 },

@@ -6,7 +6,7 @@
 //!
 //! **Invariant:** the fences of a step list make any interleaving of the lanes equivalent to the list itself.
 
-use std::collections::HashMap;
+use ahash::AHashMap;
 
 use super::step::{Lane, Slot, Step};
 
@@ -23,7 +23,7 @@ struct Users {
 /// Carries slot users from pass to pass.
 #[derive(Clone, Debug, Default)]
 pub struct Fences {
-    slots: HashMap<Slot, Users>,
+    slots: AHashMap<Slot, Users>,
     issued: Fence,
 }
 

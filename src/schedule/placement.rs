@@ -105,6 +105,17 @@ impl Ring {
     }
 }
 
+/// The tier of a page, of a pool that has so many in each.
+pub fn tier_of([gpu, cpu, _]: &[usize; 3], page: usize) -> Tier {
+    if page < *gpu {
+        Tier::Gpu
+    } else if page < gpu + cpu {
+        Tier::Cpu
+    } else {
+        Tier::Disk
+    }
+}
+
 /// Everything's place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Placement {
@@ -320,14 +331,7 @@ impl Placement {
 
     /// The tier that a page lives in: the first pages with the device, then those in main memory, then on disk.
     pub fn page_tier(&self, page: usize) -> Tier {
-        let [gpu, cpu, _] = self.pages;
-        if page < gpu {
-            Tier::Gpu
-        } else if page < gpu + cpu {
-            Tier::Cpu
-        } else {
-            Tier::Disk
-        }
+        tier_of(&self.pages, page)
     }
 
     /// Whether anything is on disk while passes run.

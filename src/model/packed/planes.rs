@@ -150,7 +150,8 @@ pub fn ensure(packed: &PackedModel, trust: Trust, progress: &mut dyn FnMut(Progr
     if missing(&listed(directory, packed.identity(), layout)?)?.is_empty() {
         return Ok(Outcome::Unchanged);
     }
-    let lock = Lock::take(&with_suffix(directory, ".lock"))?;
+    let waiting = Progress { step: Step::Wait, done: 0, total: 0 };
+    let lock = Lock::wait(&with_suffix(directory, ".lock"), &mut || progress(waiting))?;
     // Another process may have been here in between.
     let mut known = listed(directory, packed.identity(), layout)?;
     let missing = missing(&known)?;

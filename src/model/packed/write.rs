@@ -43,6 +43,8 @@ pub struct Progress {
 /// What is being done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
+    /// Waiting for another process that packs the same.
+    Wait,
     /// Comparing files that are there with their checksums.
     Check,
     /// Writing.
@@ -81,7 +83,9 @@ pub fn pack(
     if let Some(parent) = output.parent() {
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     }
-    let lock = Lock::take(&with_suffix(&output, ".lock"))?;
+    // Shards that start together need the same pack.
+    let waiting = Progress { step: Step::Wait, done: 0, total: 0 };
+    let lock = Lock::wait(&with_suffix(&output, ".lock"), &mut || progress(waiting))?;
     let packed = model.packed(weights)?;
     let mut writer = Writer { model, weights, output, packed: &*packed, progress, done: 0, total: 0 };
     let outcome = writer.run();
