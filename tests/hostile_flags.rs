@@ -55,6 +55,24 @@ fn flags_that_make_no_sense_are_usage_errors() {
 }
 
 #[test]
+fn a_trace_replaces_no_file_of_the_job() {
+    let scratch = Scratch::new();
+    let (input, output) = (small(&scratch), scratch.path("out.jsonl"));
+    let before = fs::read(&input).unwrap();
+    for name in ["in.jsonl", "out.jsonl", "out.jsonl.run.json", "out.jsonl.journal", "missing/trace.json"] {
+        let trace = scratch.path(name);
+        let said = refused(&generate("demo", &input, &output, &["--trace", trace.to_str().unwrap()]), 2);
+        assert!(said.contains("--trace"), "{said}");
+        hint(&said);
+    }
+    let both = scratch.path("s.json");
+    let flags = ["--trace", both.to_str().unwrap(), "--stats", both.to_str().unwrap()];
+    assert!(refused(&generate("demo", &input, &output, &flags), 2).contains("another file"));
+    assert_eq!(names(&scratch.path("")), ["in.jsonl"]);
+    assert_eq!(fs::read(&input).unwrap(), before);
+}
+
+#[test]
 fn sampling_flags_have_the_limits_of_lines() {
     let mut wrong = Vec::new();
     for flag in [

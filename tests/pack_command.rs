@@ -206,3 +206,24 @@ fn doctor_says_what_is_there() {
     }
     assert!(text.contains(cache.to_str().unwrap()) && !cache.exists());
 }
+
+#[test]
+fn shards_that_start_together_share_one_pack() {
+    let scratch = Scratch::new();
+    let config = scratch.write("config.json", config(12, 256));
+    let model = format!("synth:{}#4", config.display());
+    let lines: Vec<_> = (0..4).map(|i| json!({"prompt": [5, 6, 7 + i], "max_tokens": 2, "ignore_eos": true})).collect();
+    let input = scratch.jsonl("in.jsonl", &lines);
+    let policy = scratch.write("policy.toml", "weights = { cpu = 0.2, disk = 0.8 }\n");
+    let shards = ["0/2", "1/2"].map(|shard| {
+        let output = scratch.path(&format!("out-{}.jsonl", &shard[..1]));
+        let mut command = tidemill(&["generate", "--model", &model, "--shard", shard, "--progress", "none"]);
+        command.arg("--input").arg(&input).arg("--output").arg(output).arg("--policy").arg(&policy);
+        command.arg("--cache-dir").arg(scratch.path("cache")).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().expect("the binary runs")
+    });
+    for shard in shards {
+        let result = shard.wait_with_output().unwrap();
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    }
+}

@@ -40,7 +40,7 @@ pub fn ensure(
 ) -> Result<PackedModel> {
     let directory = cache.join("packs").join(Identity::new(model, weights).directory_name());
     if Manifest::read(&directory).ok().flatten().is_none() {
-        write::pack(model, weights, &directory, progress)?;
+        write::pack_or_wait(model, weights, &directory, progress)?;
     }
     let manifest = Manifest::read(&directory)?;
     let manifest = manifest.ok_or_else(|| Error::model(&directory, "vanished while it was in use"))?;

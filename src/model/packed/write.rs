@@ -75,6 +75,31 @@ pub fn pack(
     output: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Outcome> {
+    pack_under(model, weights, output, progress, &mut |lock, _| Lock::take(lock))
+}
+
+/// As [`pack`], but waits for another process that is packing: shards that start together need the same pack.
+pub(super) fn pack_or_wait(
+    model: &Model,
+    weights: Option<DType>,
+    output: &Path,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Outcome> {
+    pack_under(model, weights, output, progress, &mut |lock, progress| {
+        Lock::wait(lock, &mut || progress(Progress { step: Step::Wait, done: 0, total: 0 }))
+    })
+}
+
+/// Takes the lock of a pack, reporting what it waits for.
+type TakeLock<'a> = &'a mut dyn FnMut(&Path, &mut dyn FnMut(Progress)) -> Result<Lock>;
+
+fn pack_under(
+    model: &Model,
+    weights: Option<DType>,
+    output: &Path,
+    progress: &mut dyn FnMut(Progress),
+    lock: TakeLock<'_>,
+) -> Result<Outcome> {
     // Without a slash at the end, which would put the lock inside.
     let output: PathBuf = output.components().collect();
     if output.file_name().is_none() {
@@ -83,9 +108,7 @@ pub fn pack(
     if let Some(parent) = output.parent() {
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     }
-    // Shards that start together need the same pack.
-    let waiting = Progress { step: Step::Wait, done: 0, total: 0 };
-    let lock = Lock::wait(&with_suffix(&output, ".lock"), &mut || progress(waiting))?;
+    let lock = lock(&with_suffix(&output, ".lock"), progress)?;
     let packed = model.packed(weights)?;
     let mut writer = Writer { model, weights, output, packed: &*packed, progress, done: 0, total: 0 };
     let outcome = writer.run();
