@@ -48,10 +48,9 @@ struct Crowd {
     active: Vec<Sequence>,
     pool: PagePool,
     reserved: usize,
-    /// Limits of a block, and of the pass.
+    /// Limits of a block.
     block_rows: usize,
     block_pages: usize,
-    output_rows: usize,
     /// Blocks of the pass, and the streamed pages of the last one.
     blocks: Vec<BlockShape>,
     streamed: usize,
@@ -73,7 +72,6 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         reserved: 0,
         block_rows: fewer(policy.block_rows),
         block_pages: fewer(policy.block_pages).max(job.most_pages),
-        output_rows: fewer(placement.output_rows),
         blocks: Vec::new(),
         streamed: 0,
     };
@@ -92,7 +90,8 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
                 break;
             }
             crowd.begin(**request);
-            (begun, _) = (begun + 1, waiting.next());
+            waiting.next();
+            begun += 1;
         }
         if marks.len() < 2 && begun > (ROUNDS - 2 + marks.len()) * places {
             marks.push((passes.len(), begun));
@@ -176,8 +175,7 @@ impl Fill for Crowd {
         let from = sequence.computed;
         let block = self.blocks.last_mut().expect("a block is open");
         let to = sequence.known.min(from + most.min(self.block_rows - block.rows));
-        let outputs: usize = usize::from(to == sequence.known);
-        if to == from || (outputs == 1 && self.output_rows == 0) {
+        if to == from {
             return Ok(0);
         }
         while sequence.pages.len() < pages_for(to) {
@@ -206,7 +204,7 @@ impl Fill for Crowd {
         block.loads.disk += old[2];
         block.stores.cpu += written[1];
         block.stores.disk += written[2];
-        block.outputs += outputs;
+        block.outputs += usize::from(to == sequence.known);
         sequence.computed = to;
         Ok(to - from)
     }

@@ -12,7 +12,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{PARALLEL_WORK, Panels};
+use super::gemm::{PARALLEL_WORK, Panels, for_panels};
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, Portable, fold, greatest};
 use super::shared::SharedMut;
@@ -110,23 +110,7 @@ impl Kernel for RoundTile<'_> {
 /// `y = x w^T + bias`, as [`super::gemm::linear`] for weights in groups.
 pub fn linear(isa: Isa, x: &IntegerRows<'_>, w: &Panels<'_>, bias: Option<&[f32]>, y: &mut [f32], stride: usize) {
     assert_eq!(x.groups, w.inputs.div_ceil(TILE_INPUTS));
-    let extent = x.rows.saturating_sub(1) * stride + w.outputs;
-    assert!(stride >= w.outputs && y.len() >= extent, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
-    assert!(bias.is_none_or(|bias| bias.len() >= w.outputs));
-    let panels = w.outputs.div_ceil(LANES);
-    let y = SharedMut::new(y);
-    // Even, so that a task's panels pair up.
-    let chunk = 2 * panels.div_ceil(2).div_ceil(8 * rayon::current_num_threads()).clamp(1, 16);
-    let task = |index: usize| {
-        let range = index * chunk..panels.min((index + 1) * chunk);
-        run(isa, Task { x, w, bias, y: &y, stride, panels: range });
-    };
-    let tasks = panels.div_ceil(chunk);
-    if x.rows * w.inputs * w.outputs < PARALLEL_WORK {
-        (0..tasks).for_each(task);
-    } else {
-        (0..tasks).into_par_iter().for_each(task);
-    }
+    for_panels(x.rows, w, bias, y, stride, |y, panels| run(isa, Task { x, w, bias, y, stride, panels }));
 }
 
 /// How a set of instructions multiplies bytes.

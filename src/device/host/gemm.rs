@@ -88,22 +88,32 @@ impl<'a> PackedRows<'a> {
 /// `y = x w^T + bias` for packed rows; row r of `y` begins at element `r * stride`.
 pub fn linear(isa: Isa, x: &PackedRows<'_>, w: &Panels<'_>, bias: Option<&[f32]>, y: &mut [f32], stride: usize) {
     assert_eq!(x.inputs, w.inputs);
-    let extent = x.rows.saturating_sub(1) * stride + w.outputs;
-    assert!(stride >= w.outputs && y.len() >= extent, "output of {} for {} x {}", y.len(), x.rows, w.outputs);
+    for_panels(x.rows, w, bias, y, stride, |y, panels| isa.run(Linear { x, w, bias, y, stride, panels }));
+}
+
+/// Runs `task` for all panels of `w`, some at a time, each writing its own columns of `y`, whose rows are `stride`
+/// apart.
+pub fn for_panels(
+    rows: usize,
+    w: &Panels<'_>,
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+    stride: usize,
+    task: impl Fn(&SharedMut<'_, f32>, std::ops::Range<usize>) + Sync,
+) {
+    let extent = rows.saturating_sub(1) * stride + w.outputs;
+    assert!(stride >= w.outputs && y.len() >= extent, "output of {} for {rows} x {}", y.len(), w.outputs);
     assert!(bias.is_none_or(|bias| bias.len() >= w.outputs));
     let panels = w.outputs.div_ceil(LANES);
     let y = SharedMut::new(y);
     // Even, so that a task's panels pair up in the 512-bit tile.
     let chunk = 2 * panels.div_ceil(2).div_ceil(8 * rayon::current_num_threads()).clamp(1, 16);
-    let task = |index: usize| {
-        let range = index * chunk..panels.min((index + 1) * chunk);
-        isa.run(Linear { x, w, bias, y: &y, stride, panels: range });
-    };
+    let some = |index: usize| task(&y, index * chunk..panels.min((index + 1) * chunk));
     let tasks = panels.div_ceil(chunk);
-    if x.rows * w.inputs * w.outputs < PARALLEL_WORK {
-        (0..tasks).for_each(task);
+    if rows * w.inputs * w.outputs < PARALLEL_WORK {
+        (0..tasks).for_each(some);
     } else {
-        (0..tasks).into_par_iter().for_each(task);
+        (0..tasks).into_par_iter().for_each(some);
     }
 }
 
