@@ -1,7 +1,7 @@
 //! The CPU as a device: the reference that every other device is compared with.
 //!
-//! **Invariant:** f32 arithmetic (and exact sums of integers) in an order that depends on the operands' shapes alone, so
-//! that results are the same bits for any batch, chunk, thread count and instruction set.
+//! **Invariant:** f32 arithmetic (and exact sums of integers) in an order that depends on the operands' shapes alone,
+//! so that results are the same bits for any batch, chunk, thread count and instruction set.
 #![allow(unsafe_code)]
 
 mod attention;
