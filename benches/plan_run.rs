@@ -97,6 +97,8 @@ struct Run {
 fn main() {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("plan_run");
     std::fs::create_dir_all(&directory).expect("a directory");
+    // Profiles of older versions of this program would be taken for its own.
+    let _ = std::fs::remove_dir_all(directory.join("calibration"));
     let small = directory.join("small.json");
     std::fs::write(&small, SMALL).expect("writes");
     let large = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies/models/llama-1.1b.json");

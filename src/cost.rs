@@ -243,7 +243,8 @@ impl<'a> Costs<'a> {
 
     /// `bytes` over a link in `steps` steps.
     ///
-    /// A copy of a rehearsal takes a core and reads and writes main memory, however slow a throttle makes it.
+    /// A copy of a rehearsal takes a core and reads and writes main memory, however slow a throttle makes it; what goes
+    /// to and from a disk takes the system's work.
     pub fn transfer<S: Scalar>(&self, link: Link, bytes: S, steps: f64) -> Work<S> {
         let hardware = self.hardware;
         let rate = hardware.rate(link);
@@ -258,10 +259,15 @@ impl<'a> Costs<'a> {
             true => hardware.disk.map_or(0.0, |disk| disk.step_secs),
             false => hardware.links.map_or(0.0, |links| links.step_secs),
         };
+        let core_secs_per_byte = match disk {
+            true => hardware.disk.map_or(0.0, |disk| disk.core_secs_per_byte),
+            false if copied => 1.0 / hardware.cpu.copy_bytes_per_core_s,
+            false => 0.0,
+        };
         let when = |condition: bool, value: S| if condition { value } else { S::from(0.0) };
         Work {
             lane_secs: lane_secs + S::from(latency * steps),
-            core_secs: when(copied, bytes.clone() * (1.0 / hardware.cpu.copy_bytes_per_core_s)),
+            core_secs: bytes.clone() * core_secs_per_byte,
             dram_bytes: bytes * if copied { COPY_DRAM_BYTES } else { 1.0 },
             link_secs: when(!disk, shared.clone()),
             disk_secs: when(disk, shared),

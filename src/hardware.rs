@@ -143,6 +143,9 @@ pub struct Disk {
     pub write_together_bytes_per_s: f64,
     /// Seconds that a step takes beyond its bytes.
     pub step_secs: f64,
+    /// Seconds of a core that a byte takes, read or written: the system's work, done beside the disk's.
+    #[serde(default)]
+    pub core_secs_per_byte: f64,
 }
 
 /// What the hardware itself can do, whatever our kernels reach.
@@ -371,6 +374,9 @@ impl Hardware {
         if latencies.into_iter().flatten().any(|secs| !(0.0..1.0).contains(&secs)) {
             return Err("`step_secs` of a link, disk or copy must be at least 0 and less than 1".into());
         }
+        if self.disk.is_some_and(|disk| !(0.0..1e-6).contains(&disk.core_secs_per_byte)) {
+            return Err("`disk.core_secs_per_byte` must be at least 0 and less than 1e-6".into());
+        }
         cpu.kernels.validate("cpu.kernels")?;
         self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.kernels.validate("gpu.kernels"))
     }
@@ -495,6 +501,7 @@ impl Hardware {
             disk.read_together_bytes_per_s = disk.read_bytes_per_s;
             disk.write_together_bytes_per_s = disk.write_bytes_per_s;
             disk.step_secs = 0.0;
+            disk.core_secs_per_byte = 0.0;
         }
         hardware
     }
@@ -621,6 +628,7 @@ pub(crate) mod tests {
                 read_together_bytes_per_s: 1e9,
                 write_together_bytes_per_s: 5e8,
                 step_secs: 1e-4,
+                core_secs_per_byte: 1e-10,
             }),
             raw: Raw {
                 gpu_flops: Some(1e12),

@@ -17,6 +17,8 @@ use crate::memory::disk::{self, DEPTH, DirectFile, DiskQueue, How, Read, Write, 
 const STEP_BYTES: usize = 32 << 20;
 /// Bytes of a small step, to tell what a step takes beyond its bytes.
 const SMALL_BYTES: usize = 2 << 20;
+/// Steps of a sample.
+const STRETCH_STEPS: usize = 4;
 /// Small steps of a sample.
 const SMALL_STEPS: usize = 8;
 /// Bytes that both directions together move before they look at the clock.
@@ -43,6 +45,8 @@ enum Probe {
     SmallRead,
     Write,
     Together,
+    /// Reading while all cores compute.
+    Busy,
 }
 
 /// A scratch file, the part of it that was written, and memory to read to and to write from.
@@ -57,19 +61,20 @@ struct Scratch {
     together: Vec<(f64, f64)>,
 }
 
-/// Measures the disk below `directory` for about `budget`.
+/// Measures the disk below `directory` for about `budget`. `compute` keeps all cores busy as a layer does and says how
+/// many seconds one of its repetitions took.
 ///
 /// # Errors
 /// What making, writing or reading a file there gives.
-pub fn measure(directory: &Path, budget: Duration) -> Result<Measured> {
+pub fn measure(directory: &Path, budget: Duration, compute: &mut dyn FnMut() -> f64) -> Result<Measured> {
     std::fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
     let free = disk::free_space(directory)?;
     let began = Instant::now();
     let bytes = (free / 10).min(FILE_BYTES) / STEP_BYTES as u64 * STEP_BYTES as u64;
     let mut scratch = Scratch::new(directory, bytes.max(STEP_BYTES as u64))?;
     let first_write = scratch.fill(bytes, budget / 3)?;
-    let probes = [Probe::Read, Probe::SmallRead, Probe::Write, Probe::Read, Probe::Together];
-    let samples = rounds(&probes, budget.saturating_sub(began.elapsed()), |probe| scratch.sample(probe))?;
+    let probes = [Probe::Read, Probe::SmallRead, Probe::Write, Probe::Read, Probe::Together, Probe::Busy];
+    let samples = rounds(&probes, budget.saturating_sub(began.elapsed()), |probe| scratch.sample(probe, compute))?;
     let reads: Vec<f64> = [&samples[0][..], &samples[3][..]].concat();
     let writes: Vec<f64> = samples[2].iter().copied().chain([first_write]).collect();
     let rate = |samples: &[f64]| median(samples).expect("every probe gives a sample");
@@ -86,6 +91,7 @@ pub fn measure(directory: &Path, budget: Duration) -> Result<Measured> {
             read_together_bytes_per_s: together(|pair| pair.0).min(read),
             write_together_bytes_per_s: together(|pair| pair.1).min(write),
             step_secs,
+            core_secs_per_byte: rate(&samples[5]),
         },
         raw_read: greatest(&reads),
         raw_write: greatest(&writes),
@@ -136,21 +142,45 @@ impl Scratch {
         at
     }
 
-    /// Bytes/s of a probe; seconds of small steps.
-    fn sample(&mut self, probe: Probe) -> Result<Option<f64>> {
+    /// Reads a stretch of the file, in steps as a streamed layer makes them.
+    fn stretch(&mut self) -> Result<()> {
+        (0..STRETCH_STEPS).try_for_each(|_| {
+            let offset = self.next(STEP_BYTES);
+            let buffer = self.to.bytes_mut();
+            self.queues[0].read(&mut [Read { file: &self.file, offset, buffer }])
+        })
+    }
+
+    /// Core-seconds that computing loses for every byte that is read meanwhile.
+    fn busy(&mut self, compute: &mut dyn FnMut() -> f64) -> Result<f64> {
+        let cores = rayon::current_num_threads() as f64;
+        let alone = compute();
+        let over = AtomicBool::new(false);
+        let mut repetitions = Vec::new();
+        let (secs, done) = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let read = timed(|| self.stretch());
+                over.store(true, Ordering::Relaxed);
+                read
+            });
+            while repetitions.is_empty() || !over.load(Ordering::Relaxed) {
+                repetitions.push(compute());
+            }
+            reader.join().expect("reading does not panic")
+        });
+        done?;
+        let alone = (alone + compute()) / 2.0;
+        let beside = repetitions.iter().sum::<f64>() / repetitions.len() as f64;
+        Ok(cores * (1.0 - alone / beside).max(0.0) * secs / (STRETCH_STEPS * STEP_BYTES) as f64)
+    }
+
+    /// Bytes/s of a probe; seconds of small steps; core-seconds per byte where it computes.
+    fn sample(&mut self, probe: Probe, compute: &mut dyn FnMut() -> f64) -> Result<Option<f64>> {
         let sample = match probe {
             Probe::Read if self.written > STEP_BYTES as u64 * 4 => {
-                // A stretch of the file, in steps as a streamed layer makes them.
-                let steps = 4;
-                let (secs, done) = timed(|| {
-                    (0..steps).try_for_each(|_| {
-                        let offset = self.next(STEP_BYTES);
-                        let buffer = self.to.bytes_mut();
-                        self.queues[0].read(&mut [Read { file: &self.file, offset, buffer }])
-                    })
-                });
+                let (secs, done) = timed(|| self.stretch());
                 done?;
-                (steps * STEP_BYTES) as f64 / secs
+                (STRETCH_STEPS * STEP_BYTES) as f64 / secs
             }
             Probe::Read => {
                 raw_read_rate(&self.file, self.written, &mut self.queues[0], &mut self.to.bytes_mut()[..STEP_BYTES])?
@@ -177,6 +207,7 @@ impl Scratch {
                 self.together.push(pair);
                 pair.0 + pair.1
             }
+            Probe::Busy => self.busy(compute)?,
         };
         Ok(Some(sample))
     }
@@ -225,11 +256,12 @@ mod tests {
     fn a_directory_has_rates_and_stays_empty() {
         let directory = tempfile::tempdir().unwrap();
         let below = directory.path().join("offload");
-        let Measured { disk, raw_read, raw_write } = measure(&below, Duration::from_millis(1)).unwrap();
+        let Measured { disk, raw_read, raw_write } = measure(&below, Duration::from_millis(1), &mut || 1e-3).unwrap();
         let rates = [disk.read_bytes_per_s, disk.write_bytes_per_s, raw_read, raw_write];
         let together = [disk.read_together_bytes_per_s, disk.write_together_bytes_per_s];
         assert!(rates.into_iter().chain(together).all(|rate| rate.is_finite() && rate > 0.0));
         assert!((0.0..=MOST_STEP_SECS).contains(&disk.step_secs));
+        assert!((0.0..1e-8).contains(&disk.core_secs_per_byte));
         assert_eq!(std::fs::read_dir(&below).unwrap().count(), 0);
     }
 }

@@ -33,6 +33,8 @@ pub const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 const LAYERS: usize = 2;
 /// Rows of element-wise work: a chunk of a prompt, whose activations leave the caches as they do in a pass.
 const POINTWISE_ROWS: usize = 256;
+/// Rows of products that keep the cores busy while something else is measured.
+const BUSY_ROWS: usize = 64;
 /// Rows that are sampled at once.
 const SAMPLED_ROWS: usize = 32;
 /// The vocabulary that is sampled from.
@@ -287,6 +289,13 @@ impl<D: Device> Bench<D> {
             median(&samples[index])
         };
         Ok(self.rates(&secs, handover_secs))
+    }
+
+    /// Keeps all cores busy with a layer's products; gives the seconds of one repetition.
+    pub fn busy(&mut self) -> f64 {
+        let mut secs = 0.0;
+        rayon::scope(|_| secs = self.sample(Probe::Products(DType::Bf16, false, BUSY_ROWS)));
+        secs
     }
 
     /// Turns the cost formulas around; `secs` of a sample of a probe.

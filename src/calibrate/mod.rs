@@ -29,7 +29,7 @@ use measure::{median, rounds};
 pub const SOURCE: &str = "measured by tidemill calibrate";
 
 /// Which way of measuring this is: profiles made in another way are not kept.
-pub const METHOD: u32 = 3;
+pub const METHOD: u32 = 4;
 
 /// What is measured, and how long.
 #[derive(Clone, Debug)]
@@ -94,14 +94,14 @@ pub fn calibrate(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Ha
     let arena = Arena::new("calibration", Tier::Cpu, shape.bytes())?;
     let mut bench = Bench::new(Host::new(arena), shape);
     let kernels = bench.measure(budgets.kernels.saturating_sub(began.elapsed()), basics.median(Probe::Step))?;
-    drop(bench);
     let disk = match &options.disk {
         Some(directory) => {
             progress("measuring the disk");
-            Some(disk::measure(directory, budgets.disk)?)
+            Some(disk::measure(directory, budgets.disk, &mut || bench.busy())?)
         }
         None => None,
     };
+    drop(bench);
     let name = processor_name();
     let threads = rayon::current_num_threads();
     let cores = std::thread::available_parallelism().map_or(threads, |cores| cores.get().min(threads));

@@ -77,6 +77,7 @@ fn table(hardware: &Hardware) -> String {
         row("disk, read while written", giga(disk.read_together_bytes_per_s, "GB/s"));
         row("disk, written while read", giga(disk.write_together_bytes_per_s, "GB/s"));
         row("disk, a step", format!("{:.0} us", 1e6 * disk.step_secs));
+        row("disk, of a core", format!("{:.0} ms/GB", 1e12 * disk.core_secs_per_byte));
     }
     let kernels = &cpu.kernels;
     row("attention, many rows", giga(kernels.attention_prefill_flops, "GFLOP/s"));
