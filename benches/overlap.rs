@@ -15,6 +15,7 @@ use tidemill::executor::{Executor, Parts, Throttle};
 use tidemill::hardware::{Hardware, Link, Throttles};
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::kv::pages::PagePool;
+use tidemill::kv::policy::Kept;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
@@ -149,6 +150,7 @@ fn run(
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         dtype: DType::Bf16,
+        scored: false,
     };
     let bytes = model_bytes(config, packed.layout(), &kv);
     let placement = Placement::new(&bytes, &setting.policy, Tier::Gpu);
@@ -177,8 +179,8 @@ fn run(
             if index.is_multiple_of(setting.policy.block_rows) {
                 pass.open_block();
             }
-            assert_eq!(pass.room(executor.placement(), pages, at..at + 1), 1, "every sequence has room");
-            let row = pass.push(&Run { tokens: &tokens, range: at..at + 1, prompt_len: at, pages });
+            assert_eq!(pass.room(executor.placement(), (pages, Kept::All), at..at + 1), 1, "every sequence has room");
+            let row = pass.push(&Run { tokens: &tokens, range: at..at + 1, prompt_len: at, pages, kept: Kept::All });
             draws.push(Draw { row, target: Target::Score(1), top: 0 });
         }
         let outputs: Vec<usize> = draws.iter().map(|draw| draw.row).collect();

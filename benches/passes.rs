@@ -18,6 +18,7 @@ use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts, PassRecord};
 use tidemill::hardware::Hardware;
 use tidemill::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
+use tidemill::kv::policy::Kept;
 use tidemill::memory::arena::Arena;
 use tidemill::memory::limits;
 use tidemill::model::Model;
@@ -66,7 +67,7 @@ fn median(mut samples: Vec<f64>) -> f64 {
 fn executor(model: &Model) -> Executor<Host> {
     let config = &model.config;
     let (num_kv_heads, head_dim) = (config.num_kv_heads, config.head_dim);
-    let layout = KvLayout { num_layers: config.num_layers, num_kv_heads, head_dim, dtype: DType::Bf16 };
+    let layout = KvLayout { num_layers: config.num_layers, num_kv_heads, head_dim, dtype: DType::Bf16, scored: false };
     let packed = Packer::new(model, None);
     let policy = Policy {
         sequences: 256,
@@ -102,7 +103,13 @@ fn pass(case: Case) -> (Pass, Vec<Draw>) {
         let pages: Vec<u32> = free.by_ref().take(pages_for(range.end)).collect();
         assert!(pages.iter().all(|&page| (page as usize) < PAGES));
         let end = range.end;
-        let first = pass.push(&Run { tokens: &tokens[..end], prompt_len: end, pages: &pages, range: range.clone() });
+        let first = pass.push(&Run {
+            tokens: &tokens[..end],
+            prompt_len: end,
+            pages: &pages,
+            kept: Kept::All,
+            range: range.clone(),
+        });
         let rule = SampleRule {
             allowed: None,
             banned: [].into(),

@@ -189,6 +189,7 @@ fn run(setting: &Setting, config: &Path, model: &Model, directory: &Path) -> Run
         num_kv_heads: model.config.num_kv_heads,
         head_dim: model.config.head_dim,
         dtype: DType::Bf16,
+        scored: false,
     };
     let bytes = model_bytes(&model.config, model.packed(None).expect("packs").layout(), &kv);
     let plan_model = PlanModel::new("plan_run", model.config.clone(), None, DType::Bf16, DType::Bf16).with_bytes(bytes);

@@ -172,7 +172,13 @@ impl ModelCost {
         // products take and give.
         let elements = 4.0 * hidden + 6.0 * hidden + 3.0 * qkv + 2.0 * query_width as f64;
         let pointwise_bytes = 4.0 * (elements + mlp_rows * (2.0 * up + 2.0 * intermediate));
-        let frame = PAGE_POSITIONS * 2.0 * kv_width as f64 * kv.bytes();
+        let kv_bytes = match kv {
+            // A scale and an offset of 16 bits for the key and for the value of every position and head.
+            DType::Int8 => kv_width as f64 + 4.0 * config.num_kv_heads as f64,
+            DType::Int4 => kv_width as f64 / 2.0 + 4.0 * config.num_kv_heads as f64,
+            plain => kv_width as f64 * plain.size() as f64,
+        };
+        let frame = PAGE_POSITIONS * 2.0 * kv_bytes;
         ModelCost {
             num_layers: config.num_layers,
             products,

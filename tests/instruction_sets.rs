@@ -10,7 +10,8 @@ use tidemill::device::sampling::{Draw, Drawn, Target};
 use tidemill::error::Tier;
 use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts};
-use tidemill::kv::layout::{KvLayout, pages_for};
+use tidemill::kv::layout::KvLayout;
+use tidemill::kv::policy;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
@@ -21,6 +22,8 @@ use tidemill::schedule::placement::Placement;
 use tidemill::schedule::{Pass, Run};
 
 const PAGES: usize = 16;
+/// Tokens of a sequence that count as generated: they evict one by one.
+const GENERATED: usize = 20;
 
 #[derive(Debug)]
 struct Numerics {
@@ -28,6 +31,8 @@ struct Numerics {
     weights: Option<DType>,
     /// Activations are rounded to integers.
     rounds: bool,
+    /// What the cache keeps.
+    policy: &'static str,
 }
 
 fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
@@ -37,6 +42,7 @@ fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         dtype: numerics.kv,
+        scored: policy::parse(numerics.policy).unwrap().needs_scores(),
     };
     let packed = Packer::new(model, numerics.weights);
     let policy = Policy {
@@ -78,27 +84,32 @@ fn scores(model: &Model, isa: Isa, numerics: &Numerics, chunk: usize, together: 
     let sequences = [tokens(150, 1, model.config.vocab_size), tokens(67, 2, model.config.vocab_size)];
     let mut scores = vec![Vec::new(), Vec::new()];
     let mut first_page = 0;
+    let policy = policy::parse(numerics.policy).unwrap();
+    let kept = |tokens: &[u32]| policy.kept(tokens.len() - GENERATED, GENERATED + 1);
     let pages: Vec<Vec<u32>> = sequences
         .iter()
         .map(|tokens| {
-            let pages = (first_page..first_page + pages_for(tokens.len()) as u32).rev().collect();
-            first_page += pages_for(tokens.len()) as u32;
-            pages
+            let count = kept(tokens).pages(tokens.len()) as u32;
+            first_page += count;
+            (first_page - count..first_page).rev().collect()
         })
         .collect();
     let groups: Vec<Vec<usize>> = if together { vec![vec![0, 1]] } else { vec![vec![1], vec![0]] };
     for group in groups {
-        let longest = group.iter().map(|&s| sequences[s].len()).max().unwrap();
-        for start in (0..longest).step_by(chunk) {
+        let mut done = [0; 2];
+        while group.iter().any(|&s| done[s] < sequences[s].len()) {
             let mut pass = Pass::default();
             let (mut draws, mut owners) = (Vec::new(), Vec::new());
             for &s in &group {
-                let tokens = &sequences[s];
-                let range = start.min(tokens.len())..(start + chunk).min(tokens.len());
+                let (tokens, kept) = (&sequences[s], kept(&sequences[s]));
+                let range = done[s]..(done[s] + chunk).min(tokens.len());
                 if range.is_empty() {
                     continue;
                 }
-                let run = Run { tokens, range: range.clone(), prompt_len: tokens.len() - 20, pages: &pages[s] };
+                let range = range.start..kept.reach(&range);
+                done[s] = range.end;
+                let prompt_len = tokens.len() - GENERATED;
+                let run = Run { tokens, range: range.clone(), prompt_len, pages: &pages[s], kept };
                 let first_row = pass.push(&run);
                 for position in range.clone() {
                     let next = tokens.get(position + 1).copied().unwrap_or(0);
@@ -118,10 +129,18 @@ fn scores(model: &Model, isa: Isa, numerics: &Numerics, chunk: usize, together: 
 fn one_set_of_bits_for_all() {
     for name in ["llama-head20", "mistral-w23", "opt-postln", "qwen3-mixed", "neox-parallel", "llama-dynamic"] {
         let model = Model::from_directory(name, &support::golden(name)).unwrap();
-        let plain = [DType::F32, DType::Bf16, DType::F16].map(|kv| Numerics { kv, weights: None, rounds: false });
+        let plain = DType::ALL.map(|kv| Numerics { kv, weights: None, rounds: false, policy: "full" });
         let integers = [(DType::Int4, false), (DType::Int4, true), (DType::Int8, true)]
-            .map(|(dtype, rounds)| Numerics { kv: DType::F16, weights: Some(dtype), rounds });
-        for numerics in plain.into_iter().chain(integers) {
+            .map(|(dtype, rounds)| Numerics { kv: DType::F16, weights: Some(dtype), rounds, policy: "full" });
+        let mut evicting = vec!["sink:start=3,recent=29", "sink:start=70,recent=40", "sink:start=0,recent=1"];
+        if name != "mistral-w23" && name != "qwen3-mixed" {
+            evicting.extend(["h2o:heavy=0.2,recent=0.2", "h2o:heavy=30,recent=40", "h2o:heavy=0,recent=5"]);
+        }
+        let evicting = evicting
+            .into_iter()
+            .zip([DType::F32, DType::Int4, DType::Bf16, DType::Int8, DType::F16, DType::Int4])
+            .map(|(policy, kv)| Numerics { kv, weights: None, rounds: false, policy });
+        for numerics in plain.into_iter().chain(integers).chain(evicting) {
             let expected = scores(&model, Isa::Portable, &numerics, 400, false);
             assert!(expected.iter().flatten().all(|drawn| drawn.logprob.is_finite()));
             for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {

@@ -34,6 +34,10 @@ fn split(chance: &mut Chance) -> String {
 const INT4: &[&str] = &["--weights", "int4"];
 const INTEGERS: &[&str] = &["--weights", "int4", "--activations", "int8"];
 const INT8: &[&str] = &["--weights", "int8", "--activations", "int8"];
+const HEAVY: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "h2o:heavy=0.2,recent=0.2"];
+const HEAVY_COUNT: &[&str] = &["--kv-policy", "h2o:heavy=20,recent=11"];
+const SINK: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "sink:start=4,recent=40"];
+const NARROW: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "sink:start=0,recent=0.3"];
 
 fn policy(chance: &mut Chance, mix: &Mix, numerics: &[&str]) -> String {
     let sequences: u64 = [1, 2, 5, 12, 40][chance.below(5) as usize];
@@ -57,7 +61,8 @@ fn policy(chance: &mut Chance, mix: &Mix, numerics: &[&str]) -> String {
         tier(chance),
     );
     // Of the others, which are not bf16, there are no planes.
-    if [DEMO.model, BF16.model].contains(&mix.model) && numerics.is_empty() && chance.below(2) == 0 {
+    let planes = [DEMO.model, BF16.model].contains(&mix.model) && !numerics.contains(&"--weights");
+    if planes && chance.below(2) == 0 {
         text += "compressed = true\n";
     }
     text
@@ -73,7 +78,8 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     let scratch = Scratch::new();
     let native = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED].map(|mix| (mix, &[][..]));
     let rounded = [(DEMO, INTEGERS), (WINDOW, INT4), (TIED, INT8)];
-    let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).collect();
+    let bounded = [(DEMO, HEAVY), (TIED, HEAVY_COUNT), (OPT, HEAVY), (BF16, SINK), (WINDOW, NARROW), (POST_NORM, SINK)];
+    let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).chain(bounded).collect();
     let expected: Vec<(std::path::PathBuf, Vec<u8>)> = mixes
         .iter()
         .enumerate()

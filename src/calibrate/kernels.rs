@@ -14,12 +14,13 @@ use serde_json::json;
 use super::measure::{median, repeated, rounds};
 use crate::cost::ModelCost;
 use crate::device::sampling::{Draw, SampleRule, Target as Wanted};
-use crate::device::{AttentionSpan, Device, Frames, Heads, KvView, KvViewMut, Matrix, NormParameters, Piece};
+use crate::device::{AttentionSpan, Device, Frames, Heads, KvViewMut, Matrix, NormParameters, Piece};
 use crate::device::{Rotation, Target};
 use crate::error::Result;
 use crate::hardware::{Curve, Kernels};
 use crate::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
+use crate::kv::policy::Kept;
 use crate::memory::arena::aligned;
 use crate::model::config::{Activation, ModelConfig};
 use crate::model::dtype::DType;
@@ -76,7 +77,7 @@ impl Shape {
 
     fn layout(&self) -> KvLayout {
         let Heads { num_kv_heads, head_dim, .. } = self.heads(1);
-        KvLayout { num_layers: 1, num_kv_heads, head_dim, dtype: DType::Bf16 }
+        KvLayout { num_layers: 1, num_kv_heads, head_dim, dtype: DType::Bf16, scored: false }
     }
 
     fn num_frames(&self) -> usize {
@@ -392,8 +393,8 @@ impl<D: Device> Bench<D> {
             self.device.append_kv(view, &segments, &self.qkv, heads);
         }
         if pointwise && products.is_some() {
-            let kv = KvView { resident: &self.frames, streamed: None };
-            let span = AttentionSpan { window: None, scale: 0.125 };
+            let kv = KvViewMut { resident: &mut self.frames, streamed: None };
+            let span = AttentionSpan { window: None, scale: 0.125, sinks: None };
             self.device.attend(kv, span, &segments, &self.qkv, heads, &mut self.attended);
         }
         self.product(shape, 1, rows, products);
@@ -439,7 +440,7 @@ impl<D: Device> Bench<D> {
     fn segment(&self, start: usize, len: usize, first: usize) -> Segment {
         let count = self.shape.num_frames();
         let pages = (0..pages_for(start + len)).map(|page| ((first + page) % count) as u32).collect();
-        Segment { first_row: 0, len, start, pages }
+        Segment { first_row: 0, len, start, pages, kept: Kept::All }
     }
 
     /// Single queries, each with frames of its own, of as many sequences as there are frames for.
@@ -452,8 +453,8 @@ impl<D: Device> Bench<D> {
 
     fn attend(&mut self, segments: &[Segment], group: usize) {
         let heads = self.shape.heads(group);
-        let kv = KvView { resident: &self.frames, streamed: None };
-        let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt() };
+        let kv = KvViewMut { resident: &mut self.frames, streamed: None };
+        let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt(), sinks: None };
         self.device.attend(kv, span, segments, &self.qkv, heads, &mut self.attended);
         self.frames_at += 1;
         settle(&self.device, &self.attended);

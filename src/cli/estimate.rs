@@ -10,6 +10,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::kv::policy::KvPolicy;
 use crate::planner::job::{Job, Request};
 
 /// Lines that are looked at; the rest of a long file is taken to be like them.
@@ -53,6 +54,8 @@ pub struct Reading<'a> {
     pub expected: Option<usize>,
     /// Positions of prompt and completion.
     pub context_len: usize,
+    /// What of a sequence is kept.
+    pub kv_policy: &'a dyn KvPolicy,
     /// Tokens of a text.
     pub count: &'a dyn Fn(&str) -> usize,
 }
@@ -119,7 +122,7 @@ impl Reading<'_> {
             let prompt_len = self.tokens(prompt).clamp(1, self.context_len.saturating_sub(1).max(1));
             let max_tokens = most.min(self.context_len.saturating_sub(prompt_len)).max(1);
             let gen_len = self.expected.unwrap_or(max_tokens).clamp(1, max_tokens);
-            std::iter::repeat_n(Request { prompt_len, gen_len, max_tokens }, samples)
+            std::iter::repeat_n(Request::new(prompt_len, gen_len, max_tokens, self.kv_policy), samples)
         });
         requests.collect()
     }
@@ -155,7 +158,9 @@ mod tests {
         ];
         std::fs::write(file.path(), lines.join("\n")).unwrap();
         let count = |text: &str| text.split_whitespace().count();
-        let reading = Reading { max_tokens: None, expected: Some(100), context_len: 50, count: &count };
+        let kv_policy = crate::kv::policy::full();
+        let reading =
+            Reading { max_tokens: None, expected: Some(100), context_len: 50, kv_policy: &*kv_policy, count: &count };
         let job = job(file.path(), &reading).unwrap();
         assert_eq!(job.requests, 1 + 3 + 1 + 2);
         let prompts = f64::from(3 + 3 * 4 + 6 + 2 * 2);

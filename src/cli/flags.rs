@@ -4,10 +4,13 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::kv::policy::{self, KvPolicy};
+use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
 
 /// A number of bytes such as `14GiB`, `512MB` or `1000000`.
@@ -112,6 +115,10 @@ pub enum KvChoice {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8 bits, with a scale and an offset for every position and head.
+    Int8,
+    /// 4 bits, likewise.
+    Int4,
 }
 
 impl KvChoice {
@@ -122,16 +129,31 @@ impl KvChoice {
             KvChoice::F32 => DType::F32,
             KvChoice::Bf16 => DType::Bf16,
             KvChoice::F16 => DType::F16,
+            KvChoice::Int8 => DType::Int8,
+            KvChoice::Int4 => DType::Int4,
         }
     }
 }
 
-/// `--kv-policy`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum KvPolicyChoice {
-    /// Every position is kept.
-    Full,
+/// `--kv-policy`; none is `full`.
+///
+/// # Errors
+/// [`Error::Usage`] with what is wrong.
+pub fn kv_policy(text: Option<&str>, config: &ModelConfig) -> Result<Arc<dyn KvPolicy>> {
+    let hint =
+        "write full, h2o:heavy=0.1,recent=0.1 (shares of a request's length, or counts) or sink:start=4,recent=1020";
+    let Some(text) = text else { return Ok(policy::full()) };
+    let policy = policy::parse(text).map_err(|what| Error::usage(format!("--kv-policy {text}: {what}"), hint))?;
+    if policy.outgrows_context() && config.positions.depend_on_length() {
+        let what = format!("--kv-policy {text}: this model's rotation depends on the length of the whole sequence");
+        return Err(Error::usage(what, "use full or h2o, which leave positions as they are"));
+    }
+    let narrow = |window: &Option<usize>| window.is_some_and(|window| window < config.context_len);
+    if policy.needs_scores() && config.sliding_window.iter().any(narrow) {
+        let what = format!("--kv-policy {text}: this model has layers with a window of their own");
+        return Err(Error::usage(what, "use full or sink, which evict what such layers do not see"));
+    }
+    Ok(policy)
 }
 
 /// `--activations`.

@@ -5,13 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::config::{self, PolicyFile};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, KvPolicyChoice, ProgressChoice, Size, Switch, WeightsChoice,
+    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, Size, Switch, WeightsChoice, kv_policy,
     rounds_activations,
 };
 use super::planning::{Decision, Situation};
@@ -29,6 +30,7 @@ use crate::executor::{Executor, Parts, Throttle};
 use crate::hardware::{Link, Throttles};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
 use crate::kv::layout::KvLayout;
+use crate::kv::policy::KvPolicy;
 use crate::memory::arena::Arena;
 use crate::memory::disk;
 use crate::memory::limits;
@@ -141,9 +143,10 @@ pub struct Arguments {
     /// Dtype that weights are computed from [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<WeightsChoice>,
-    /// Which positions the KV cache keeps [default: full].
+    /// What the KV cache keeps: full, h2o:heavy=H,recent=R or sink:start=S,recent=R, in positions or as shares of a
+    /// request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
-    kv_policy: Option<KvPolicyChoice>,
+    kv_policy: Option<String>,
     /// Precision of activations in products [default: f32].
     #[arg(long, env = "TIDEMILL_ACTIVATIONS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     activations: Option<ActivationsChoice>,
@@ -169,6 +172,8 @@ pub struct Resolved {
     pub throttles: Throttles,
     /// How pages are laid out.
     pub kv: KvLayout,
+    /// What of a sequence is kept in it.
+    pub kv_policy: Arc<dyn KvPolicy>,
     /// Store matrices in this dtype rather than the checkpoint's.
     pub weights: Option<DType>,
     /// What changes completions, by name.
@@ -249,11 +254,13 @@ impl Arguments {
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
         let converted = model.packed.as_ref().and_then(PackedModel::weights);
         let config = &model.config;
+        let kv_policy = kv_policy(self.kv_policy.as_deref(), config)?;
         let kv = KvLayout {
             num_layers: config.num_layers,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
+            scored: kv_policy.needs_scores(),
         };
         let budgets = self.budgets()?;
         let packed = model.packed(weights.dtype())?;
@@ -264,7 +271,7 @@ impl Arguments {
         if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
             plan_model.cost.compressed_ratio = 1.0;
         }
-        let job = self.estimate(model);
+        let job = self.estimate(model, &*kv_policy);
         let throttles = self.throttles()?;
         let situation = Situation {
             model: &plan_model,
@@ -281,12 +288,13 @@ impl Arguments {
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
-            ("kv_policy", choice_name(self.kv_policy.unwrap_or(KvPolicyChoice::Full))),
+            ("kv_policy", kv_policy.to_string()),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
             ("arithmetic", ARITHMETIC.to_owned()),
         ]);
         let (weights, synthetic) = (weights.dtype(), model.config.synthetic);
-        Ok(Resolved { budgets, batch, decision, model: plan_model, throttles, kv, weights, numerics, synthetic })
+        let model = plan_model;
+        Ok(Resolved { budgets, batch, decision, model, throttles, kv, kv_policy, weights, numerics, synthetic })
     }
 
     fn throttles(&self) -> Result<Throttles> {
@@ -297,19 +305,21 @@ impl Arguments {
 
     /// What the job will take, as far as its file says. A pipe can be read once only, and a file without prompts is the
     /// job's to judge: then prompts of middling length are assumed.
-    fn estimate(&self, model: &Model) -> Job {
-        let context_len = model.config.context_len;
+    fn estimate(&self, model: &Model, kv_policy: &dyn KvPolicy) -> Job {
+        let context_len = kv_policy.context_len(&model.config);
         let max_tokens = self.max_tokens.or(model.generation.max_new_tokens).map(|count| count as usize);
         let counter = estimate::Counter::new(|text| model.tokenizer.encode(text, true).map_or(1, |ids| ids.len()));
         let reading = estimate::Reading {
             max_tokens,
             expected: self.expect_output_len,
             context_len,
+            kv_policy,
             count: &|text| counter.count(text),
         };
         let file = self.input.as_deref().filter(|file| file.is_file());
         let job = file.and_then(|file| estimate::job(file, &reading).ok());
-        job.unwrap_or_else(|| Job::uniform(1000, (context_len / 4).clamp(1, 512), max_tokens.unwrap_or(256)))
+        let prompt_len = (model.config.context_len / 4).clamp(1, 512);
+        job.unwrap_or_else(|| Job::uniform(1000, prompt_len, max_tokens.unwrap_or(256)))
     }
 
     /// The budgets, compared with what there is.
@@ -398,7 +408,8 @@ impl Arguments {
             repetition_penalty: generation.repetition_penalty,
             ..Defaults::default()
         };
-        let limits = Limits::new(model.config.vocab_size as u32, model.config.context_len as u32);
+        let context_len = kv_policy(self.kv_policy.as_deref(), &model.config)?.context_len(&model.config);
+        let limits = Limits::new(model.config.vocab_size as u32, context_len as u32);
         job::check_defaults(&flags, &limits).map_err(|(name, what)| {
             let flag = name.replace('_', "-");
             Error::usage(format!("--{flag}: {what}"), "run `tidemill generate --help`")
@@ -508,7 +519,7 @@ impl Running<'_> {
             executor.trace();
         }
         let load_secs = self.started.elapsed().as_secs_f64();
-        let mut engine = Engine::new(model, executor, resolved.batch);
+        let mut engine = Engine::new(model, executor, resolved.kv_policy.clone(), resolved.batch);
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
-use super::flags::{ActivationsChoice, DeviceChoice, Size, rounds_activations};
+use super::flags::{ActivationsChoice, DeviceChoice, Size, kv_policy, rounds_activations};
 use super::planning::this_machine;
 use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
@@ -84,6 +84,10 @@ pub struct Arguments {
     /// Dtype of the KV cache: auto, f32, bf16, f16, int8, int4 [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<String>,
+    /// What the KV cache keeps: full, h2o:heavy=H,recent=R or sink:start=S,recent=R, in positions or as shares of a
+    /// request's length [default: full].
+    #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
+    kv_policy: Option<String>,
     /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
     throttle: Option<String>,
@@ -172,7 +176,8 @@ impl Arguments {
         let name = name.map_or_else(|| self.model.clone(), |name| name.to_string_lossy().into_owned());
         let mut model = PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)?;
         model.cost.integer_activations = rounds_activations(self.activations, model.cost.weights)?;
-        Ok(model)
+        let scored = kv_policy(self.kv_policy.as_deref(), &model.config)?.needs_scores();
+        Ok(if scored { model.with_scores() } else { model })
     }
 
     fn hardware(&self) -> Result<(Hardware, Budgets)> {
@@ -223,13 +228,19 @@ impl Arguments {
     }
 
     fn job(&self, model: &PlanModel) -> Result<Job> {
-        let context_len = model.config.context_len;
+        let kv_policy = kv_policy(self.kv_policy.as_deref(), &model.config)?;
+        let context_len = kv_policy.context_len(&model.config);
         let gen_len = self.gen_len.unwrap_or(GEN_LEN).max(1);
         if let Some(file) = &self.input {
             // Without a tokenizer: a token per 4 bytes.
             let count = |text: &str| text.len().div_ceil(4);
-            let reading =
-                Reading { max_tokens: Some(gen_len), expected: self.expect_output_len, context_len, count: &count };
+            let reading = Reading {
+                max_tokens: Some(gen_len),
+                expected: self.expect_output_len,
+                context_len,
+                kv_policy: &*kv_policy,
+                count: &count,
+            };
             return estimate::job(file, &reading);
         }
         let prompt_len = self.prompt_len.unwrap_or(1).max(1);
@@ -239,7 +250,7 @@ impl Arguments {
         }
         let max_tokens = gen_len.min(context_len - prompt_len);
         let gen_len = self.expect_output_len.unwrap_or(max_tokens).clamp(1, max_tokens);
-        let job = Job::of(&[Request { prompt_len, gen_len, max_tokens }]);
+        let job = Job::of(&[Request::new(prompt_len, gen_len, max_tokens, &*kv_policy)]);
         Ok(Job { requests: self.num_prompts.unwrap_or(NUM_PROMPTS).max(1), ..job })
     }
 }

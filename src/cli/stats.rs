@@ -70,7 +70,7 @@ pub fn write<D: Device>(
         "lanes": lanes,
         "policy": placement.policy,
         "numerics": resolved.numerics,
-        "kv": {"policy": "full", "evicted_tokens": 0},
+        "kv": {"policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens},
         "synthetic": resolved.synthetic,
     });
     let text = serde_json::to_string_pretty(&stats).expect("a JSON value has a text") + "\n";

@@ -58,14 +58,6 @@ pub struct Frames<B> {
 
 /// What attention reads and writes: frames that stay with the device, then those that were brought in for a block.
 /// Segments count frames over both.
-pub struct KvView<'a, B> {
-    /// Frames that stay.
-    pub resident: &'a Frames<B>,
-    /// Frames that were brought in.
-    pub streamed: Option<&'a Frames<B>>,
-}
-
-/// As [`KvView`], writable.
 pub struct KvViewMut<'a, B> {
     /// Frames that stay.
     pub resident: &'a mut Frames<B>,
@@ -97,6 +89,7 @@ impl Heads {
 }
 
 /// Rotation of a pass's rows.
+#[derive(Debug)]
 pub struct Rotation<'a> {
     /// Cosines, (rows, rotary_dim / 2).
     pub cos: &'a [f32],
@@ -106,13 +99,16 @@ pub struct Rotation<'a> {
     pub rotary_dim: usize,
 }
 
-/// Which keys a query sees, and how scores are scaled.
+/// Which keys a query sees, besides what its segment says, and how scores are scaled.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionSpan {
+pub struct AttentionSpan<'a> {
     /// Keys k > q - window only.
     pub window: Option<usize>,
     /// Multiplies the products.
     pub scale: f32,
+    /// Rotates a row's queries back to where they stand within a cache whose middle is gone, for the positions at its
+    /// beginning; none where no segment has such a cache or nothing rotates.
+    pub sinks: Option<&'a Rotation<'a>>,
 }
 
 /// A place that computes. Buffers hold f32 rows unless said otherwise; `rows` counts the leading rows in use.
@@ -179,14 +175,16 @@ pub trait Device: Send + Sync + 'static {
     /// Rotates queries and keys within rows of fused q, k, v.
     fn rotate(&self, qkv: &mut Self::Buffer, rows: usize, heads: Heads, rotation: &Rotation<'_>);
 
-    /// Stores the keys and values of every segment's rows into its frames.
+    /// Stores the keys and values of every segment's rows into its frames; not of segments that evict by attention,
+    /// whose keys find their slots as they are attended to.
     fn append_kv(&self, kv: KvViewMut<'_, Self::Buffer>, segments: &[Segment], qkv: &Self::Buffer, heads: Heads);
 
-    /// Attention of every segment's queries over its positions, reading keys and values as stored.
+    /// Attention of every segment's queries over what is kept of its positions, reading keys and values as stored.
+    /// Segments that evict by attention do all of it here, stretch by stretch: storing, attending, scoring, evicting.
     fn attend(
         &self,
-        kv: KvView<'_, Self::Buffer>,
-        span: AttentionSpan,
+        kv: KvViewMut<'_, Self::Buffer>,
+        span: AttentionSpan<'_>,
         segments: &[Segment],
         qkv: &Self::Buffer,
         heads: Heads,

@@ -7,14 +7,13 @@
 use std::collections::HashMap;
 
 use super::Engine;
-use super::prepare::{Prepared, Unfit, Work};
+use super::prepare::{Prepared, Reservation, Unfit, Work};
 use super::sample::{Rules, Sample};
 use super::sequence::{Begin, Job, PromptState, Sequence, prompt_scores};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::FinishReason;
-use crate::kv::layout::PAGE_POSITIONS;
 
 impl<D: Device> Engine<'_, D> {
     /// Takes a line in: errors are answered at once, prompts wait for admission.
@@ -97,14 +96,11 @@ impl<D: Device> Engine<'_, D> {
         while let Some(begin) = self.pending.front() {
             let job = &self.jobs[&begin.job];
             let prompt = &job.prompts[begin.prompt].prompt;
-            let shared = prompt.tokens.len() / PAGE_POSITIONS;
             let siblings = begin.samples.len().saturating_sub(1);
-            let own = Sequence::pages_beyond(shared, prompt);
-            let alone = shared + own + usize::from(siblings > 0);
-            let together = shared + own * (siblings + 1) + usize::from(siblings > 0);
+            let Reservation { alone, sibling } = Reservation::of(prompt, begin.samples.len());
             let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
-            let sibling_pages = if fits(together, siblings + 1) {
-                Some(own)
+            let sibling_pages = if fits(alone + sibling * siblings, siblings + 1) {
+                Some(sibling)
             } else if siblings > 0 && self.active.is_empty() && fits(alone, 1) {
                 None
             } else {
@@ -117,7 +113,8 @@ impl<D: Device> Engine<'_, D> {
 
     fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
         let Begin { job, prompt, samples, scores } = begin;
-        let prompt_tokens = &self.jobs[&job].prompts[prompt].prompt.tokens;
+        let prepared = &self.jobs[&job].prompts[prompt].prompt;
+        let (prompt_tokens, kept) = (&prepared.tokens, prepared.kept);
         let mut samples = samples.into_iter();
         let sample = samples.next();
         let mut tokens = prompt_tokens.clone();
@@ -132,6 +129,7 @@ impl<D: Device> Engine<'_, D> {
             prompt_len: prompt_tokens.len(),
             tokens,
             computed: 0,
+            kept,
             pages: Vec::new(),
             reserved,
             scores,
@@ -147,7 +145,7 @@ impl<D: Device> Engine<'_, D> {
         for sample in siblings {
             let leader = &self.active[leader];
             let prompt = &self.jobs[&leader.job].prompts[leader.prompt].prompt;
-            let pages: Vec<_> = leader.pages[..leader.prompt_len.div_ceil(PAGE_POSITIONS)].to_vec();
+            let pages: Vec<_> = leader.pages[..leader.kept.pages(leader.prompt_len)].to_vec();
             let mut tokens = prompt.tokens.clone();
             tokens.extend(sample.tokens.iter().map(|token| token.id));
             let sequence = Sequence {
@@ -156,7 +154,8 @@ impl<D: Device> Engine<'_, D> {
                 tokens,
                 prompt_len: leader.prompt_len,
                 computed: leader.prompt_len,
-                reserved: Sequence::pages_beyond(leader.prompt_len / PAGE_POSITIONS, prompt),
+                kept: leader.kept,
+                reserved: Reservation::of(prompt, 2).sibling,
                 pages,
                 scores: false,
                 sample: Some(sample),
@@ -178,18 +177,18 @@ impl<D: Device> Engine<'_, D> {
     /// Makes the pages that positions `from .. to` of a sequence are written to its own.
     pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
         let sequence = &mut self.active[index];
-        for page in from / PAGE_POSITIONS..to.div_ceil(PAGE_POSITIONS) {
-            if page == sequence.pages.len() {
-                sequence.pages.push(self.pool.take());
-            } else if self.pool.is_shared(sequence.pages[page]) {
+        let new = sequence.kept.pages(to).saturating_sub(sequence.pages.len());
+        sequence.pages.extend((0..new).map(|_| self.pool.take()));
+        sequence.reserved -= new;
+        self.reserved -= new;
+        for page in sequence.kept.writes(&(from..to)) {
+            if self.pool.is_shared(sequence.pages[page]) {
                 let own = self.pool.take();
                 self.executor.copy_page(sequence.pages[page], own)?;
                 self.pool.release(std::mem::replace(&mut sequence.pages[page], own));
-            } else {
-                continue;
+                sequence.reserved -= 1;
+                self.reserved -= 1;
             }
-            sequence.reserved -= 1;
-            self.reserved -= 1;
         }
         Ok(())
     }

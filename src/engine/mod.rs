@@ -10,6 +10,7 @@ mod sequence;
 mod step;
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use crate::executor::Executor;
 use crate::job::request::{LineError, SampledToken};
 use crate::job::{Reader, Writer};
 use crate::kv::pages::PagePool;
+use crate::kv::policy::KvPolicy;
 use crate::model::Model;
 use crate::schedule::Pass;
 use prepare::{Prepared, Room};
@@ -51,6 +53,8 @@ pub struct Counts {
     pub computed_tokens: u64,
     /// Tokens sampled.
     pub generated_tokens: u64,
+    /// Positions that were evicted from the cache, of sequences that have ended.
+    pub evicted_tokens: u64,
     /// Trips over the layers.
     pub passes: u64,
     /// Sequences in flight now.
@@ -66,6 +70,7 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Counts);
 pub struct Engine<'m, D: Device> {
     model: &'m Model,
     executor: Executor<D>,
+    kv_policy: Arc<dyn KvPolicy>,
     pool: PagePool,
     batch: Batch,
     /// Being computed.
@@ -90,11 +95,12 @@ pub struct Engine<'m, D: Device> {
 
 impl<'m, D: Device> Engine<'m, D> {
     /// An engine over a loaded model.
-    pub fn new(model: &'m Model, executor: Executor<D>, batch: Batch) -> Self {
+    pub fn new(model: &'m Model, executor: Executor<D>, kv_policy: Arc<dyn KvPolicy>, batch: Batch) -> Self {
         let pool = PagePool::new(executor.placement().pages);
         Engine {
             model,
             executor,
+            kv_policy,
             pool,
             batch,
             active: Vec::new(),
@@ -134,7 +140,9 @@ impl<'m, D: Device> Engine<'m, D> {
     ) -> Result<Counts> {
         let config = &self.model.config;
         let pages = self.longest();
-        let room = Room { context_len: config.context_len, vocab_size: config.vocab_size, pages };
+        let context_len = self.kv_policy.context_len(config);
+        let kv_policy = self.kv_policy.clone();
+        let room = Room { context_len, vocab_size: config.vocab_size, pages, kv_policy };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);

@@ -10,7 +10,8 @@ use std::thread::Scope;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Item, PartialSample, Reader};
-use crate::kv::layout::pages_for;
+use crate::kv::layout::PAGE_POSITIONS;
+use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::model::Model;
 use crate::model::chat::ChatInput;
 
@@ -55,10 +56,12 @@ pub struct PreparedPrompt {
     pub text: Option<String>,
     /// Tokens to generate at most, within the context.
     pub max_tokens: usize,
+    /// What of its sequences is kept.
+    pub kept: Kept,
 }
 
 /// What a prompt must fit into.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Room {
     /// Tokens of prompt and completion.
     pub context_len: usize,
@@ -66,6 +69,8 @@ pub struct Room {
     pub vocab_size: usize,
     /// Pages of the KV cache.
     pub pages: usize,
+    /// What of a sequence is kept in it.
+    pub kv_policy: Arc<dyn KvPolicy>,
 }
 
 /// Starts reading and tokenizing; the receiver gets lines in input order, then the reader's error if it has one.
@@ -79,7 +84,7 @@ pub fn spawn<'scope>(
     scope.spawn(move || {
         loop {
             let message = match reader.next() {
-                Ok(Some(item)) => Ok(prepare(item, model, room)),
+                Ok(Some(item)) => Ok(prepare(item, model, &room)),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };
@@ -93,7 +98,7 @@ pub fn spawn<'scope>(
     receiver
 }
 
-fn prepare(item: Item, model: &Model, room: Room) -> Prepared {
+fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
     let header = item.header();
     let work = item.request.map_err(Unfit::Line).and_then(|request| {
         let samples = request.prompts.len() * request.sampling.n as usize;
@@ -129,7 +134,7 @@ fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<Prepare
         }
     };
     let text = text.filter(|_| request.sampling.echo);
-    Ok(PreparedPrompt { tokens, text, max_tokens: request.sampling.max_tokens as usize })
+    Ok(PreparedPrompt { tokens, text, max_tokens: request.sampling.max_tokens as usize, kept: Kept::All })
 }
 
 fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
@@ -148,7 +153,7 @@ fn render(conversation: &Conversation, model: &Model) -> Result<String, LineErro
 }
 
 /// Clips `max_tokens` to the context and turns away what has no room.
-fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<PreparedPrompt, Unfit> {
+fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<PreparedPrompt, Unfit> {
     let refused = |code: &str, what: String| Err(Unfit::Line(LineError::new(code, what)));
     let len = prompt.tokens.len();
     if len == 0 {
@@ -165,20 +170,34 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: Room) -> Result<Prep
         return refused("token_out_of_vocabulary", what);
     }
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
-    let pages = pages_needed(len, prompt.max_tokens, request.sampling.n as usize);
+    prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
+    let pages = Reservation::of(&prompt, request.sampling.n as usize).alone;
     if pages > room.pages {
         return Err(Unfit::Pages(pages));
     }
     Ok(prompt)
 }
 
-/// Pages that must exist for a prompt to run at all: its samples can take turns, but the shared prompt stays.
-fn pages_needed(prompt_len: usize, max_tokens: usize, n: usize) -> usize {
-    let copy = usize::from(n > 1);
-    pages_for(positions(prompt_len, max_tokens)) + copy
+/// Pages that a prompt and its samples hold at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    /// Of the sequence that computes the prompt. With these it can run at all: its samples can take turns.
+    pub alone: usize,
+    /// Of each further sample.
+    pub sibling: usize,
 }
 
-/// Positions whose keys and values are computed: the last token sampled is not fed back.
-pub fn positions(prompt_len: usize, max_tokens: usize) -> usize {
-    prompt_len + max_tokens.saturating_sub(1)
+impl Reservation {
+    /// What `samples` samples of a prompt reserve.
+    pub fn of(prompt: &PreparedPrompt, samples: usize) -> Self {
+        let len = prompt.tokens.len();
+        let pages = prompt.kept.pages(positions(len, prompt.max_tokens));
+        let shares = samples > 1;
+        match prompt.kept {
+            // Whole pages of the prompt stay shared; the last one is copied by whoever goes on from it.
+            Kept::All => Reservation { alone: pages + usize::from(shares), sibling: pages - len / PAGE_POSITIONS },
+            // Every page may be written again.
+            _ => Reservation { alone: pages * (1 + usize::from(shares)), sibling: pages },
+        }
+    }
 }

@@ -5,11 +5,11 @@
 
 use crate::error::Result;
 use crate::job::request::{Answer, Choice, ItemHeader, LineError, PromptAnswer, SampledToken, TokenLogprob, TokenText};
-use crate::kv::layout::pages_for;
 use crate::kv::pages::PageId;
+use crate::kv::policy::Kept;
 use crate::model::Model;
 
-use super::prepare::{PreparedPrompt, positions};
+use super::prepare::PreparedPrompt;
 use super::sample::{Rules, Sample};
 
 /// A request with samples in flight or to come.
@@ -48,6 +48,8 @@ pub struct Sequence {
     pub prompt_len: usize,
     /// Positions whose keys and values are stored.
     pub computed: usize,
+    /// What of it is kept.
+    pub kept: Kept,
     /// Pages of the computed positions.
     pub pages: Vec<PageId>,
     /// Pages that it may still take.
@@ -75,11 +77,6 @@ pub struct Begin {
 }
 
 impl Sequence {
-    /// Pages that one sample needs beyond `shared` whole pages.
-    pub fn pages_beyond(shared: usize, prompt: &PreparedPrompt) -> usize {
-        pages_for(positions(prompt.tokens.len(), prompt.max_tokens)) - shared
-    }
-
     /// Positions that are known and not computed.
     pub fn uncomputed(&self) -> usize {
         self.tokens.len() - self.computed

@@ -92,6 +92,7 @@ impl<D: Device> Engine<'_, D> {
         let to = sequence.tokens.len().min(from + most);
         // The prompt ends a chunk: siblings start from it, and length scaling changes there.
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
+        let to = sequence.kept.reach(&(from..to));
         let outputs = self.executor.placement().output_rows - asked.rows;
         let to = if sequence.scores { to.min(from + outputs) } else { to };
         if to == from || sequence.asks(from..to) > outputs {
@@ -99,13 +100,18 @@ impl<D: Device> Engine<'_, D> {
         }
         self.own_pages(index, from, to)?;
         let sequence = &mut self.active[index];
-        let to = from + self.pass.room(self.executor.placement(), &sequence.pages, from..to);
+        let to = from + self.pass.room(self.executor.placement(), (&sequence.pages, sequence.kept), from..to);
         if to == from {
             return Ok(0);
         }
         asked.rows += sequence.asks(from..to);
-        let run =
-            Run { tokens: &sequence.tokens, range: from..to, prompt_len: sequence.prompt_len, pages: &sequence.pages };
+        let run = Run {
+            tokens: &sequence.tokens,
+            range: from..to,
+            prompt_len: sequence.prompt_len,
+            pages: &sequence.pages,
+            kept: sequence.kept,
+        };
         let first_row = self.pass.push(&run);
         sequence.computed = to;
         ask(index, &self.active[index], &self.jobs[&self.active[index].job], from..to, first_row, |draw, asker| {
@@ -164,6 +170,7 @@ impl<D: Device> Engine<'_, D> {
                 continue;
             }
             let sequence = self.active.remove(index);
+            self.counts.evicted_tokens += sequence.kept.evicted(sequence.computed) as u64;
             self.release(&sequence);
             self.put_away(sequence, writer)?;
         }

@@ -180,7 +180,8 @@ impl<D: Device> Compute<D> {
             down: (matrix(3), bias("down")),
         };
         let segments = frames(block, placement, index);
-        let attention = Attention { kv, pages, segments: &segments, rotation: pass.rotation(&block.rows) };
+        let (rotation, sinks) = (pass.rotation(&block.rows), pass.sinks(&block.rows));
+        let attention = Attention { kv, pages, segments: &segments, rotation, sinks };
         layer.run(activations, hidden.get(), attention);
     }
 
@@ -329,13 +330,20 @@ impl<D: Device> Fixed<D> {
 /// The segments of a block with the frames of a layer in place of pages.
 fn frames(block: &Block, placement: &Placement, layer: usize) -> Vec<Segment> {
     let resident = placement.pages[placement.compute as usize];
-    let frame = |&page: &u32| {
+    let frame = |page: u32| {
         let frame = match block.streamed.binary_search(&page) {
             Ok(index) => placement.num_layers * resident + index,
             Err(_) => layer * resident + page as usize,
         };
         u32::try_from(frame).expect("frame numbers are 32 bits wide")
     };
-    let translate = |segment: &Segment| Segment { pages: segment.pages.iter().map(frame).collect(), ..*segment };
+    // Pages that the block has no use for may lie anywhere: they have no frame.
+    let translate = |segment: &Segment| {
+        let mut pages = vec![u32::MAX; segment.pages.len()];
+        for index in segment.kept.touches(&(segment.start..segment.start + segment.len)) {
+            pages[index] = frame(segment.pages[index]);
+        }
+        Segment { pages, ..*segment }
+    };
     block.segments.iter().map(translate).collect()
 }

@@ -4,8 +4,8 @@
 
 use std::sync::RwLock;
 
-use super::memory::{Activations, read, write};
-use crate::device::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvView, KvViewMut};
+use super::memory::{Activations, write};
+use crate::device::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut};
 use crate::device::{Matrix, NormParameters, Rotation, Target};
 use crate::kv::pages::Segment;
 use crate::model::config::ModelConfig;
@@ -55,6 +55,8 @@ pub struct Attention<'a, B> {
     pub segments: &'a [Segment],
     /// The rows' rotation; none for models without rotary positions.
     pub rotation: Option<Rotation<'a>>,
+    /// Their rotation back for the first positions, where some segment's middle is gone.
+    pub sinks: Option<Rotation<'a>>,
 }
 
 impl<D: Device> Layer<'_, D> {
@@ -93,7 +95,7 @@ impl<D: Device> Layer<'_, D> {
     fn attention(&self, a: &mut Activations<D::Buffer>, hidden: &D::Buffer, attention: Attention<'_, D::Buffer>) {
         let (rows, device, config) = (self.rows, self.device, self.config);
         let heads = Heads { num_heads: config.num_heads, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
-        let Attention { kv, pages, segments, rotation } = attention;
+        let Attention { kv, pages, segments, rotation, sinks } = attention;
         let input = if config.norm_first { &a.normed } else { hidden };
         let to = Target { buffer: &mut a.qkv, stride: self.qkv.0.outputs, column: 0 };
         device.linear(input, rows, &self.qkv.0, self.qkv.1, &mut a.scratch, to);
@@ -103,15 +105,13 @@ impl<D: Device> Layer<'_, D> {
         if let Some(rotation) = rotation {
             device.rotate(&mut a.qkv, rows, heads, &rotation);
         }
-        let span = AttentionSpan { window: config.sliding_window[self.index], scale: config.attention_scale };
+        let (window, scale) = (config.sliding_window[self.index], config.attention_scale);
+        let span = AttentionSpan { window, scale, sinks: sinks.as_ref() };
         {
             let mut streamed = pages.map(write);
             let view = KvViewMut { resident: kv, streamed: streamed.as_deref_mut() };
             device.append_kv(view, segments, &a.qkv, heads);
-        }
-        {
-            let streamed = pages.map(read);
-            let view = KvView { resident: kv, streamed: streamed.as_deref() };
+            let view = KvViewMut { resident: kv, streamed: streamed.as_deref_mut() };
             device.attend(view, span, segments, &a.qkv, heads, &mut a.attended);
         }
         let to = Target { buffer: &mut a.update, stride: self.o.0.outputs, column: 0 };

@@ -173,6 +173,7 @@ impl<D: Device> Executor<D> {
             outputs,
             draws: draws.to_vec(),
             angles: self.rotary.angles(pass),
+            sink_angles: self.rotary.sink_angles(pass),
             rotary_dim: self.rotary.rotary_dim(),
         });
         self.lanes.issue(&steps, &fences, &data)?;

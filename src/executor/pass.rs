@@ -22,6 +22,9 @@ pub struct PassData {
     pub draws: Vec<Draw>,
     /// Cosines and sines of every row; empty for models without rotary positions.
     pub angles: (Vec<f32>, Vec<f32>),
+    /// As `angles`, from where rows stand in their sequence to where they stand in its cache; empty where they all
+    /// stand in the same place.
+    pub sink_angles: (Vec<f32>, Vec<f32>),
     /// Leading dimensions of a head that rotate.
     pub rotary_dim: usize,
 }
@@ -29,9 +32,17 @@ pub struct PassData {
 impl PassData {
     /// The rotation of some rows.
     pub fn rotation(&self, rows: &Range<usize>) -> Option<Rotation<'_>> {
+        self.part_of(&self.angles, rows)
+    }
+
+    /// Their rotation to where they stand in the cache; none where nothing is missing.
+    pub fn sinks(&self, rows: &Range<usize>) -> Option<Rotation<'_>> {
+        self.part_of(&self.sink_angles, rows)
+    }
+
+    fn part_of<'a>(&self, (cos, sin): &'a (Vec<f32>, Vec<f32>), rows: &Range<usize>) -> Option<Rotation<'a>> {
         let half = self.rotary_dim / 2;
         let range = rows.start * half..rows.end * half;
-        let (cos, sin) = &self.angles;
-        (half > 0).then(|| Rotation { cos: &cos[range.clone()], sin: &sin[range], rotary_dim: self.rotary_dim })
+        (!cos.is_empty()).then(|| Rotation { cos: &cos[range.clone()], sin: &sin[range], rotary_dim: self.rotary_dim })
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use crate::kv::policy::Kept;
 use crate::model::config::{ModelConfig, Positions};
 use crate::model::rope::Rope;
 use crate::schedule::Pass;
@@ -40,12 +41,7 @@ impl RotaryTables {
         let (mut cosines, mut sines) = (Vec::new(), Vec::new());
         let Some(rope) = &self.rope else { return (cosines, sines) };
         for (&position, &len) in pass.positions.iter().zip(&pass.rope_lens) {
-            let class = rope.length_class(len as usize);
-            if self.sets.len() > MAX_SETS {
-                self.sets.clear();
-            }
-            let frequencies = self.sets.entry(class).or_insert_with(|| rope.inv_freq(len as usize));
-            for frequency in frequencies.iter() {
+            for frequency in frequencies(&mut self.sets, rope, len) {
                 let (sin, cos) = libm::sincosf(position as f32 * frequency);
                 cosines.push(cos * self.scale);
                 sines.push(sin * self.scale);
@@ -53,4 +49,35 @@ impl RotaryTables {
         }
         (cosines, sines)
     }
+
+    /// As [`RotaryTables::angles`], without their scale: from a row's position back to where it stands among the
+    /// positions that are kept, counted from the first one. Empty if no segment has lost its middle.
+    pub fn sink_angles(&mut self, pass: &Pass) -> (Vec<f32>, Vec<f32>) {
+        let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+        let Some(rope) = &self.rope else { return (cosines, sines) };
+        if !pass.segments.iter().any(|segment| matches!(segment.kept, Kept::Window { .. })) {
+            return (cosines, sines);
+        }
+        for segment in &pass.segments {
+            for position in segment.start..segment.start + segment.len {
+                let gone = segment.kept.evicted(position + 1);
+                let gone = if let Kept::Window { .. } = segment.kept { gone } else { 0 };
+                for frequency in frequencies(&mut self.sets, rope, 0) {
+                    let (sin, cos) = libm::sincosf(-(gone as f32) * frequency);
+                    cosines.push(cos);
+                    sines.push(sin);
+                }
+            }
+        }
+        (cosines, sines)
+    }
+}
+
+/// The frequencies of a length, made once.
+fn frequencies<'a>(sets: &'a mut HashMap<usize, Vec<f32>>, rope: &Rope, len: u32) -> &'a [f32] {
+    let class = rope.length_class(len as usize);
+    if sets.len() > MAX_SETS {
+        sets.clear();
+    }
+    sets.entry(class).or_insert_with(|| rope.inv_freq(len as usize))
 }

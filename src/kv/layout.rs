@@ -4,6 +4,10 @@
 //! values as (head_dim / 16 groups, 64 positions, 16 dimensions). Both are weight panels of 16 outputs, so the
 //! products with queries and with probabilities run on the same register tile as every other product.
 //!
+//! Integers lie in words of 32 bits, 16 words for 16 outputs side by side; a word holds 4 (int8) or 8 (int4) codes of
+//! consecutive dimensions (keys) or positions (values), the first in its lowest bits. The codes of a head's 64 keys are
+//! followed by 64 scales and 64 offsets in f16, one of each per position, and so are those of its values.
+//!
 //! **Invariant:** the layout depends on the model and the dtype alone.
 
 use std::ops::Range;
@@ -16,6 +20,9 @@ pub const PAGE_POSITIONS: usize = 64;
 /// Outputs per panel.
 const PANEL: usize = 16;
 
+/// Bytes of scales and offsets of the keys, or values, of a head.
+const GRID_BYTES: usize = 2 * 2 * PAGE_POSITIONS;
+
 /// What the layout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -27,20 +34,50 @@ pub struct KvLayout {
     pub head_dim: usize,
     /// Stored element type.
     pub dtype: DType,
+    /// Whether a page notes the position of every key, and the attention that it received.
+    pub scored: bool,
 }
 
 impl KvLayout {
-    fn key_elements(&self) -> usize {
-        PAGE_POSITIONS * self.head_dim
+    /// Integers in a word of 32 bits; none of dtypes that are not integers.
+    pub fn codes_per_word(&self) -> Option<usize> {
+        match self.dtype {
+            DType::Int8 => Some(4),
+            DType::Int4 => Some(8),
+            DType::F32 | DType::Bf16 | DType::F16 => None,
+        }
     }
 
-    fn value_elements(&self) -> usize {
-        PAGE_POSITIONS * self.head_dim.next_multiple_of(PANEL)
+    /// Bytes of a head's keys.
+    fn key_bytes(&self) -> usize {
+        match self.codes_per_word() {
+            Some(codes) => PAGE_POSITIONS * 4 * self.head_dim.div_ceil(codes) + GRID_BYTES,
+            None => PAGE_POSITIONS * self.head_dim * self.dtype.size(),
+        }
+    }
+
+    /// Bytes of a head's values.
+    fn value_bytes(&self) -> usize {
+        let padded = self.head_dim.next_multiple_of(PANEL);
+        match self.codes_per_word() {
+            Some(codes) => padded * 4 * (PAGE_POSITIONS / codes) + GRID_BYTES,
+            None => PAGE_POSITIONS * padded * self.dtype.size(),
+        }
+    }
+
+    /// Bytes of a head's notes: 64 positions as u32, then 64 scores as f32.
+    fn note_bytes(&self) -> usize {
+        if self.scored { PAGE_POSITIONS * 8 } else { 0 }
+    }
+
+    /// Bytes of one head of one layer of a page.
+    fn head_bytes(&self) -> usize {
+        self.key_bytes() + self.value_bytes() + self.note_bytes()
     }
 
     /// Bytes of one layer of one page.
     pub fn layer_bytes(&self) -> usize {
-        self.num_kv_heads * (self.key_elements() + self.value_elements()) * self.dtype.size()
+        self.num_kv_heads * self.head_bytes()
     }
 
     /// Bytes of one page over all layers.
@@ -48,16 +85,38 @@ impl KvLayout {
         self.num_layers * self.layer_bytes()
     }
 
-    /// Where a head's keys lie within a layer of a page, in bytes.
-    pub fn keys(&self, head: usize) -> Range<usize> {
-        let start = head * (self.key_elements() + self.value_elements()) * self.dtype.size();
-        start..start + self.key_elements() * self.dtype.size()
+    /// Where a head lies within a layer of a page, in bytes.
+    pub fn head(&self, head: usize) -> Range<usize> {
+        head * self.head_bytes()..(head + 1) * self.head_bytes()
     }
 
-    /// Where a head's values lie within a layer of a page, in bytes.
-    pub fn values(&self, head: usize) -> Range<usize> {
-        let start = self.keys(head).end;
-        start..start + self.value_elements() * self.dtype.size()
+    /// Where the keys lie within a head.
+    pub fn keys(&self) -> Range<usize> {
+        0..self.key_bytes()
+    }
+
+    /// Where the values lie within a head.
+    pub fn values(&self) -> Range<usize> {
+        self.key_bytes()..self.key_bytes() + self.value_bytes()
+    }
+
+    /// Where the notes lie within a head.
+    pub fn notes(&self) -> Range<usize> {
+        self.values().end..self.head_bytes()
+    }
+
+    /// Index of a word, within a head's keys, and the place in it of dimension `dim` at page position `slot`.
+    pub fn key_code(&self, slot: usize, dim: usize) -> (usize, usize) {
+        let codes = self.codes_per_word().expect("a layout of integers");
+        let word = slot / PANEL * self.head_dim.div_ceil(codes) + dim / codes;
+        (word * PANEL + slot % PANEL, dim % codes)
+    }
+
+    /// Index of a word, within a head's values, and the place in it of dimension `dim` at page position `slot`.
+    pub fn value_code(&self, slot: usize, dim: usize) -> (usize, usize) {
+        let codes = self.codes_per_word().expect("a layout of integers");
+        let word = dim / PANEL * (PAGE_POSITIONS / codes) + slot / codes;
+        (word * PANEL + dim % PANEL, slot % codes)
     }
 
     /// Element index, within a head's keys, of dimension `dim` at page position `slot`.
@@ -82,7 +141,7 @@ mod tests {
 
     #[test]
     fn elements_fill_their_ranges_without_overlap() {
-        let layout = KvLayout { num_layers: 3, num_kv_heads: 2, head_dim: 20, dtype: DType::Bf16 };
+        let layout = KvLayout { num_layers: 3, num_kv_heads: 2, head_dim: 20, dtype: DType::Bf16, scored: false };
         let mut keys: Vec<usize> = (0..64).flat_map(|s| (0..20).map(move |d| layout.key_element(s, d))).collect();
         keys.sort_unstable();
         assert!(keys.iter().copied().eq(0..64 * 20));
@@ -91,7 +150,27 @@ mod tests {
         values.dedup();
         assert_eq!(values.len(), 64 * 20);
         assert!(*values.last().unwrap() < 64 * 32);
-        assert_eq!(layout.values(1).end, layout.layer_bytes());
-        assert_eq!(layout.keys(1).start, layout.values(0).end);
+        assert_eq!((layout.head(1).end, layout.values().len()), (layout.layer_bytes(), 64 * 32 * 2));
+        let scored = KvLayout { scored: true, ..layout };
+        assert_eq!((layout.notes().len(), scored.notes().len()), (0, 64 * 8));
+        assert_eq!(scored.layer_bytes(), layout.layer_bytes() + 2 * 64 * 8);
+    }
+
+    #[test]
+    fn codes_fill_their_ranges_without_overlap() {
+        for (dtype, codes) in [(DType::Int8, 4), (DType::Int4, 8)] {
+            let layout = KvLayout { num_layers: 3, num_kv_heads: 2, head_dim: 20, dtype, scored: false };
+            let places = |place: &dyn Fn(usize, usize) -> (usize, usize)| {
+                let all = (0..64).flat_map(|slot| (0..20).map(move |dim| (slot, dim)));
+                let mut places: Vec<(usize, usize)> = all.map(|(slot, dim)| place(slot, dim)).collect();
+                places.sort_unstable();
+                places.dedup();
+                assert_eq!(places.len(), 64 * 20);
+                assert!(places.iter().all(|&(_, within)| within < codes));
+                4 * (places.last().unwrap().0 + 1)
+            };
+            assert_eq!(places(&|slot, dim| layout.key_code(slot, dim)) + GRID_BYTES, layout.keys().len());
+            assert!(places(&|slot, dim| layout.value_code(slot, dim)) + GRID_BYTES <= layout.values().len());
+        }
     }
 }

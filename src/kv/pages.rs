@@ -2,6 +2,8 @@
 //!
 //! **Invariant:** a page is free or has at least one holder; the counts of all holders add up.
 
+use super::policy::Kept;
+
 /// The number of a page in the pool.
 pub type PageId = u32;
 
@@ -14,8 +16,10 @@ pub struct Segment {
     pub len: usize,
     /// Position of the first.
     pub start: usize,
-    /// The sequence's pages from position 0 on; covers `start + len`.
+    /// The sequence's pages, in the order that `kept` counts them in; they cover `start + len`.
     pub pages: Vec<PageId>,
+    /// What of the sequence is kept.
+    pub kept: Kept,
 }
 
 /// The free lists and holder counts of a fixed number of pages, numbered tier by tier.

@@ -132,6 +132,19 @@ pub enum Positions {
     Rotary(Rope),
 }
 
+impl Positions {
+    /// Whether they rotate queries and keys, so that only distances count.
+    pub fn are_rotary(&self) -> bool {
+        matches!(self, Positions::Rotary(_))
+    }
+
+    /// Whether the rotation of a token depends on how long its sequence is.
+    pub fn depend_on_length(&self) -> bool {
+        let class = |len: usize| matches!(self, Positions::Rotary(rope) if rope.length_class(len) > 0);
+        class(usize::MAX) || class(1)
+    }
+}
+
 /// Limits that real models stay far below: they keep products of sizes within 64 bits.
 mod limit {
     pub const VOCAB: usize = 1 << 24;

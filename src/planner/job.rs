@@ -3,6 +3,7 @@
 //! **Invariant:** rows, keys and pages of a pass are those of the sequences it stands for, spread evenly over its
 //! blocks; nothing here knows a tier.
 
+use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::schedule::shape::BlockShape;
 
 /// Positions of a page.
@@ -25,14 +26,18 @@ pub struct Job {
     pub lengths: Vec<Request>,
     /// Prompt tokens of a sequence.
     pub prompt_len: f64,
-    /// Their mean square: attention in a prompt goes by it.
-    pub prompt_len_squared: f64,
+    /// Keys that the queries of a prompt see, summed over them.
+    pub prompt_keys: f64,
     /// Tokens that a sequence generates.
     pub gen_len: f64,
     /// Pages that a sequence reserves.
     pub pages: f64,
     /// Pages that the longest sequence reserves.
     pub most_pages: usize,
+    /// Keys that a decoding query sees at most; infinite where everything is kept.
+    pub most_keys: f64,
+    /// Whether every page of a sequence changes with every pass.
+    pub rewrites: bool,
 }
 
 /// A sequence of a job.
@@ -44,19 +49,39 @@ pub struct Request {
     pub gen_len: usize,
     /// Tokens that it may generate: what is reserved for.
     pub max_tokens: usize,
+    /// What of it is kept.
+    pub kept: Kept,
 }
 
 impl Request {
-    /// Pages that are reserved for it; the last token drawn is never computed.
+    /// A sequence that may generate `max_tokens` and will generate `gen_len` of them.
+    pub fn new(prompt_len: usize, gen_len: usize, max_tokens: usize, kv_policy: &dyn KvPolicy) -> Self {
+        Request { prompt_len, gen_len, max_tokens, kept: kv_policy.kept(prompt_len, max_tokens) }
+    }
+
+    /// Pages that are reserved for it.
     pub fn pages(&self) -> usize {
-        (self.prompt_len + self.max_tokens).saturating_sub(1).div_ceil(PAGE as usize).max(1)
+        self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
+    }
+
+    /// Keys that a decoding query sees at most.
+    fn most_keys(&self) -> f64 {
+        self.kept.capacity().map_or(f64::INFINITY, |capacity| capacity as f64 + 1.0)
+    }
+
+    /// Keys that the queries of its prompt see, summed over them.
+    fn prompt_keys(&self) -> f64 {
+        match self.kept {
+            Kept::All => (self.prompt_len * (self.prompt_len + 1)) as f64 / 2.0,
+            kept => (0..self.prompt_len).map(|position| kept.keys(position) as f64).sum(),
+        }
     }
 }
 
 impl Job {
     /// `requests` equal sequences.
     pub fn uniform(requests: usize, prompt_len: usize, gen_len: usize) -> Self {
-        let request = Request { prompt_len, gen_len, max_tokens: gen_len };
+        let request = Request { prompt_len, gen_len, max_tokens: gen_len, kept: Kept::All };
         Job { requests: requests.max(1), ..Job::of(&[request]) }
     }
 
@@ -68,10 +93,12 @@ impl Job {
             requests: requests.len().max(1),
             lengths: requests.iter().take(LENGTHS).copied().collect(),
             prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
-            prompt_len_squared: mean(&|request| (request.prompt_len * request.prompt_len) as f64).max(1.0),
+            prompt_keys: mean(&Request::prompt_keys).max(1.0),
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.pages() as f64).max(1.0),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
+            most_keys: mean(&Request::most_keys),
+            rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),
         }
     }
 
@@ -154,12 +181,13 @@ impl PassLoad {
         // Never into parts of less than a token, whatever rounding leaves of a pass.
         let cuts = if rows > 0.0 { (job.prompt_len / rows).clamp(1.0, job.prompt_len) } else { 1.0 };
         let started = self.prompt_tokens / job.prompt_len;
-        let own_pages = (job.prompt_len / PAGE).ceil();
-        let prompt_keys = started * (job.prompt_len_squared + job.prompt_len) / 2.0;
+        // No segment reads more pages than its sequence holds.
+        let own_pages = (job.prompt_len / PAGE).ceil().min(cuts * job.pages);
+        let prompt_keys = started * job.prompt_keys;
         let (old, written) = cut_pages(job.prompt_len, cuts);
-        let (prompt_old, prompt_written) = (started * old, started * written);
-        let decode_len = job.prompt_len + job.gen_len / 2.0;
-        let decode_pages = mean_pages(job.prompt_len, job.gen_len);
+        let (prompt_old, mut prompt_written) = (started * old.min(cuts * job.pages), started * written);
+        let decode_len = (job.prompt_len + job.gen_len / 2.0).min(job.most_keys);
+        let decode_pages = mean_pages(job.prompt_len, job.gen_len).min(job.pages);
         let totals = [
             self.prompt_tokens,
             self.decodes,
@@ -186,7 +214,11 @@ impl PassLoad {
             }
         };
         let old_pages = (prompt_old + self.decodes * decode_pages) / parts;
-        let written_pages = (prompt_written + self.decodes) / parts;
+        let mut decode_written = self.decodes;
+        if job.rewrites {
+            (prompt_written, decode_written) = (prompt_written.max(prompt_old), self.decodes * decode_pages);
+        }
+        let written_pages = (prompt_written + decode_written) / parts;
         let blocks = (0..count).map(|index| Block { shape: shape(index), old_pages, written_pages });
         blocks.filter(|block| block.shape.rows > 0).collect()
     }
@@ -227,8 +259,8 @@ mod tests {
     #[test]
     fn a_pass_of_next_to_nothing_is_cut_into_tokens_at_most() {
         let job = Job::of(&[
-            Request { prompt_len: 65, gen_len: 4, max_tokens: 4 },
-            Request { prompt_len: 1, gen_len: 9, max_tokens: 9 },
+            Request { prompt_len: 65, gen_len: 4, max_tokens: 4, kept: Kept::All },
+            Request { prompt_len: 1, gen_len: 9, max_tokens: 9, kept: Kept::All },
         ]);
         let load = PassLoad { prompt_tokens: 1e-13, prompts: 0.0, decodes: 3.0 };
         assert_eq!(load.blocks(&job, 2).iter().map(|block| block.shape.rows).sum::<usize>(), 3);

@@ -20,6 +20,8 @@ const TILE_INPUTS: usize = 64;
 const CHUNKS_PER_STAGE: usize = 64;
 /// Chunks and frames are padded to this.
 const ALIGNMENT: u64 = 4096;
+/// A page's notes of a head: the position and the score of 64 keys.
+const NOTE_BYTES: u64 = 64 * 8;
 
 /// A model, its numerics resolved.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,8 +68,18 @@ impl PlanModel {
 
     /// The same model with its parts' bytes known exactly, from its files.
     #[must_use]
-    pub fn with_bytes(self, bytes: ModelBytes) -> Self {
+    pub fn with_bytes(mut self, bytes: ModelBytes) -> Self {
+        self.cost.frame_bytes = bytes.frame as f64;
         PlanModel { bytes, ..self }
+    }
+
+    /// The same model with pages that note the position and the score of every key.
+    #[must_use]
+    pub fn with_scores(mut self) -> Self {
+        let notes = NOTE_BYTES * self.cost.num_kv_heads as u64;
+        self.bytes.frame = (self.bytes.frame + notes).next_multiple_of(ALIGNMENT);
+        self.cost.frame_bytes = self.bytes.frame as f64;
+        self
     }
 
     /// The same model with other dtypes.
@@ -250,6 +262,7 @@ mod tests {
                 num_kv_heads: model.config.num_kv_heads,
                 head_dim: model.config.head_dim,
                 dtype,
+                scored: false,
             };
             let exact = model_bytes(&model.config, &layout, &kv);
             let mut planned = model.bytes.clone();

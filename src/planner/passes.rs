@@ -7,7 +7,6 @@ use std::convert::Infallible;
 
 use super::job::{Job, Request};
 use crate::error::Tier;
-use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::{PageId, PagePool};
 use crate::schedule::compose::{Fill, Wishes};
 use crate::schedule::placement::{Placement, tier_of};
@@ -175,31 +174,33 @@ impl Fill for Crowd {
         let from = sequence.computed;
         let block = self.blocks.last_mut().expect("a block is open");
         let to = sequence.known.min(from + most.min(self.block_rows - block.rows));
+        let kept = sequence.request.kept;
+        let to = kept.reach(&(from..to));
         if to == from {
             return Ok(0);
         }
-        while sequence.pages.len() < pages_for(to) {
+        while sequence.pages.len() < kept.pages(to) {
             sequence.pages.push(self.pool.take());
             sequence.reserved -= 1;
             self.reserved -= 1;
         }
-        let pages = &sequence.pages[..pages_for(to)];
-        let tiers = |pages: &[PageId]| {
+        let (range, pages) = (from..to, &sequence.pages);
+        let tiers = |indices: &mut dyn Iterator<Item = usize>| {
             let mut counts = [0; 3];
-            pages.iter().for_each(|&page| counts[tier_of(&self.pages, page as usize) as usize] += 1);
+            indices.for_each(|index| counts[tier_of(&self.pages, pages[index] as usize) as usize] += 1);
             counts[self.compute as usize] = 0;
             counts
         };
-        let streamed: usize = tiers(pages).iter().sum();
+        let streamed: usize = tiers(&mut kept.touches(&range)).iter().sum();
         if self.streamed + streamed > self.block_pages {
             return Ok(0);
         }
         self.streamed += streamed;
-        let (old, written) = (tiers(&pages[..pages_for(from)]), tiers(&pages[from / PAGE_POSITIONS..]));
+        let (old, written) = (tiers(&mut kept.reads(&range)), tiers(&mut kept.writes(&range)));
         block.rows += to - from;
         block.segments += 1;
-        block.keys += (from + 1..=to).sum::<usize>() as u64;
-        block.pages += pages.len() as u64;
+        block.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
+        block.pages += kept.touches(&range).count() as u64;
         block.loads.cpu += old[1];
         block.loads.disk += old[2];
         block.stores.cpu += written[1];

@@ -9,8 +9,8 @@ use std::ops::Range;
 use super::placement::Placement;
 use super::shape::{BlockShape, Pages};
 use crate::error::Tier;
-use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::{PageId, Segment};
+use crate::kv::policy::Kept;
 
 /// One trip over all layers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,6 +39,8 @@ pub struct Run<'a> {
     pub prompt_len: usize,
     /// The sequence's pages, covering `range`.
     pub pages: &'a [PageId],
+    /// What of the sequence is kept.
+    pub kept: Kept,
 }
 
 impl Pass {
@@ -69,13 +71,12 @@ impl Pass {
 
     /// How many of the positions `range` of a sequence the last block can take. Pages that it makes the block bring
     /// count as taken.
-    pub fn room(&mut self, placement: &Placement, pages: &[PageId], range: Range<usize>) -> usize {
+    pub fn room(&mut self, placement: &Placement, (pages, kept): (&[PageId], Kept), range: Range<usize>) -> usize {
         let taken = self.blocks.last().map_or(0, |block| self.block_rows(block));
         let count = placement.policy.block_rows.saturating_sub(taken).min(range.len());
-        let needed = &pages[..pages_for(range.start + count)];
-        let streamed = |page: &&PageId| placement.page_tier(**page as usize) != placement.compute;
-        let new: Vec<PageId> =
-            needed.iter().filter(streamed).filter(|page| !self.streamed.contains(page)).copied().collect();
+        let needed = kept.touches(&(range.start..range.start + count)).map(|index| pages[index]);
+        let streamed = |page: &PageId| placement.page_tier(*page as usize) != placement.compute;
+        let new: Vec<PageId> = needed.filter(streamed).filter(|page| !self.streamed.contains(page)).collect();
         if count == 0 || self.streamed.len() + new.len() > placement.policy.block_pages {
             return 0;
         }
@@ -102,6 +103,7 @@ impl Pass {
             len: run.range.len(),
             start: run.range.start,
             pages: run.pages.to_vec(),
+            kept: run.kept,
         });
         let end = self.segments.len();
         match self.blocks.last_mut() {
@@ -148,14 +150,14 @@ impl Block {
         };
         let (mut read, mut written, mut all) = (HashSet::new(), HashSet::new(), Vec::new());
         for segment in segments {
-            let end = segment.start + segment.len;
-            shape.keys += (segment.start + 1..=end).map(|keys| keys as u64).sum::<u64>();
-            shape.pages += pages_for(end) as u64;
+            let (range, kept) = (segment.start..segment.start + segment.len, segment.kept);
+            shape.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
+            shape.pages += kept.touches(&range).count() as u64;
             let elsewhere = |page: &PageId| placement.page_tier(*page as usize) != placement.compute;
-            let pages = &segment.pages[..pages_for(end)];
-            read.extend(pages[..pages_for(segment.start)].iter().copied().filter(elsewhere));
-            written.extend(pages[segment.start / PAGE_POSITIONS..].iter().copied().filter(elsewhere));
-            all.extend(pages.iter().copied().filter(elsewhere));
+            let page = |index: usize| segment.pages[index];
+            read.extend(kept.reads(&range).map(page).filter(elsewhere));
+            written.extend(kept.writes(&range).map(page).filter(elsewhere));
+            all.extend(kept.touches(&range).map(page).filter(elsewhere));
         }
         // Ascending pages lie together in files, and so do their frames.
         all.sort_unstable();
@@ -183,7 +185,7 @@ mod tests {
     fn prompt_rows_go_by_the_prompts_length_and_generated_rows_by_their_own() {
         let mut pass = Pass::default();
         let tokens = [5, 6, 7, 8, 9];
-        let run = Run { tokens: &tokens, range: 1..5, prompt_len: 3, pages: &[0] };
+        let run = Run { tokens: &tokens, range: 1..5, prompt_len: 3, pages: &[0], kept: Kept::All };
         assert_eq!(pass.push(&run), 0);
         assert_eq!(pass.positions, [1, 2, 3, 4]);
         assert_eq!(pass.rope_lens, [3, 3, 4, 5]);

@@ -3,126 +3,148 @@
 //! For each tile j: `s = scale * q k^T`, `m_j = max s`, `p = exp(s - m_j)`, `l_j = sum p`, `o_j = p v`; the running
 //! (m, l, o) takes the tile in with the usual rescaling (online softmax, Milakov and Gimelshein 2018).
 //!
-//! **Invariant:** tiles lie at absolute positions and each is reduced on its own before it is folded in, so a
-//! query's result depends on its position and on the stored keys and values alone: not on chunks, on the queries
-//! computed beside it, or on who shares the pages.
+//! Where the middle of a sequence is gone, queries are rotated for the positions at its beginning as if nothing were
+//! missing between (StreamingLLM, arXiv 2309.17453): rotation composes, so keys stay as they were stored.
+//!
+//! **Invariant:** tiles lie at absolute positions (or at slots that follow from them) and each is reduced on its own
+//! before it is folded in, so a query's result depends on its position and on the stored keys and values alone: not on
+//! chunks, on the queries computed beside it, or on who shares the pages.
 //!
 //! Limit: 4 * head_dim operations per query head and key at the multiply-add rate; each page is read once per
 //! group of query heads and block of queries.
 
 use rayon::prelude::*;
 
-use super::gemm::{Strided, Tile, register_rows, widen};
+use super::cache::{widen_keys, widen_values};
+use super::gemm::{Strided, Tile, register_rows};
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold, greatest};
-use super::math;
+use super::rows::rotate_head;
 use super::shared::SharedMut;
-use super::{HostFrames, HostFramesMut};
-use crate::device::{AttentionSpan, Heads};
-use crate::kv::layout::{KvLayout, PAGE_POSITIONS};
+use super::{HostFrames, evict, math};
+use crate::device::{AttentionSpan, Heads, Rotation};
+use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
-use crate::model::dtype::DType;
+use crate::kv::policy::Kept;
 
 /// Queries of one task: bounds its scratch and leaves several tasks per head of a long chunk.
-const QUERY_BLOCK: usize = 32;
+pub const QUERY_BLOCK: usize = 32;
 
-/// Stores keys and values of every segment's rows.
-pub fn append(kv: &mut HostFramesMut<'_>, segments: &[Segment], qkv: &[f32], heads: Heads) {
-    let layout = kv.layout;
-    for segment in segments {
-        for i in 0..segment.len {
-            let position = segment.start + i;
-            let row = &qkv[(segment.first_row + i) * heads.qkv_width()..][..heads.qkv_width()];
-            let page = kv.frame(segment.pages[position / PAGE_POSITIONS]);
-            store_position(&layout, page, position % PAGE_POSITIONS, &row[heads.query_width()..], heads);
-        }
-    }
+/// What all tasks of a call share.
+pub struct Call<'a> {
+    /// Keys and values.
+    pub frames: &'a HostFrames<'a>,
+    /// Which keys a query sees.
+    pub span: AttentionSpan<'a>,
+    /// Rows of queries, keys and values.
+    pub qkv: &'a [f32],
+    /// Their heads.
+    pub heads: Heads,
 }
 
-/// Stores one position's keys and values (all heads) into its slot.
-fn store_position(layout: &KvLayout, page: &mut [u8], slot: usize, kv: &[f32], heads: Heads) {
-    let (keys, values) = kv.split_at(heads.num_kv_heads * heads.head_dim);
-    for head in 0..heads.num_kv_heads {
-        let from = head * heads.head_dim..(head + 1) * heads.head_dim;
-        let to = &mut page[layout.keys(head)];
-        store(to, layout.dtype, &keys[from.clone()], |dim| layout.key_element(slot, dim));
-        let to = &mut page[layout.values(head)];
-        store(to, layout.dtype, &values[from], |dim| layout.value_element(slot, dim));
-    }
-}
-
-fn store(to: &mut [u8], dtype: DType, from: &[f32], element: impl Fn(usize) -> usize) {
-    match dtype {
-        DType::F32 => {
-            let to: &mut [f32] = bytemuck::cast_slice_mut(to);
-            from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = value);
-        }
-        DType::Bf16 => {
-            let to: &mut [half::bf16] = bytemuck::cast_slice_mut(to);
-            from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = half::bf16::from_f32(value));
-        }
-        DType::F16 => {
-            let to: &mut [half::f16] = bytemuck::cast_slice_mut(to);
-            from.iter().enumerate().for_each(|(dim, &value)| to[element(dim)] = to_f16(value));
-        }
-        DType::Int8 | DType::Int4 => unreachable!("the cache is stored plain"),
-    }
-}
-
-/// Saturates: an infinite value would reach other queries of its tile, as zero times infinity.
-fn to_f16(value: f32) -> half::f16 {
-    half::f16::from_f32(value.clamp(-65_504.0, 65_504.0))
+/// Some work of a call.
+enum Task<'a> {
+    /// A head's queries of a segment, from this one on.
+    Block(&'a Segment, usize, usize),
+    /// A whole head of a segment that evicts by attention.
+    Evicting(&'a Segment, usize),
 }
 
 /// Attention of every segment's queries; `out` is (rows, num_heads * head_dim).
-pub fn attend(
-    isa: Isa,
-    kv: &HostFrames<'_>,
-    span: AttentionSpan,
-    segments: &[Segment],
-    qkv: &[f32],
-    heads: Heads,
-    out: &mut [f32],
-) {
+pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) {
     let out = SharedMut::new(out);
-    let tasks: Vec<(&Segment, usize, usize)> = segments
-        .iter()
-        .flat_map(|segment| {
-            let blocks = (0..segment.len).step_by(QUERY_BLOCK);
-            blocks.flat_map(move |block| (0..heads.num_kv_heads).map(move |head| (segment, block, head)))
-        })
-        .collect();
-    tasks.into_par_iter().for_each(|(segment, block, kv_head)| {
-        let queries = QUERY_BLOCK.min(segment.len - block);
-        let block = Block {
-            kv,
-            span,
-            pages: &segment.pages,
-            qkv,
-            heads,
-            kv_head,
-            first_row: segment.first_row + block,
-            first_position: segment.start + block,
-            queries,
-            out: &out,
-        };
-        isa.run(block);
+    let heads = || 0..call.heads.num_kv_heads;
+    let tasks = segments.iter().flat_map(|segment| -> Vec<Task<'_>> {
+        match segment.kept {
+            Kept::Heavy { .. } => heads().map(|head| Task::Evicting(segment, head)).collect(),
+            Kept::All | Kept::Window { .. } => {
+                let blocks = (0..segment.len).step_by(QUERY_BLOCK);
+                blocks.flat_map(|block| heads().map(move |head| Task::Block(segment, block, head))).collect()
+            }
+        }
+    });
+    let tasks: Vec<Task<'_>> = tasks.collect();
+    tasks.into_par_iter().for_each(|task| match task {
+        Task::Evicting(segment, head) => evict::run(isa, call, segment, head, &out),
+        Task::Block(segment, first, kv_head) => {
+            let queries = QUERY_BLOCK.min(segment.len - first);
+            let first_position = segment.start + first;
+            let (window, sinks) = match (call.span.window, segment.kept) {
+                (window, Kept::Window { start, recent }) => {
+                    // A layer with a window of its own that is narrower counts positions within the cache too.
+                    let sinks = if window.is_none_or(|window| window >= start + recent) { start } else { 0 };
+                    (Some(window.map_or(recent, |window| window.min(recent))), sinks)
+                }
+                (window, _) => (window, 0),
+            };
+            let oldest = window.map_or(0, |window| (first_position + 1).saturating_sub(window)) / PAGE_POSITIONS;
+            let last = (first_position + queries - 1) / PAGE_POSITIONS;
+            let tile = |tile: usize| {
+                let page = segment.pages[segment.kept.page(tile)];
+                // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
+                (tile * PAGE_POSITIONS, unsafe { call.frames.head(page, kv_head) })
+            };
+            let tiles: Vec<_> = (0..pages_for(sinks).min(oldest)).chain(oldest..=last).map(tile).collect();
+            let first_row = segment.first_row + first;
+            isa.run(Block {
+                call,
+                tiles: &tiles,
+                window,
+                sinks,
+                kv_head,
+                first_row,
+                first_position,
+                queries,
+                out: &out,
+                scores: None,
+            });
+        }
     });
 }
 
 /// The query heads of one KV head, over some consecutive queries of a segment. Row `t * group + g` of its
 /// matrices is query t, head g of the group.
-struct Block<'a> {
-    kv: &'a HostFrames<'a>,
-    span: AttentionSpan,
-    pages: &'a [u32],
-    qkv: &'a [f32],
-    heads: Heads,
-    kv_head: usize,
-    first_row: usize,
-    first_position: usize,
-    queries: usize,
-    out: &'a SharedMut<'a, f32>,
+pub struct Block<'a> {
+    /// What it is a part of.
+    pub call: &'a Call<'a>,
+    /// The head's part of every page that is read, and the position of its first key.
+    pub tiles: &'a [(usize, &'a [u8])],
+    /// Keys k > q - window only, and the first ones.
+    pub window: Option<usize>,
+    /// How many of the first keys are seen wherever the window is.
+    pub sinks: usize,
+    /// Which KV head.
+    pub kv_head: usize,
+    /// The row of the first query.
+    pub first_row: usize,
+    /// Its position, in the count of the tiles.
+    pub first_position: usize,
+    /// How many queries.
+    pub queries: usize,
+    /// Where results go.
+    pub out: &'a SharedMut<'a, f32>,
+    /// What the keys of all tiles have received so far; the queries' shares are added one query after the other.
+    pub scores: Option<&'a mut [f32]>,
+}
+
+/// The keys of a tile that a query sees.
+#[derive(Clone, Copy)]
+struct Visible {
+    /// The first ones.
+    sinks: usize,
+    /// Those of the window.
+    low: usize,
+    high: usize,
+}
+
+impl Visible {
+    fn contains(&self, key: usize) -> bool {
+        key < self.sinks || (self.low..self.high).contains(&key)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sinks == 0 && self.low >= self.high
+    }
 }
 
 /// The running state of a block's rows, and room for one tile.
@@ -147,11 +169,17 @@ struct State {
     tile_sum: Vec<f32>,
     /// One page's keys or values in f32.
     widened: Vec<f32>,
+    /// Queries as they meet the first keys, like the others; and their scores.
+    sink_queries: Vec<f32>,
+    sink_scores: Vec<f32>,
+    /// Scores and greatest scores of all tiles, where keys are scored.
+    all_scores: Vec<f32>,
+    all_max: Vec<f32>,
 }
 
 impl Block<'_> {
     fn group(&self) -> usize {
-        self.heads.num_heads / self.heads.num_kv_heads
+        self.call.heads.num_heads / self.call.heads.num_kv_heads
     }
 
     fn rows(&self) -> usize {
@@ -159,7 +187,7 @@ impl Block<'_> {
     }
 
     fn padded_dim(&self) -> usize {
-        self.heads.head_dim.next_multiple_of(LANES)
+        self.call.heads.head_dim.next_multiple_of(LANES)
     }
 
     /// The position of a row's query.
@@ -168,28 +196,47 @@ impl Block<'_> {
     }
 
     /// The keys that a row sees within the tile that starts at `start`, relative to it.
-    fn visible(&self, row: usize, start: usize) -> std::ops::Range<usize> {
+    fn visible(&self, row: usize, start: usize) -> Visible {
         let position = self.position(row);
-        let first = self.span.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let low = first.saturating_sub(start).min(PAGE_POSITIONS);
         let high = (position + 1).saturating_sub(start).min(PAGE_POSITIONS);
-        low..high.max(low)
+        Visible { sinks: self.sinks.saturating_sub(start).min(high), low, high: high.max(low) }
     }
 
-    fn state(&self, tile_rows: usize) -> State {
-        let (rows, head_dim, padded) = (self.rows(), self.heads.head_dim, self.padded_dim());
+    /// Queries packed for products; `sinks` as they meet the first keys.
+    fn queries(&self, tile_rows: usize, sinks: Option<&Rotation<'_>>) -> Vec<f32> {
+        let (rows, heads) = (self.rows(), self.call.heads);
+        let head_dim = heads.head_dim;
         let mut queries = vec![0f32; rows * head_dim];
         for row in 0..rows {
             let (group, within) = (row / tile_rows, row % tile_rows);
             let count = tile_rows.min(rows - group * tile_rows);
             let head = self.kv_head * self.group() + row % self.group();
-            let from = (self.first_row + row / self.group()) * self.heads.qkv_width() + head * head_dim;
-            for dim in 0..head_dim {
-                queries[group * tile_rows * head_dim + dim * count + within] = self.qkv[from + dim];
+            let index = self.first_row + row / self.group();
+            let from = &self.call.qkv[index * heads.qkv_width() + head * head_dim..][..head_dim];
+            let mut turned;
+            let from = match sinks {
+                None => from,
+                Some(rotation) => {
+                    turned = from.to_vec();
+                    rotate_head(&mut turned, index, rotation);
+                    &turned
+                }
+            };
+            for (dim, value) in from.iter().enumerate() {
+                queries[group * tile_rows * head_dim + dim * count + within] = *value;
             }
         }
+        queries
+    }
+
+    fn state(&self, tile_rows: usize) -> State {
+        let (rows, padded) = (self.rows(), self.padded_dim());
+        let sinks = self.call.span.sinks.filter(|_| self.sinks > 0);
+        let scored = if self.scores.is_some() { rows * self.tiles.len() } else { 0 };
         State {
-            queries,
+            queries: self.queries(tile_rows, None),
             max: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
             output: vec![0.0; rows * padded],
@@ -199,6 +246,10 @@ impl Block<'_> {
             tile_max: vec![0.0; rows],
             tile_sum: vec![0.0; rows],
             widened: vec![0.0; PAGE_POSITIONS * padded],
+            sink_queries: sinks.map_or(Vec::new(), |rotation| self.queries(tile_rows, Some(rotation))),
+            sink_scores: vec![0.0; if sinks.is_some() { rows * PAGE_POSITIONS } else { 0 }],
+            all_scores: Vec::with_capacity(scored * PAGE_POSITIONS),
+            all_max: Vec::with_capacity(scored),
         }
     }
 }
@@ -207,46 +258,55 @@ impl Kernel for Block<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<V: Lanes, R: Registers>(self) {
+    unsafe fn run<V: Lanes, R: Registers>(mut self) {
         let mut state = self.state(R::ROWS);
-        let last = self.position(self.rows() - 1);
-        let first = self.span.window.map_or(0, |window| (self.first_position + 1).saturating_sub(window));
-        for tile in first / PAGE_POSITIONS..=last / PAGE_POSITIONS {
+        for tile in self.tiles {
             // SAFETY: the instruction set is the caller's.
-            unsafe { self.tile::<V, R>(tile, &mut state) };
+            unsafe { self.tile::<V, R>(*tile, &mut state) };
         }
         self.finish(&state);
+        if let Some(scores) = self.scores.take() {
+            // SAFETY: the instruction set is the caller's.
+            unsafe { self.score::<V>(&state, scores) };
+        }
     }
 }
 
 impl Block<'_> {
     /// Scores, probabilities and outputs of one tile, folded into the running state.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, R: Registers>(&self, tile: usize, state: &mut State) {
-        let start = tile * PAGE_POSITIONS;
-        let layout = &self.kv.layout;
-        let page = self.kv.frame(self.pages[tile]);
-        let (rows, head_dim, padded) = (self.rows(), self.heads.head_dim, self.padded_dim());
+    unsafe fn tile<V: Lanes, R: Registers>(&self, (start, page): (usize, &[u8]), state: &mut State) {
+        let layout = &self.call.frames.layout;
+        let (rows, head_dim, padded) = (self.rows(), self.call.heads.head_dim, self.padded_dim());
         // The last row sees the most recent keys, the first row the oldest.
-        let high = self.visible(rows - 1, start).end;
-        let low = self.visible(0, start).start;
+        let high = self.visible(rows - 1, start).high;
+        let sinks = self.sinks.saturating_sub(start).min(PAGE_POSITIONS);
+        let low = if sinks > 0 { 0 } else { self.visible(0, start).low };
         // SAFETY: the buffers have the extents named in `State`; the instruction set is the caller's.
         unsafe {
             let keys = &mut state.widened[..PAGE_POSITIONS * head_dim];
-            widen::<V>(&page[layout.keys(self.kv_head)], layout.dtype, keys);
+            widen_keys::<V>(page, layout, keys);
             for group in 0..high.div_ceil(LANES) {
                 let keys = keys[group * head_dim * LANES..].as_ptr();
                 let scores = &mut state.scores[group * LANES..];
                 product::<V, R>(&state.queries, rows, head_dim, 0..head_dim, keys, scores, PAGE_POSITIONS);
+                if group * LANES < sinks && !state.sink_queries.is_empty() {
+                    let scores = &mut state.sink_scores[group * LANES..];
+                    product::<V, R>(&state.sink_queries, rows, head_dim, 0..head_dim, keys, scores, PAGE_POSITIONS);
+                }
             }
             for row in 0..rows {
                 let visible = self.visible(row, start);
                 let scores = &mut state.scores[row * PAGE_POSITIONS..][..PAGE_POSITIONS];
-                (state.tile_max[row], state.tile_sum[row]) = exponentials::<V>(scores, visible, self.span.scale);
+                if !state.sink_queries.is_empty() {
+                    let first = &state.sink_scores[row * PAGE_POSITIONS..][..visible.sinks];
+                    scores[..visible.sinks].copy_from_slice(first);
+                }
+                (state.tile_max[row], state.tile_sum[row]) = exponentials::<V>(scores, visible, self.call.span.scale);
             }
             pack_probabilities(&state.scores, rows, R::ROWS, low..high, &mut state.packed);
             let values = &mut state.widened[..PAGE_POSITIONS * padded];
-            widen::<V>(&page[layout.values(self.kv_head)], layout.dtype, values);
+            widen_values::<V>(page, layout, values);
             for group in 0..padded / LANES {
                 let values = values[(group * PAGE_POSITIONS + low) * LANES..].as_ptr();
                 let tile = &mut state.tile[group * LANES..];
@@ -258,14 +318,47 @@ impl Block<'_> {
                 }
             }
         }
+        if self.scores.is_some() {
+            state.all_scores.extend_from_slice(&state.scores);
+            state.all_max.extend_from_slice(&state.tile_max);
+        }
+    }
+
+    /// Adds to every key what it receives of each query: its probabilities after the final softmax, summed over the
+    /// query heads of the group.
+    #[inline(always)]
+    unsafe fn score<V: Lanes>(&self, state: &State, scores: &mut [f32]) {
+        let (rows, group) = (self.rows(), self.group());
+        for first in (0..rows).step_by(group) {
+            for (tile, scores) in scores.chunks_exact_mut(PAGE_POSITIONS).enumerate().take(self.tiles.len()) {
+                let factor = |row: usize| {
+                    let max = state.all_max[tile * rows + row];
+                    if max == f32::NEG_INFINITY { None } else { Some((max - state.max[row], 1.0 / state.sum[row])) }
+                };
+                for lane in (0..PAGE_POSITIONS).step_by(LANES) {
+                    // SAFETY: there are 64 scores of every row and tile; the instruction set is the caller's.
+                    unsafe {
+                        let mut sum = V::splat(0.0);
+                        for row in first..first + group {
+                            let Some((above, inverse)) = factor(row) else { continue };
+                            let share = math::exp(V::splat(above)).mul(V::splat(inverse));
+                            let at = state.all_scores.as_ptr().add((tile * rows + row) * PAGE_POSITIONS + lane);
+                            sum = V::load(at).fma(share, sum);
+                        }
+                        let at = scores.as_mut_ptr().add(lane);
+                        V::load(at).add(sum).store(at);
+                    }
+                }
+            }
+        }
     }
 
     /// Divides by the sums and writes the rows out.
     fn finish(&self, state: &State) {
-        let head_dim = self.heads.head_dim;
+        let head_dim = self.call.heads.head_dim;
         for row in 0..self.rows() {
             let head = self.kv_head * self.group() + row % self.group();
-            let to = (self.first_row + row / self.group()) * self.heads.query_width() + head * head_dim;
+            let to = (self.first_row + row / self.group()) * self.call.heads.query_width() + head * head_dim;
             // SAFETY: each (row, head) belongs to one block alone.
             let to = unsafe { self.out.slice(to, head_dim) };
             let scale = 1.0 / state.sum[row];
@@ -300,9 +393,9 @@ impl State {
 
 /// Scales a row's visible scores and replaces them with `exp(s - max)`, the others with 0; gives max and sum.
 #[inline(always)]
-unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: std::ops::Range<usize>, scale: f32) -> (f32, f32) {
+unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: Visible, scale: f32) -> (f32, f32) {
     for (key, score) in scores.iter_mut().enumerate() {
-        *score = if visible.contains(&key) { *score * scale } else { f32::NEG_INFINITY };
+        *score = if visible.contains(key) { *score * scale } else { f32::NEG_INFINITY };
     }
     // SAFETY: `scores` holds 64 values; the instruction set is the caller's.
     unsafe {
@@ -319,7 +412,7 @@ unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: std::ops::Range<us
         }
         for (key, score) in scores.iter_mut().enumerate() {
             // A masked key counts for exactly nothing; exp clamps its argument.
-            if !visible.contains(&key) {
+            if !visible.contains(key) {
                 *score = 0.0;
             }
         }

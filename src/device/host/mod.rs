@@ -5,7 +5,9 @@
 #![allow(unsafe_code)]
 
 mod attention;
+mod cache;
 pub mod dot;
+mod evict;
 pub mod gemm;
 pub mod isa;
 mod lanes;
@@ -20,9 +22,7 @@ pub use raw::{raw_fma_gflops, raw_int8_gops};
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
-use super::{
-    AttentionSpan, Device, Frames, HeadNorms, Heads, KvView, KvViewMut, Matrix, NormParameters, Rotation, Target,
-};
+use super::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Target};
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
 use crate::memory::arena::{Arena, Region};
@@ -32,6 +32,7 @@ use crate::model::packed::panels::TILE_INPUTS;
 use dot::IntegerRows;
 use gemm::{PackedRows, Panels};
 use isa::Isa;
+use shared::SharedMut;
 
 /// The CPU.
 pub struct Host {
@@ -41,38 +42,55 @@ pub struct Host {
     rounds: bool,
 }
 
-/// Frames of the KV cache, resident ones first.
+/// Frames of the KV cache, resident ones first, shared by tasks that each keep to their own heads and sequences.
 struct HostFrames<'a> {
-    resident: (&'a [u8], usize),
-    streamed: &'a [u8],
+    resident: SharedMut<'a, u8>,
+    count: usize,
+    streamed: SharedMut<'a, u8>,
     layout: KvLayout,
     stride: usize,
 }
 
-impl HostFrames<'_> {
-    fn frame(&self, frame: PageId) -> &[u8] {
-        let (resident, count) = self.resident;
-        let frame = frame as usize;
-        let (bytes, index) = if frame < count { (resident, frame) } else { (self.streamed, frame - count) };
-        &bytes[index * self.stride..][..self.layout.layer_bytes()]
+impl<'a> HostFrames<'a> {
+    fn new(kv: KvViewMut<'a, Region>) -> Self {
+        let KvViewMut { resident, streamed } = kv;
+        HostFrames {
+            layout: resident.layout,
+            stride: resident.stride,
+            count: resident.count,
+            resident: SharedMut::new(resident.memory.bytes_mut()),
+            streamed: SharedMut::new(streamed.map_or(&mut [], |frames| frames.memory.bytes_mut())),
+        }
     }
-}
 
-/// As [`HostFrames`], writable.
-struct HostFramesMut<'a> {
-    resident: (&'a mut [u8], usize),
-    streamed: &'a mut [u8],
-    layout: KvLayout,
-    stride: usize,
-}
-
-impl HostFramesMut<'_> {
-    fn frame(&mut self, frame: PageId) -> &mut [u8] {
-        let count = self.resident.1;
+    /// The memory of a frame's head, and where it lies.
+    fn place(&self, frame: PageId, head: usize) -> (&SharedMut<'a, u8>, std::ops::Range<usize>) {
         let frame = frame as usize;
-        let (bytes, index) =
-            if frame < count { (&mut *self.resident.0, frame) } else { (&mut *self.streamed, frame - count) };
-        &mut bytes[index * self.stride..][..self.layout.layer_bytes()]
+        let (memory, index) =
+            if frame < self.count { (&self.resident, frame) } else { (&self.streamed, frame - self.count) };
+        let within = self.layout.head(head);
+        (memory, index * self.stride + within.start..index * self.stride + within.end)
+    }
+
+    /// The bytes of a head of a frame.
+    ///
+    /// # Safety
+    /// No task writes to the head of this frame meanwhile.
+    unsafe fn head(&self, frame: PageId, head: usize) -> &[u8] {
+        let (memory, range) = self.place(frame, head);
+        // SAFETY: passed on from the caller.
+        unsafe { memory.view(range.start, range.len()) }
+    }
+
+    /// The bytes of a head of a frame, to write.
+    ///
+    /// # Safety
+    /// No other task touches the head of this frame meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn head_mut(&self, frame: PageId, head: usize) -> &mut [u8] {
+        let (memory, range) = self.place(frame, head);
+        // SAFETY: passed on from the caller.
+        unsafe { memory.slice(range.start, range.len()) }
     }
 }
 
@@ -181,33 +199,20 @@ impl Device for Host {
     }
 
     fn append_kv(&self, kv: KvViewMut<'_, Region>, segments: &[Segment], qkv: &Region, heads: Heads) {
-        let KvViewMut { resident, streamed } = kv;
-        let (layout, stride) = (resident.layout, resident.stride);
-        let mut frames = HostFramesMut {
-            resident: (resident.memory.bytes_mut(), resident.count),
-            streamed: streamed.map_or(&mut [], |frames| frames.memory.bytes_mut()),
-            layout,
-            stride,
-        };
-        attention::append(&mut frames, segments, qkv.as_slice(), heads);
+        cache::append(&HostFrames::new(kv), segments, qkv.as_slice(), heads);
     }
 
     fn attend(
         &self,
-        kv: KvView<'_, Region>,
-        span: AttentionSpan,
+        kv: KvViewMut<'_, Region>,
+        span: AttentionSpan<'_>,
         segments: &[Segment],
         qkv: &Region,
         heads: Heads,
         out: &mut Region,
     ) {
-        let frames = HostFrames {
-            resident: (kv.resident.memory.bytes(), kv.resident.count),
-            streamed: kv.streamed.map_or(&[], |frames| frames.memory.bytes()),
-            layout: kv.resident.layout,
-            stride: kv.resident.stride,
-        };
-        attention::attend(self.isa, &frames, span, segments, qkv.as_slice(), heads, out.as_mut_slice());
+        let call = attention::Call { frames: &HostFrames::new(kv), span, qkv: qkv.as_slice(), heads };
+        attention::attend(self.isa, &call, segments, out.as_mut_slice());
     }
 
     fn activate(&self, activation: Activation, gated: bool, up: &Region, rows: usize, width: usize, out: &mut Region) {

@@ -162,16 +162,21 @@ pub unsafe fn load_padded<V: Lanes>(chunk: &[f32], padding: f32) -> V {
 
 /// Rotates the leading dimensions of query and key heads: pairs (i, i + rotary_dim / 2).
 pub fn rotate(qkv: &mut [f32], heads: Heads, rotation: &Rotation<'_>) {
-    let half = rotation.rotary_dim / 2;
     for_rows(qkv, heads.qkv_width(), |row, qkv| {
-        let (cos, sin) = (&rotation.cos[row * half..][..half], &rotation.sin[row * half..][..half]);
         for head in qkv.chunks_exact_mut(heads.head_dim).take(heads.num_heads + heads.num_kv_heads) {
-            let (low, high) = head[..2 * half].split_at_mut(half);
-            for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+            rotate_head(head, row, rotation);
         }
     });
+}
+
+/// Rotates one head of a row.
+pub fn rotate_head(head: &mut [f32], row: usize, rotation: &Rotation<'_>) {
+    let half = rotation.rotary_dim / 2;
+    let (cos, sin) = (&rotation.cos[row * half..][..half], &rotation.sin[row * half..][..half]);
+    let (low, high) = head[..2 * half].split_at_mut(half);
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
 }
 
 /// `out = act(up)` or `act(gate) * up`.

@@ -25,6 +25,16 @@ impl<'a, T> SharedMut<'a, T> {
         self.start.wrapping_add(index)
     }
 
+    /// Elements `start .. start + len`, to read.
+    ///
+    /// # Safety
+    /// No task writes them meanwhile.
+    pub unsafe fn view(&self, start: usize, len: usize) -> &[T] {
+        assert!(start.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: in bounds by the assertion; nobody writes by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.add(start), len) }
+    }
+
     /// Elements `start .. start + len`.
     ///
     /// # Safety

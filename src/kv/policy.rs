@@ -1,0 +1,480 @@
+//! Which keys and values of a sequence stay, once there are more than it may keep.
+//!
+//! A policy says how much of a sequence is kept, as [`Kept`]; everything else (which page holds what, which keys a
+//! query sees, what is evicted and when) follows from that and from positions alone.
+//!
+//! **Invariant:** what a query sees depends on its position, on the keys before it and on the request's own lengths:
+//! never on chunks, on other sequences, or on where pages live.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::layout::{PAGE_POSITIONS, pages_for};
+use crate::model::config::ModelConfig;
+
+/// A way of bounding the cache.
+pub trait KvPolicy: fmt::Display + fmt::Debug + Send + Sync {
+    /// What is kept of a sequence with a prompt of `prompt_len` tokens that may generate `max_tokens`.
+    fn kept(&self, prompt_len: usize, max_tokens: usize) -> Kept;
+
+    /// Whether it evicts by the attention that keys receive, so that pages note it.
+    fn needs_scores(&self) -> bool {
+        false
+    }
+
+    /// Whether positions are counted within the cache, so that a sequence may outgrow the model's context.
+    fn outgrows_context(&self) -> bool {
+        false
+    }
+
+    /// Positions of prompt and completion together, with a model.
+    fn context_len(&self, config: &ModelConfig) -> usize {
+        match self.outgrows_context() && config.positions.are_rotary() {
+            true => OUTGROWN,
+            false => config.context_len,
+        }
+    }
+}
+
+/// Positions of a sequence that outgrows its model's context: all are exact in f32.
+const OUTGROWN: usize = 1 << 24;
+
+/// What is kept of a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kept {
+    /// Everything.
+    #[default]
+    All,
+    /// The first `start` positions and the `recent` latest ones, the query's own included. Its position among them is
+    /// what the first ones are rotated against (StreamingLLM, arXiv 2309.17453).
+    ///
+    /// Pages of the window are used in turn.
+    Window {
+        /// Positions at the beginning.
+        start: usize,
+        /// Latest positions.
+        recent: usize,
+    },
+    /// The `recent` latest positions and, of the others, the `heavy` ones that received most attention so far (H2O,
+    /// arXiv 2306.14048).
+    ///
+    /// In a prompt, eviction happens at positions that are multiples of 64 and at its end; after it, at every token.
+    /// What is new goes to the slot after the last one that is taken, and after an eviction fills the slots that became
+    /// free: so the slots that are taken are always the first ones.
+    Heavy {
+        /// Positions that are kept for their scores.
+        heavy: usize,
+        /// Latest positions.
+        recent: usize,
+        /// Where the prompt ends.
+        prompt_len: usize,
+    },
+}
+
+impl Kept {
+    /// Positions that stay after an eviction; none where nothing is evicted.
+    pub fn capacity(self) -> Option<usize> {
+        match self {
+            Kept::All => None,
+            Kept::Window { start, recent } => Some(start + recent),
+            Kept::Heavy { heavy, recent, .. } => Some(heavy + recent),
+        }
+    }
+
+    /// Pages that a sequence of `positions` positions has had to hold at the same time.
+    pub fn pages(self, positions: usize) -> usize {
+        let most = match self {
+            Kept::All => usize::MAX,
+            Kept::Window { start, recent } => pages_for(start) + ring(recent),
+            Kept::Heavy { heavy, recent, .. } => pages_for(heavy + recent + PAGE_POSITIONS),
+        };
+        pages_for(positions).min(most)
+    }
+
+    /// Which of the sequence's pages holds tile `tile`: 64 positions, or 64 slots where positions have no fixed place.
+    pub fn page(self, tile: usize) -> usize {
+        match self {
+            Kept::Window { start, recent } => {
+                let first = pages_for(start);
+                if tile < first { tile } else { first + (tile - first) % ring(recent) }
+            }
+            Kept::All | Kept::Heavy { .. } => tile,
+        }
+    }
+
+    /// Slots that are taken when `position` is about to be stored, of pages with slots.
+    pub fn slots(self, position: usize) -> usize {
+        let Kept::Heavy { heavy, recent, prompt_len } = self else { return position };
+        let evicted = if position < prompt_len { position / PAGE_POSITIONS * PAGE_POSITIONS } else { position };
+        evicted.min(heavy + recent) + position - evicted
+    }
+
+    /// Where the stretch of positions that `position` belongs to ends: what follows is computed after an eviction.
+    pub fn stretch_end(self, position: usize) -> usize {
+        match self {
+            Kept::Heavy { prompt_len, .. } if position < prompt_len => {
+                ((position / PAGE_POSITIONS + 1) * PAGE_POSITIONS).min(prompt_len)
+            }
+            Kept::Heavy { .. } => position + 1,
+            Kept::All | Kept::Window { .. } => usize::MAX,
+        }
+    }
+
+    /// Keys that the query at `position` sees, its own included.
+    pub fn keys(self, position: usize) -> usize {
+        match self {
+            Kept::Window { start, recent } => (position + 1).min(start + recent),
+            Kept::All | Kept::Heavy { .. } => self.slots(position) + 1,
+        }
+    }
+
+    /// How far a segment that begins at `range.start` can go within `range`: pages that its queries still read must not
+    /// be written again.
+    pub fn reach(self, range: &Range<usize>) -> usize {
+        match self {
+            Kept::Window { start, recent } => {
+                let tile = self.oldest(range.start) / PAGE_POSITIONS;
+                let first = tile.max(pages_for(start));
+                range.end.min((first + ring(recent)) * PAGE_POSITIONS)
+            }
+            Kept::All | Kept::Heavy { .. } => range.end,
+        }
+    }
+
+    /// The oldest position of the window of the query at `position`.
+    fn oldest(self, position: usize) -> usize {
+        match self {
+            Kept::Window { recent, .. } => (position + 1).saturating_sub(recent),
+            Kept::All | Kept::Heavy { .. } => 0,
+        }
+    }
+
+    /// The sequence's pages that the positions `range` find something in.
+    pub fn reads(self, range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let end = pages_for(self.slots(range.start));
+        let (before, from) = match self {
+            Kept::Window { start, .. } => {
+                let (start, from) = (pages_for(start), self.oldest(range.start) / PAGE_POSITIONS);
+                (start.min(from).min(end), from)
+            }
+            Kept::All | Kept::Heavy { .. } => (0, 0),
+        };
+        (0..before).chain(from..end).map(move |tile| self.page(tile))
+    }
+
+    /// The sequence's pages that the positions `range` are stored into, or change.
+    pub fn writes(self, range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let tiles = match self {
+            Kept::All | Kept::Window { .. } => range.start / PAGE_POSITIONS..pages_for(range.end),
+            // Every key's score is written.
+            Kept::Heavy { .. } => 0..self.pages(range.end),
+        };
+        tiles.map(move |tile| self.page(tile))
+    }
+
+    /// All pages that the positions `range` need.
+    pub fn touches(self, range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let read = pages_for(self.slots(range.start));
+        let later = match self {
+            Kept::All | Kept::Window { .. } => read..pages_for(range.end),
+            Kept::Heavy { .. } => read..self.pages(range.end),
+        };
+        self.reads(range).chain(later.map(move |tile| self.page(tile)))
+    }
+
+    /// Positions of the first `positions` that are gone.
+    pub fn evicted(self, positions: usize) -> usize {
+        match self {
+            Kept::All => 0,
+            Kept::Window { start, recent } => positions.saturating_sub(start + recent),
+            Kept::Heavy { .. } => positions - self.slots(positions),
+        }
+    }
+}
+
+/// Pages that a window of `recent` positions takes, wherever it begins.
+fn ring(recent: usize) -> usize {
+    pages_for(recent - 1) + 1
+}
+
+/// A number of positions, or a share of a request's prompt length + max_tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Amount {
+    Count(usize),
+    Share(f64),
+}
+
+impl Amount {
+    fn of(self, len: usize) -> usize {
+        match self {
+            Amount::Count(count) => count,
+            Amount::Share(share) => (share * len as f64).round() as usize,
+        }
+    }
+}
+
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Amount::Count(count) => count.fmt(f),
+            // With a point, so that it is read back as a share.
+            Amount::Share(share) => write!(f, "{share:?}"),
+        }
+    }
+}
+
+impl FromStr for Amount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is neither a number of positions nor a share such as 0.2");
+        if let Ok(count) = text.parse() {
+            return Ok(Amount::Count(count));
+        }
+        let share: f64 = text.parse().map_err(|_| wrong())?;
+        if (0.0..=1.0).contains(&share) { Ok(Amount::Share(share)) } else { Err(wrong()) }
+    }
+}
+
+/// `full`: everything is kept.
+#[derive(Clone, Copy, Debug)]
+struct Full;
+
+impl KvPolicy for Full {
+    fn kept(&self, _: usize, _: usize) -> Kept {
+        Kept::All
+    }
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("full")
+    }
+}
+
+/// `sink:start=S,recent=R`: the beginning and the latest positions.
+#[derive(Clone, Copy, Debug)]
+struct Sink {
+    start: Amount,
+    recent: Amount,
+}
+
+impl KvPolicy for Sink {
+    fn kept(&self, prompt_len: usize, max_tokens: usize) -> Kept {
+        let len = prompt_len + max_tokens;
+        let (start, recent) = (self.start.of(len), self.recent.of(len).max(1));
+        if positions(prompt_len, max_tokens) <= start + recent { Kept::All } else { Kept::Window { start, recent } }
+    }
+
+    fn outgrows_context(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Display for Sink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sink:start={},recent={}", self.start, self.recent)
+    }
+}
+
+/// `h2o:heavy=H,recent=R`: the latest positions, and those that receive most attention.
+#[derive(Clone, Copy, Debug)]
+struct HeavyHitters {
+    heavy: Amount,
+    recent: Amount,
+}
+
+impl KvPolicy for HeavyHitters {
+    fn kept(&self, prompt_len: usize, max_tokens: usize) -> Kept {
+        let len = prompt_len + max_tokens;
+        let (heavy, recent) = (self.heavy.of(len), self.recent.of(len).max(1));
+        match positions(prompt_len, max_tokens) <= heavy + recent {
+            true => Kept::All,
+            false => Kept::Heavy { heavy, recent, prompt_len },
+        }
+    }
+
+    fn needs_scores(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Display for HeavyHitters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "h2o:heavy={},recent={}", self.heavy, self.recent)
+    }
+}
+
+/// Positions whose keys and values are computed: the last token sampled is not fed back.
+pub fn positions(prompt_len: usize, max_tokens: usize) -> usize {
+    prompt_len + max_tokens.saturating_sub(1)
+}
+
+/// Everything is kept.
+pub fn full() -> Arc<dyn KvPolicy> {
+    Arc::new(Full)
+}
+
+/// Reads `full`, `sink:start=S,recent=R` or `h2o:heavy=H,recent=R`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
+    let (name, rest) = text.split_once(':').unwrap_or((text, ""));
+    let mut settings: Vec<(&str, Amount)> = Vec::new();
+    for part in rest.split(',').filter(|part| !part.is_empty()) {
+        let (key, value) = part.split_once('=').ok_or_else(|| format!("`{part}` is not KEY=VALUE"))?;
+        if settings.iter().any(|(known, _)| *known == key) {
+            return Err(format!("`{key}` is there twice"));
+        }
+        settings.push((key, value.parse()?));
+    }
+    let known: &[&str] = match name {
+        "full" => &[],
+        "sink" => &["start", "recent"],
+        "h2o" => &["heavy", "recent"],
+        other => return Err(format!("there is no policy `{other}`")),
+    };
+    if let Some((key, _)) = settings.iter().find(|(key, _)| !known.contains(key)) {
+        return Err(format!("`{name}` has no `{key}`"));
+    }
+    let setting = |key: &str, default: Option<Amount>| {
+        let given = settings.iter().find(|(known, _)| *known == key).map(|&(_, amount)| amount);
+        given.or(default).ok_or_else(|| format!("`{name}` needs `{key}`"))
+    };
+    Ok(match name {
+        "sink" => Arc::new(Sink {
+            // The paper's: four are enough, and a cache of 1,024 in all.
+            start: setting("start", Some(Amount::Count(4)))?,
+            recent: setting("recent", Some(Amount::Count(1020)))?,
+        }),
+        "h2o" => Arc::new(HeavyHitters { heavy: setting("heavy", None)?, recent: setting("recent", None)? }),
+        _ => full(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn kept() -> impl Strategy<Value = Kept> {
+        prop_oneof![
+            Just(Kept::All),
+            (0usize..200, 1usize..300).prop_map(|(start, recent)| Kept::Window { start, recent }),
+            (0usize..200, 1usize..200, 1usize..500).prop_map(|(heavy, recent, prompt_len)| Kept::Heavy {
+                heavy,
+                recent,
+                prompt_len
+            }),
+        ]
+    }
+
+    proptest! {
+        /// A sequence in any chunks: what a query reads has been written by then and not been written over since.
+        #[test]
+        fn what_is_read_is_there(
+            kept in kept(), len in 1usize..900, chunks in prop::collection::vec(1usize..300, 1..20),
+        ) {
+            // The tile that a page of the list holds.
+            let mut held: Vec<usize> = Vec::new();
+            let (mut at, mut chunk) = (0, 0);
+            while at < len {
+                let to = kept.reach(&(at..len.min(at + chunks[chunk % chunks.len()])));
+                chunk += 1;
+                prop_assert!(to > at);
+                let range = at..to;
+                let reads: Vec<usize> = kept.reads(&range).collect();
+                prop_assert!(reads.iter().all(|&page| page < held.len()));
+                let writes: Vec<usize> = kept.writes(&range).collect();
+                let mut both: Vec<usize> = [&reads[..], &writes].concat();
+                both.sort_unstable();
+                both.dedup();
+                let mut touched: Vec<usize> = kept.touches(&range).collect();
+                touched.sort_unstable();
+                prop_assert_eq!(&touched, &both);
+                if let Kept::All | Kept::Window { .. } = kept {
+                    for tile in at / 64..pages_for(to) {
+                        let page = kept.page(tile);
+                        prop_assert!(page <= held.len());
+                        if page == held.len() {
+                            held.push(tile);
+                        }
+                        held[page] = tile;
+                    }
+                    // Every key of every query, where it should be.
+                    for query in [at, to - 1] {
+                        let (start, recent) = match kept {
+                            Kept::Window { start, recent } => (start, recent),
+                            _ => (0, usize::MAX),
+                        };
+                        let sees = (0..=query).filter(|&key| key < start || query - key < recent);
+                        prop_assert_eq!(sees.clone().count(), kept.keys(query));
+                        for key in sees {
+                            prop_assert_eq!(held[kept.page(key / 64)], key / 64, "query {} key {}", query, key);
+                            prop_assert!(both.contains(&kept.page(key / 64)));
+                        }
+                    }
+                } else {
+                    held.resize(kept.pages(to), 0);
+                    for position in range.clone() {
+                        prop_assert!(pages_for(kept.slots(position) + 1) <= kept.pages(to));
+                    }
+                }
+                prop_assert_eq!(held.len(), kept.pages(to));
+                at = to;
+            }
+        }
+
+        /// Slots as they are defined, counted one by one.
+        #[test]
+        fn slots_follow_the_evictions(heavy in 0usize..200, recent in 1usize..200, prompt_len in 1usize..500) {
+            let kept = Kept::Heavy { heavy, recent, prompt_len };
+            let mut taken = 0usize;
+            for position in 0..prompt_len + 100 {
+                prop_assert_eq!(kept.slots(position), taken);
+                prop_assert!(taken < heavy + recent + 64);
+                taken += 1;
+                let next = position + 1;
+                let evicts = next >= prompt_len || next % 64 == 0;
+                prop_assert_eq!(kept.stretch_end(position) == next, evicts);
+                if evicts {
+                    taken = taken.min(heavy + recent);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn policies_are_read_and_written() {
+        for text in ["full", "sink:start=4,recent=1020", "h2o:heavy=0.1,recent=0.1", "h2o:heavy=100,recent=1.0"] {
+            assert_eq!(parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(parse("sink").unwrap().to_string(), "sink:start=4,recent=1020");
+        for (text, what) in [
+            ("h2o", "needs `heavy`"),
+            ("h2o:heavy=3", "needs `recent`"),
+            ("h2o:heavy=1.5,recent=3", "neither"),
+            ("h2o:heavy=-1,recent=3", "neither"),
+            ("sink:heavy=3", "has no `heavy`"),
+            ("sink:start=3,start=4", "twice"),
+            ("sink:start", "KEY=VALUE"),
+            ("lru", "no policy"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(what), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn shares_are_of_the_requests_own_length() {
+        let policy = parse("h2o:heavy=0.1,recent=0.1").unwrap();
+        assert_eq!(policy.kept(512, 512), Kept::Heavy { heavy: 102, recent: 102, prompt_len: 512 });
+        assert_eq!(parse("h2o:heavy=0.5,recent=0.5").unwrap().kept(10, 10), Kept::All);
+        assert_eq!(parse("sink").unwrap().kept(1000, 25), Kept::All);
+        assert_eq!(parse("sink").unwrap().kept(1000, 26), Kept::Window { start: 4, recent: 1020 });
+    }
+}
