@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import demo_quality
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "bench_results"
-TASKS = ("recall", "labelling", "sums")
+TASKS = ("recall", "labelling", "arithmetic")
 SHARES = (0.5, 0.2, 0.1, 0.05)
 
 
@@ -35,7 +35,8 @@ def sections():
     yield "Weights and activations", [
         ["--weights", weights, "--activations", activations]
         for weights, activations in (
-            ("f32", "f32"), ("bf16", "f32"), ("f16", "f32"), ("int8", "f32"), ("int8", "int8"), ("int4", "f32"), ("int4", "int8"))
+            ("f32", "f32"), ("bf16", "f32"), ("f16", "f32"), ("int8", "f32"), ("int8", "int8"), ("int4", "f32"),
+            ("int4", "int8"))
     ]
     yield "KV dtype", [["--kv-dtype", dtype] for dtype in ("f32", "bf16", "f16", "int8", "int4")]
     yield "KV policy, share of prompt + max_tokens", [
@@ -86,7 +87,8 @@ def main():
             row["flags"] = row["flags"].removesuffix(" --threads 1")
     baseline = measured[0][1][0]
     (RESULTS / "quality.json").write_text(json.dumps(dict(measured), indent=1) + "\n", encoding="utf-8")
-    text = (RESULTS / "quality.head.md").read_text(encoding="utf-8")
+    # What was written above the tables stays.
+    text = (RESULTS / "quality.md").read_text(encoding="utf-8").partition("## ")[0]
     for title, rows in measured:
         text += "\n".join(table(title, rows, baseline)) + "\n"
     (RESULTS / "quality.md").write_text(text, encoding="utf-8")

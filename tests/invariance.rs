@@ -75,22 +75,34 @@ fn any_batch_and_chunk_with_learned_positions() {
     any_batch(&OPT, 40, &ALL);
 }
 
+/// Caches that evict: by attention, in four bits, and all but the beginning and the end.
+const EVICTING: [&[&str]; 2] = [
+    &["--kv-policy", "h2o:heavy=0.15,recent=0.15", "--kv-dtype", "int4"],
+    &["--kv-policy", "sink:start=4,recent=30", "--kv-dtype", "int8"],
+];
+
 #[test]
 fn sharing_prompts_changes_nothing() {
     let scratch = Scratch::new();
     let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 30, 8)));
-    let shared = bytes(&DEMO, &input, "shared", &scratch, &[]);
-    let own = bytes(&DEMO, &input, "own", &scratch, &["--prefix-sharing", "off"]);
-    assert!(shared == own, "{}", first_difference(&shared, &own));
+    for (index, numerics) in [&[][..]].into_iter().chain(EVICTING).enumerate() {
+        let shared = bytes(&DEMO, &input, &format!("shared-{index}"), &scratch, numerics);
+        let extra = [numerics, &["--prefix-sharing", "off"]].concat();
+        let own = bytes(&DEMO, &input, &format!("own-{index}"), &scratch, &extra);
+        assert!(shared == own, "{numerics:?}: {}", first_difference(&shared, &own));
+    }
 }
 
 #[test]
 fn a_small_cache_changes_nothing() {
     let scratch = Scratch::new();
     let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 24, 5)));
-    let expected = bytes(&DEMO, &input, "expected.jsonl", &scratch, &[]);
-    let got = bytes(&DEMO, &input, "small.jsonl", &scratch, &["--cpu-memory", "12MiB"]);
-    assert!(got == expected, "{}", first_difference(&expected, &got));
+    for (index, numerics) in [&[][..]].into_iter().chain(EVICTING).enumerate() {
+        let expected = bytes(&DEMO, &input, &format!("expected-{index}.jsonl"), &scratch, numerics);
+        let extra = [numerics, &["--cpu-memory", "12MiB"]].concat();
+        let got = bytes(&DEMO, &input, &format!("small-{index}.jsonl"), &scratch, &extra);
+        assert!(got == expected, "{numerics:?}: {}", first_difference(&expected, &got));
+    }
 }
 
 /// Output lines by id, without what names the line's place in the file.
@@ -196,6 +208,18 @@ fn killed_at_20_moments() {
     let make = |output: &Path| command("demo", &input, output, &["--progress", "none"]);
     let done = kill_at_random(&make, &scratch.path(""), &expected, 20);
     assert_eq!(done.kills, 20);
+}
+
+#[test]
+fn killed_while_the_cache_evicts() {
+    for numerics in EVICTING {
+        let scratch = Scratch::new();
+        let input = scratch.write("in.jsonl", long_job(30));
+        let expected = bytes(&DEMO, &input, "expected.jsonl", &scratch, numerics);
+        let extra = [&["--progress", "none"], numerics].concat();
+        let make = |output: &Path| command("demo", &input, output, &extra);
+        assert_eq!(kill_at_random(&make, &scratch.path(""), &expected, 6).kills, 6);
+    }
 }
 
 #[test]
