@@ -34,6 +34,8 @@ pub struct Job {
     pub pages: f64,
     /// Pages that the longest sequence reserves.
     pub most_pages: usize,
+    /// Pages that a decoding query reads, on average over an answer.
+    pub decode_pages: f64,
     /// Keys that a decoding query sees at most; infinite where everything is kept.
     pub most_keys: f64,
     /// Whether every page of a sequence changes with every pass.
@@ -69,6 +71,14 @@ impl Request {
         self.kept.capacity().map_or(f64::INFINITY, |capacity| capacity as f64 + 1.0)
     }
 
+    /// Pages with positions before the one that decodes, on average over its answer.
+    fn decode_pages(&self) -> f64 {
+        // The first token comes with the prompt.
+        let steps = self.gen_len.saturating_sub(1).max(1);
+        let pages = |step: usize| self.kept.reads(&(self.prompt_len + step..self.prompt_len + step + 1)).count() as f64;
+        (0..steps).map(pages).sum::<f64>() / steps as f64
+    }
+
     /// Keys that the queries of its prompt see, summed over them.
     fn prompt_keys(&self) -> f64 {
         match self.kept {
@@ -97,6 +107,7 @@ impl Job {
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.pages() as f64).max(1.0),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
+            decode_pages: mean(&Request::decode_pages),
             most_keys: mean(&Request::most_keys),
             rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),
         }
@@ -187,7 +198,7 @@ impl PassLoad {
         let (old, written) = cut_pages(job.prompt_len, cuts);
         let (prompt_old, mut prompt_written) = (started * old.min(cuts * job.pages), started * written);
         let decode_len = (job.prompt_len + job.gen_len / 2.0).min(job.most_keys);
-        let decode_pages = mean_pages(job.prompt_len, job.gen_len).min(job.pages);
+        let decode_pages = job.decode_pages;
         let totals = [
             self.prompt_tokens,
             self.decodes,
@@ -231,13 +242,6 @@ fn cut_pages(prompt_len: f64, cuts: f64) -> (f64, f64) {
     let parts = (0..count as usize).map(|part| part as f64);
     let each = |part: f64| (bound(part).ceil(), bound(part + 1.0).ceil() - bound(part).floor());
     parts.map(each).fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
-}
-
-/// Pages with positions before the one that decodes, on average over an answer.
-fn mean_pages(prompt_len: f64, gen_len: f64) -> f64 {
-    // The first token comes with the prompt.
-    let steps = (gen_len.round() as usize).saturating_sub(1).max(1);
-    (0..steps).map(|step| ((prompt_len + step as f64) / PAGE).ceil()).sum::<f64>() / steps as f64
 }
 
 #[cfg(test)]
