@@ -10,6 +10,8 @@
 //! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products; `cargo bench --bench dot` prints the
 //! fraction that is reached.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::gemm::{PARALLEL_WORK, Panels, for_panels};
@@ -19,10 +21,8 @@ use super::shared::SharedMut;
 use crate::model::dtype::DType;
 use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
 
-/// Groups whose codes are spread out at a time: a panel's take 8 KiB of the first cache.
+/// Groups that all rows go through at a time: those of a tile's panels stay in the first cache.
 const BLOCK_GROUPS: usize = 8;
-/// Bytes of the codes of a tile, one to a byte.
-const CODES: usize = TILE_INPUTS * LANES;
 
 /// Rows whose codes lie together: those that are computed together at most.
 const TILE_ROWS: usize = 12;
@@ -117,18 +117,18 @@ pub fn linear(isa: Isa, x: &IntegerRows<'_>, w: &Panels<'_>, bias: Option<&[f32]
 trait Dots {
     /// Its vectors.
     type V: Lanes;
-    /// Rows that are computed together: 12, 4 or 1.
+    /// Rows that are computed together at most.
     const ROWS: usize;
     /// Panels that are.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels, four inputs
-    /// of an output side by side. `wide` codes have 8 bits, others 4.
+    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels. `wide` codes
+    /// have 8 bits, others 4.
     ///
     /// # Safety
-    /// The set exists, 1024 bytes of each panel's weights and 64 of each row are there.
+    /// The set exists, a whole tile of each panel and 64 codes of each row are there.
     unsafe fn group<const M: usize, const N: usize>(
-        weights: [*const u8; N],
+        tiles: [*const u8; N],
         rows: *const i8,
         wide: bool,
     ) -> [[Self::V; N]; M];
@@ -141,14 +141,7 @@ struct Task<'a> {
     bias: Option<&'a [f32]>,
     y: &'a SharedMut<'a, f32>,
     stride: usize,
-    panels: std::ops::Range<usize>,
-}
-
-/// A block of groups of a panel, its codes spread out.
-struct Spread {
-    codes: [u8; BLOCK_GROUPS * CODES],
-    /// Scales, then offsets.
-    grids: [[f32; 2 * LANES]; BLOCK_GROUPS],
+    panels: Range<usize>,
 }
 
 impl Task<'_> {
@@ -156,74 +149,48 @@ impl Task<'_> {
     /// The set of `D` exists, and this function is compiled with it.
     #[inline(always)]
     unsafe fn run<D: Dots>(self) {
-        let mut spread =
-            [const { Spread { codes: [0; BLOCK_GROUPS * CODES], grids: [[0.0; 2 * LANES]; BLOCK_GROUPS] } }; 2];
         let mut panel = self.panels.start;
         while panel < self.panels.end {
-            let count = D::PANELS.min(self.panels.end - panel);
-            for first in (0..self.x.groups).step_by(BLOCK_GROUPS) {
-                let groups = first..self.x.groups.min(first + BLOCK_GROUPS);
-                // SAFETY: panels, groups and rows exist; the set is the caller's.
-                unsafe {
-                    for (index, spread) in spread.iter_mut().enumerate().take(count) {
-                        self.spread::<D>(panel + index, groups.clone(), spread);
-                    }
-                    match count {
-                        2 => self.all_rows::<D, 2>(panel, groups, [&spread[0], &spread[1]]),
-                        _ => self.all_rows::<D, 1>(panel, groups, [&spread[0]]),
-                    }
+            let left = self.panels.end - panel;
+            // SAFETY: the panels exist; the set is the caller's.
+            panel += unsafe {
+                match D::PANELS.min(left) {
+                    4.. => self.all_rows::<D, 4>(panel),
+                    2..4 => self.all_rows::<D, 2>(panel),
+                    _ => self.all_rows::<D, 1>(panel),
+                }
+            };
+        }
+    }
+
+    /// All rows of `N` panels; gives `N`.
+    ///
+    /// # Safety
+    /// As [`Task::run`]; the panels exist.
+    #[inline(always)]
+    unsafe fn all_rows<D: Dots, const N: usize>(&self, panel: usize) -> usize {
+        let panels = std::array::from_fn(|n| self.w.panel(panel + n).as_ptr());
+        for start in (0..self.x.groups).step_by(BLOCK_GROUPS) {
+            let groups = start..self.x.groups.min(start + BLOCK_GROUPS);
+            for first in (0..self.x.rows).step_by(TILE_ROWS) {
+                let count = TILE_ROWS.min(self.x.rows - first);
+                let mut row = 0;
+                while row < count {
+                    let tile = Tile { first, count, row, panel, groups: groups.clone() };
+                    // SAFETY: the rows exist; the set is the caller's.
+                    row += unsafe {
+                        match D::ROWS.min(count - row) {
+                            12.. => self.tile::<D, 12, N>(tile, panels),
+                            6..12 => self.tile::<D, 6, N>(tile, panels),
+                            4..6 => self.tile::<D, 4, N>(tile, panels),
+                            2..4 => self.tile::<D, 2, N>(tile, panels),
+                            _ => self.tile::<D, 1, N>(tile, panels),
+                        }
+                    };
                 }
             }
-            panel += count;
         }
-    }
-
-    /// Spreads out some groups of a panel.
-    ///
-    /// # Safety
-    /// As [`Task::run`].
-    #[inline(always)]
-    unsafe fn spread<D: Dots>(&self, panel: usize, groups: std::ops::Range<usize>, spread: &mut Spread) {
-        let dtype = self.w.dtype;
-        let tiles = self.w.panel(panel).chunks_exact(tile_bytes(dtype)).skip(groups.start).take(groups.len());
-        for ((tile, codes), grid) in tiles.zip(spread.codes.chunks_exact_mut(CODES)).zip(&mut spread.grids) {
-            let (packed, parameters) = tile.split_at(code_bytes(dtype));
-            spread_codes(packed, codes);
-            for (part, grid) in grid.chunks_exact_mut(LANES).enumerate() {
-                // SAFETY: 32 halves follow the codes; the set is the caller's.
-                unsafe { D::V::load_f16(parameters.as_ptr().add(2 * LANES * part).cast()).store(grid.as_mut_ptr()) };
-            }
-        }
-    }
-
-    /// All rows with some groups of `N` panels.
-    ///
-    /// # Safety
-    /// As [`Task::run`].
-    #[inline(always)]
-    unsafe fn all_rows<D: Dots, const N: usize>(
-        &self,
-        panel: usize,
-        groups: std::ops::Range<usize>,
-        spread: [&Spread; N],
-    ) {
-        for first in (0..self.x.rows).step_by(TILE_ROWS) {
-            let count = TILE_ROWS.min(self.x.rows - first);
-            let mut row = 0;
-            while row < count {
-                let tile = Rows { first, count, row };
-                // SAFETY: the rows exist; the set is the caller's.
-                row += unsafe {
-                    if D::ROWS >= 12 && count - row >= 12 {
-                        self.rows::<D, 12, N>(&tile, panel, groups.clone(), spread)
-                    } else if D::ROWS >= 4 && count - row >= 4 {
-                        self.rows::<D, 4, N>(&tile, panel, groups.clone(), spread)
-                    } else {
-                        self.rows::<D, 1, N>(&tile, panel, groups.clone(), spread)
-                    }
-                };
-            }
-        }
+        N
     }
 
     /// `M` rows with some groups of `N` panels; gives `M`.
@@ -232,80 +199,80 @@ impl Task<'_> {
     /// As [`Task::run`]; the rows exist.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    unsafe fn rows<D: Dots, const M: usize, const N: usize>(
-        &self,
-        tile: &Rows,
-        panel: usize,
-        groups: std::ops::Range<usize>,
-        spread: [&Spread; N],
-    ) -> usize {
-        let row = tile.first + tile.row;
-        let wide = self.w.dtype == DType::Int8;
+    unsafe fn tile<D: Dots, const M: usize, const N: usize>(&self, tile: Tile, panels: [*const u8; N]) -> usize {
+        let dtype = self.w.dtype;
         let mut y = [[[0f32; LANES]; N]; M];
-        for (m, y) in y.iter_mut().enumerate() {
-            for (n, y) in y.iter_mut().enumerate() {
-                let column = (panel + n) * LANES;
+        for m in 0..M {
+            for n in 0..N {
+                let column = (tile.panel + n) * LANES;
                 let width = (self.w.outputs - column).min(LANES);
-                if groups.start > 0 {
-                    let at = self.y.at((row + m) * self.stride + column);
+                if tile.groups.start > 0 {
+                    let at = self.y.at((tile.first + tile.row + m) * self.stride + column);
                     // SAFETY: the columns of the output belong to this task alone.
-                    unsafe { std::ptr::copy_nonoverlapping(at, y.as_mut_ptr(), width) };
+                    unsafe { copy(at, y[m][n].as_mut_ptr(), width) };
                 } else if let Some(bias) = self.bias {
-                    y[..width].copy_from_slice(&bias[column..column + width]);
+                    y[m][n][..width].copy_from_slice(&bias[column..column + width]);
                 }
             }
         }
-        for (index, group) in groups.enumerate() {
+        for group in tile.groups {
             // SAFETY: codes of these rows and groups exist; the set is the caller's.
             unsafe {
                 let place = tile.first * self.x.groups + group * tile.count + tile.row;
-                let codes = self.x.codes.as_ptr().add(place * TILE_INPUTS);
-                let weights = spread.map(|spread| spread.codes.as_ptr().add(index * CODES));
-                let sums = D::group::<M, N>(weights, codes, wide);
-                let grids = spread.map(|spread| spread.grids[index].as_ptr());
-                for m in 0..M {
-                    let [step, sum] = self.x.scales[place + m];
-                    let (step, sum) = (D::V::splat(step), D::V::splat(sum));
-                    for n in 0..N {
-                        let (scale, offset) = (D::V::load(grids[n]), D::V::load(grids[n].add(LANES)));
-                        let value = sums[m][n].fma(scale, offset.mul(sum));
-                        value.fma(step, D::V::load(y[m][n].as_ptr())).store(y[m][n].as_mut_ptr());
+                let steps = self.x.scales.as_ptr().add(place);
+                let tiles = panels.map(|panel| panel.add(group * tile_bytes(dtype)));
+                let sums =
+                    D::group::<M, N>(tiles, self.x.codes.as_ptr().add(place * TILE_INPUTS), dtype == DType::Int8);
+                for n in 0..N {
+                    let halves = tiles[n].add(code_bytes(dtype)).cast();
+                    let (scale, offset) = (D::V::load_f16(halves), D::V::load_f16(halves.add(LANES)));
+                    for m in 0..M {
+                        let [step, sum] = *steps.add(m);
+                        let value = sums[m][n].fma(scale, offset.mul(D::V::splat(sum)));
+                        let y = y[m][n].as_mut_ptr();
+                        value.fma(D::V::splat(step), D::V::load(y)).store(y);
                     }
                 }
             }
         }
-        for (m, y) in y.iter().enumerate() {
-            for (n, y) in y.iter().enumerate() {
-                let column = (panel + n) * LANES;
-                let at = self.y.at((row + m) * self.stride + column);
+        for m in 0..M {
+            for n in 0..N {
+                let column = (tile.panel + n) * LANES;
+                let at = self.y.at((tile.first + tile.row + m) * self.stride + column);
                 // SAFETY: as above.
-                unsafe { std::ptr::copy_nonoverlapping(y.as_ptr(), at, (self.w.outputs - column).min(LANES)) };
+                unsafe { copy(y[m][n].as_ptr(), at, (self.w.outputs - column).min(LANES)) };
             }
         }
         M
     }
 }
 
-/// Some rows of a tile.
-struct Rows {
+/// Some rows of a tile, and what they are multiplied with.
+struct Tile {
     /// The tile's first row, and how many it has.
     first: usize,
     count: usize,
     /// The first of these, within the tile.
     row: usize,
+    /// The first panel.
+    panel: usize,
+    groups: Range<usize>,
 }
 
-/// The codes of a tile, one to a byte.
+/// Copies `width` of the lanes of a vector.
+///
+/// # Safety
+/// Both places have as many.
 #[inline(always)]
-fn spread_codes(codes: &[u8], spread: &mut [u8]) {
-    if codes.len() == spread.len() {
-        spread.copy_from_slice(codes);
-        return;
-    }
-    let (low, high) = spread.split_at_mut(codes.len());
-    for ((&pair, low), high) in codes.iter().zip(low).zip(high) {
-        *low = pair & 15;
-        *high = pair >> 4;
+unsafe fn copy(from: *const f32, to: *mut f32, width: usize) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        if width == LANES {
+            // Of a known size it is no call.
+            to.cast::<[f32; LANES]>().write_unaligned(from.cast::<[f32; LANES]>().read_unaligned());
+        } else {
+            std::ptr::copy_nonoverlapping(from, to, width);
+        }
     }
 }
 
@@ -319,19 +286,24 @@ impl Dots for Plain {
 
     #[inline(always)]
     unsafe fn group<const M: usize, const N: usize>(
-        weights: [*const u8; N],
+        tiles: [*const u8; N],
         rows: *const i8,
-        _: bool,
+        wide: bool,
     ) -> [[Portable; N]; M] {
-        let dot = |row: *const i8, weights: *const u8| {
+        let dot = |row: *const i8, tile: *const u8| {
+            let bytes = code_bytes(if wide { DType::Int8 } else { DType::Int4 });
             // SAFETY: the caller passes that many bytes.
-            let (weights, row) =
-                unsafe { (std::slice::from_raw_parts(weights, CODES), std::slice::from_raw_parts(row, TILE_INPUTS)) };
+            let (codes, row) =
+                unsafe { (std::slice::from_raw_parts(tile, bytes), std::slice::from_raw_parts(row, TILE_INPUTS)) };
             let mut sums = [0i32; LANES];
-            for (quad, weights) in weights.chunks_exact(4 * LANES).enumerate() {
-                for (sum, weights) in sums.iter_mut().zip(weights.chunks_exact(4)) {
-                    for (&weight, &code) in weights.iter().zip(&row[4 * quad..]) {
-                        *sum += i32::from(weight) * i32::from(code);
+            for (quad, codes) in codes.chunks_exact(4 * LANES).enumerate() {
+                for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(4)) {
+                    for (k, &code) in (4 * quad..).zip(codes) {
+                        *sum += if wide {
+                            i32::from(code) * i32::from(row[k])
+                        } else {
+                            i32::from(code & 15) * i32::from(row[k]) + i32::from(code >> 4) * i32::from(row[k + 32])
+                        };
                     }
                 }
             }
@@ -339,7 +311,7 @@ impl Dots for Plain {
             // SAFETY: plain code runs everywhere.
             unsafe { Portable::load(sums.as_ptr()) }
         };
-        std::array::from_fn(|m| weights.map(|weights| dot(rows.wrapping_add(m * TILE_INPUTS), weights)))
+        std::array::from_fn(|m| tiles.map(|tile| dot(rows.wrapping_add(m * TILE_INPUTS), tile)))
     }
 }
 
@@ -391,24 +363,28 @@ mod x86 {
         #[inline(always)]
         #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
-            weights: [*const u8; N],
+            tiles: [*const u8; N],
             rows: *const i8,
-            _: bool,
+            wide: bool,
         ) -> [[Avx512; N]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
                 let mut sums = [[_mm512_setzero_si512(); N]; M];
-                for quad in 0..16 {
-                    let mut w = [_mm512_setzero_si512(); N];
-                    for n in 0..N {
-                        w[n] = _mm512_loadu_si512(weights[n].add(64 * quad).cast());
+                if wide {
+                    for quad in 0..16 {
+                        let w = load(tiles, quad);
+                        add_quad(&mut sums, w, rows.add(4 * quad));
                     }
-                    for m in 0..M {
-                        let four =
-                            _mm512_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned());
+                } else {
+                    let mask = _mm512_set1_epi8(15);
+                    for quad in 0..8 {
+                        let (mut low, mut high) = (load(tiles, quad), load(tiles, quad));
                         for n in 0..N {
-                            sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
+                            high[n] = _mm512_and_si512(_mm512_srli_epi16::<4>(low[n]), mask);
+                            low[n] = _mm512_and_si512(low[n], mask);
                         }
+                        add_quad(&mut sums, low, rows.add(4 * quad));
+                        add_quad(&mut sums, high, rows.add(TILE_INPUTS / 2 + 4 * quad));
                     }
                 }
                 let mut values = [[Avx512(_mm512_setzero_ps()); N]; M];
@@ -422,31 +398,62 @@ mod x86 {
         }
     }
 
+    /// Four codes of 16 outputs of each panel.
+    #[inline(always)]
+    unsafe fn load<const N: usize>(tiles: [*const u8; N], quad: usize) -> [__m512i; N] {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            let mut w = [_mm512_setzero_si512(); N];
+            for n in 0..N {
+                w[n] = _mm512_loadu_si512(tiles[n].add(64 * quad).cast());
+            }
+            w
+        }
+    }
+
+    /// Four inputs of each row with those of the panels.
+    #[inline(always)]
+    unsafe fn add_quad<const M: usize, const N: usize>(sums: &mut [[__m512i; N]; M], w: [__m512i; N], rows: *const i8) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            for m in 0..M {
+                let four = _mm512_set1_epi32(rows.add(m * TILE_INPUTS).cast::<i32>().read_unaligned());
+                for n in 0..N {
+                    sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
+                }
+            }
+        }
+    }
+
     /// Two products and their sum in 16 bits at a time. Of codes of 4 bits, 8 such sums stay below
     /// 8 * 2 * 15 * 127 < 2^15; wider codes are taken as two of 4 bits.
     struct Maddubs;
 
     impl Maddubs {
-        /// The sums of a group of codes of 4 bits; `high` takes those of each byte's upper half.
+        /// Half of a group, of codes of 4 bits; `high` takes those of each byte's upper half.
         #[inline(always)]
-        unsafe fn narrow(weights: *const u8, row: *const i8, high: bool) -> [__m256i; 2] {
+        unsafe fn half<const M: usize>(codes: *const u8, rows: *const i8, high: bool) -> [[__m256i; 2]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
                 let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-                let mut sums = [_mm256_setzero_si256(); 2];
-                for half in 0..2 {
-                    let mut pairs = [_mm256_setzero_si256(); 2];
-                    for quad in 8 * half..8 * half + 8 {
-                        let four = _mm256_set1_epi32(row.add(4 * quad).cast::<i32>().read_unaligned());
-                        for (part, pairs) in pairs.iter_mut().enumerate() {
-                            let w = _mm256_loadu_si256(weights.add(64 * quad + 32 * part).cast());
-                            let w = if high { _mm256_srli_epi16::<4>(w) } else { w };
-                            let products = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), four);
-                            *pairs = _mm256_add_epi16(*pairs, products);
+                let mut sums = [[_mm256_setzero_si256(); 2]; M];
+                for quad in 0..8 {
+                    let mut w = [mask; 2];
+                    for part in 0..2 {
+                        let codes = _mm256_loadu_si256(codes.add(64 * quad + 32 * part).cast());
+                        w[part] = _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, mask);
+                    }
+                    for m in 0..M {
+                        let row = rows.add(m * TILE_INPUTS + 4 * quad);
+                        let four = _mm256_set1_epi32(row.cast::<i32>().read_unaligned());
+                        for part in 0..2 {
+                            sums[m][part] = _mm256_add_epi16(sums[m][part], _mm256_maddubs_epi16(w[part], four));
                         }
                     }
-                    for (sum, pairs) in sums.iter_mut().zip(pairs) {
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                }
+                for m in 0..M {
+                    for part in 0..2 {
+                        sums[m][part] = _mm256_madd_epi16(sums[m][part], ones);
                     }
                 }
                 sums
@@ -462,24 +469,38 @@ mod x86 {
         #[inline(always)]
         #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
-            weights: [*const u8; N],
+            tiles: [*const u8; N],
             rows: *const i8,
             wide: bool,
         ) -> [[Avx2; N]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
+                let second = rows.add(TILE_INPUTS / 2);
                 let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
-                for m in 0..M {
-                    let row = rows.add(m * TILE_INPUTS);
-                    for n in 0..N {
-                        let mut sums = Maddubs::narrow(weights[n], row, false);
-                        if wide {
-                            let high = Maddubs::narrow(weights[n], row, true);
+                for n in 0..N {
+                    let codes = tiles[n];
+                    let (mut low, mut high) =
+                        (Maddubs::half::<M>(codes, rows, false), [[_mm256_setzero_si256(); 2]; M]);
+                    let more = if wide {
+                        high = Maddubs::half::<M>(codes, rows, true);
+                        let more = Maddubs::half::<M>(codes.add(512), second, true);
+                        for m in 0..M {
                             for part in 0..2 {
-                                sums[part] = _mm256_add_epi32(sums[part], _mm256_slli_epi32::<4>(high[part]));
+                                high[m][part] = _mm256_slli_epi32::<4>(_mm256_add_epi32(high[m][part], more[m][part]));
                             }
                         }
-                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1]));
+                        Maddubs::half::<M>(codes.add(512), second, false)
+                    } else {
+                        Maddubs::half::<M>(codes, second, true)
+                    };
+                    for m in 0..M {
+                        for part in 0..2 {
+                            low[m][part] = _mm256_add_epi32(low[m][part], more[m][part]);
+                            if wide {
+                                low[m][part] = _mm256_add_epi32(low[m][part], high[m][part]);
+                            }
+                        }
+                        values[m][n] = Avx2(_mm256_cvtepi32_ps(low[m][0]), _mm256_cvtepi32_ps(low[m][1]));
                     }
                 }
                 values
