@@ -21,8 +21,9 @@ use super::shared::SharedMut;
 use crate::model::dtype::DType;
 use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
 
-/// Groups that all rows go through at a time: those of a tile's panels stay in the first cache.
-const BLOCK_GROUPS: usize = 8;
+/// Groups that all rows go through at a time: those of a tile's panels stay in the second cache, and outputs are read
+/// and written once for all of them.
+const BLOCK_GROUPS: usize = 32;
 
 /// Rows whose codes lie together: those that are computed together at most.
 const TILE_ROWS: usize = 12;
@@ -73,37 +74,51 @@ impl Kernel for RoundTile<'_> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Registers>(self) {
-        let rows = self.x.len() / self.inputs;
-        let places = self.codes.chunks_exact_mut(TILE_INPUTS).zip(self.scales).enumerate();
-        for (place, (codes, scale)) in places {
-            let (group, row) = (place / rows, place % rows);
-            let x = &self.x[row * self.inputs..][..self.inputs];
-            let x = &x[group * TILE_INPUTS..self.inputs.min((group + 1) * TILE_INPUTS)];
-            let mut padded = [0f32; TILE_INPUTS];
-            padded[..x.len()].copy_from_slice(x);
-            // SAFETY: four vectors lie in `padded`; the set is the caller's.
-            unsafe {
-                let at = |v: usize| V::load(padded.as_ptr().add(v * LANES));
-                let (mut most, mut poison) = (V::splat(0.0), V::splat(0.0));
-                for v in 0..TILE_INPUTS / LANES {
-                    most = at(v).abs().max(most);
-                    // What is not finite must not be rounded to something that is.
-                    poison = at(v).fma(V::splat(0.0), poison);
-                }
-                let most = greatest(most.to_array());
-                let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
-                let mut sum = V::splat(0.0);
-                for v in 0..TILE_INPUTS / LANES {
-                    let rounded = at(v).mul(inverse).round();
-                    sum = sum.add(rounded);
-                    // Adding 1.5 * 2^23 leaves a small integer in the last bits.
-                    let bits = rounded.add(V::splat(12_582_912.0)).to_array().map(f32::to_bits);
-                    codes[v * LANES..][..LANES].iter_mut().zip(bits).for_each(|(code, bits)| *code = bits as i8);
-                }
-                // Sums of integers this small are exact.
-                *scale = [most / 127.0 + fold(poison.to_array()), fold(sum.to_array())];
+        let (rows, (all, _)) = (self.x.len() / self.inputs, self.codes.as_chunks_mut::<TILE_INPUTS>());
+        for (row, x) in self.x.chunks_exact(self.inputs).enumerate() {
+            for (group, x) in x.chunks(TILE_INPUTS).enumerate() {
+                let mut values = <[f32; TILE_INPUTS]>::try_from(x).unwrap_or_else(|_| {
+                    let mut padded = [0f32; TILE_INPUTS];
+                    padded[..x.len()].copy_from_slice(x);
+                    padded
+                });
+                // SAFETY: four vectors lie in `values`; the set is the caller's.
+                let scale = unsafe { round_group::<V>(&mut values) };
+                let place = group * rows + row;
+                self.scales[place] = scale;
+                all[place] = values.map(|value| value.to_bits() as i8);
             }
         }
+    }
+}
+
+/// Rounds a group; gives what a step is worth and the sum of the codes, which are left in the last bits of `values`.
+///
+/// # Safety
+/// The set of `V` exists.
+#[inline(always)]
+unsafe fn round_group<V: Lanes>(values: &mut [f32; TILE_INPUTS]) -> [f32; 2] {
+    let vectors = values.as_mut_ptr();
+    // SAFETY: four vectors lie in `values`; the set is the caller's.
+    unsafe {
+        let at = |v: usize| vectors.add(v * LANES);
+        let (mut most, mut poison) = (V::splat(0.0), V::splat(0.0));
+        for v in 0..TILE_INPUTS / LANES {
+            most = V::load(at(v)).abs().max(most);
+            // What is not finite must not be rounded to something that is.
+            poison = V::load(at(v)).fma(V::splat(0.0), poison);
+        }
+        let most = greatest(most.to_array());
+        let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
+        let mut sum = V::splat(0.0);
+        for v in 0..TILE_INPUTS / LANES {
+            let rounded = V::load(at(v)).mul(inverse).round();
+            sum = sum.add(rounded);
+            // Adding 1.5 * 2^23 leaves a small integer in the last bits.
+            rounded.add(V::splat(12_582_912.0)).store(at(v));
+        }
+        // Sums of integers this small are exact.
+        [most / 127.0 + fold(poison.to_array()), fold(sum.to_array())]
     }
 }
 
@@ -201,18 +216,16 @@ impl Task<'_> {
     #[allow(clippy::needless_range_loop)]
     unsafe fn tile<D: Dots, const M: usize, const N: usize>(&self, tile: Tile, panels: [*const u8; N]) -> usize {
         let dtype = self.w.dtype;
+        let column = tile.panel * LANES;
+        let width = (self.w.outputs - column).min(N * LANES);
+        let place = |m: usize| self.y.at((tile.first + tile.row + m) * self.stride + column);
         let mut y = [[[0f32; LANES]; N]; M];
         for m in 0..M {
-            for n in 0..N {
-                let column = (tile.panel + n) * LANES;
-                let width = (self.w.outputs - column).min(LANES);
-                if tile.groups.start > 0 {
-                    let at = self.y.at((tile.first + tile.row + m) * self.stride + column);
-                    // SAFETY: the columns of the output belong to this task alone.
-                    unsafe { copy(at, y[m][n].as_mut_ptr(), width) };
-                } else if let Some(bias) = self.bias {
-                    y[m][n][..width].copy_from_slice(&bias[column..column + width]);
-                }
+            if tile.groups.start > 0 {
+                // SAFETY: the columns of the output belong to this task alone.
+                unsafe { copy::<N>(place(m), y[m].as_mut_ptr().cast(), width) };
+            } else if let Some(bias) = self.bias {
+                y[m].as_flattened_mut()[..width].copy_from_slice(&bias[column..column + width]);
             }
         }
         for group in tile.groups {
@@ -236,12 +249,8 @@ impl Task<'_> {
             }
         }
         for m in 0..M {
-            for n in 0..N {
-                let column = (tile.panel + n) * LANES;
-                let at = self.y.at((tile.first + tile.row + m) * self.stride + column);
-                // SAFETY: as above.
-                unsafe { copy(y[m][n].as_ptr(), at, (self.w.outputs - column).min(LANES)) };
-            }
+            // SAFETY: as above.
+            unsafe { copy::<N>(y[m].as_ptr().cast(), place(m), width) };
         }
         M
     }
@@ -259,17 +268,17 @@ struct Tile {
     groups: Range<usize>,
 }
 
-/// Copies `width` of the lanes of a vector.
+/// Copies `width` of the lanes of `N` vectors.
 ///
 /// # Safety
 /// Both places have as many.
 #[inline(always)]
-unsafe fn copy(from: *const f32, to: *mut f32, width: usize) {
+unsafe fn copy<const N: usize>(from: *const f32, to: *mut f32, width: usize) {
     // SAFETY: passed on from the caller.
     unsafe {
-        if width == LANES {
+        if width == N * LANES {
             // Of a known size it is no call.
-            to.cast::<[f32; LANES]>().write_unaligned(from.cast::<[f32; LANES]>().read_unaligned());
+            to.cast::<[[f32; LANES]; N]>().write_unaligned(from.cast::<[[f32; LANES]; N]>().read_unaligned());
         } else {
             std::ptr::copy_nonoverlapping(from, to, width);
         }
@@ -330,6 +339,7 @@ fn run(isa: Isa, task: Task<'_>) {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -361,7 +371,6 @@ mod x86 {
         const PANELS: usize = 2;
 
         #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
             tiles: [*const u8; N],
             rows: *const i8,
@@ -467,7 +476,6 @@ mod x86 {
         const PANELS: usize = 1;
 
         #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
             tiles: [*const u8; N],
             rows: *const i8,
@@ -551,7 +559,7 @@ mod tests {
 
     #[test]
     fn every_set_gives_the_bits_of_the_definition() {
-        for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (1100, 33)] {
+        for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (2100, 33)] {
             for dtype in [DType::Int8, DType::Int4] {
                 let rows = 31;
                 let (mut x, mut w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
