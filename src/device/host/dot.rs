@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::gemm::{PARALLEL_WORK, Panels, for_panels};
 use super::isa::{Isa, Kernel, Registers};
-use super::lanes::{LANES, Lanes, Portable, fold, greatest};
+use super::lanes::{LANES, Lanes, Portable, fold};
 use super::shared::SharedMut;
 use crate::model::dtype::DType;
 use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
@@ -27,6 +27,9 @@ const BLOCK_GROUPS: usize = 32;
 
 /// Rows whose codes lie together: those that are computed together at most.
 const TILE_ROWS: usize = 12;
+
+/// Groups with nothing above it count as zeros.
+const LEAST: f32 = 1e-30;
 
 /// Rows of activations as small integers, in tiles of 12 rows (the last may have fewer).
 pub struct IntegerRows<'a> {
@@ -102,14 +105,14 @@ unsafe fn round_group<V: Lanes>(values: &mut [f32; TILE_INPUTS]) -> [f32; 2] {
     // SAFETY: four vectors lie in `values`; the set is the caller's.
     unsafe {
         let at = |v: usize| vectors.add(v * LANES);
-        let (mut most, mut poison) = (V::splat(0.0), V::splat(0.0));
+        let mut most = V::splat(0.0);
         for v in 0..TILE_INPUTS / LANES {
             most = V::load(at(v)).abs().max(most);
-            // What is not finite must not be rounded to something that is.
-            poison = V::load(at(v)).fma(V::splat(0.0), poison);
         }
-        let most = greatest(most.to_array());
-        let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
+        // What is not negative is ordered as its bits are.
+        let most = f32::from_bits(most.to_array().map(f32::to_bits).into_iter().fold(0, u32::max));
+        // The inverse of less might be infinite.
+        let inverse = V::splat(if most > LEAST { 127.0 / most } else { 0.0 });
         let mut sum = V::splat(0.0);
         for v in 0..TILE_INPUTS / LANES {
             let rounded = V::load(at(v)).mul(inverse).round();
@@ -117,8 +120,9 @@ unsafe fn round_group<V: Lanes>(values: &mut [f32; TILE_INPUTS]) -> [f32; 2] {
             // Adding 1.5 * 2^23 leaves a small integer in the last bits.
             rounded.add(V::splat(12_582_912.0)).store(at(v));
         }
-        // Sums of integers this small are exact.
-        [most / 127.0 + fold(poison.to_array()), fold(sum.to_array())]
+        // Sums of integers this small are exact. What is not finite must not become something that is: a NaN reaches
+        // the sum, and an infinite value times its inverse, 0, is one.
+        [most / 127.0, fold(sum.to_array())]
     }
 }
 
@@ -170,8 +174,7 @@ impl Task<'_> {
             // SAFETY: the panels exist; the set is the caller's.
             panel += unsafe {
                 match D::PANELS.min(left) {
-                    4.. => self.all_rows::<D, 4>(panel),
-                    2..4 => self.all_rows::<D, 2>(panel),
+                    2.. => self.all_rows::<D, 2>(panel),
                     _ => self.all_rows::<D, 1>(panel),
                 }
             };
@@ -196,8 +199,8 @@ impl Task<'_> {
                     row += unsafe {
                         match D::ROWS.min(count - row) {
                             12.. => self.tile::<D, 12, N>(tile, panels),
-                            6..12 => self.tile::<D, 6, N>(tile, panels),
-                            4..6 => self.tile::<D, 4, N>(tile, panels),
+                            8..12 => self.tile::<D, 8, N>(tile, panels),
+                            4..8 => self.tile::<D, 4, N>(tile, panels),
                             2..4 => self.tile::<D, 2, N>(tile, panels),
                             _ => self.tile::<D, 1, N>(tile, panels),
                         }
@@ -439,14 +442,20 @@ mod x86 {
     struct Maddubs;
 
     impl Maddubs {
-        /// Half of a group, of codes of 4 bits; `high` takes those of each byte's upper half.
+        /// Adds half a group, of codes of 4 bits, `factor` times; `high` takes those of each byte's upper half.
         #[inline(always)]
-        unsafe fn half<const M: usize>(codes: *const u8, rows: *const i8, high: bool) -> [[__m256i; 2]; M] {
+        unsafe fn add_half<const M: usize>(
+            sums: &mut [[__m256i; 2]; M],
+            (codes, rows): (*const u8, *const i8),
+            high: bool,
+            factor: i16,
+        ) {
             // SAFETY: passed on from the caller.
             unsafe {
-                let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-                let mut sums = [[_mm256_setzero_si256(); 2]; M];
-                for quad in 0..8 {
+                let mask = _mm256_set1_epi8(15);
+                let mut pairs = [[_mm256_setzero_si256(); 2]; M];
+                // Where the compiler knows the number it unrolls the loop and runs out of registers.
+                for quad in 0..std::hint::black_box(8) {
                     let mut w = [mask; 2];
                     for part in 0..2 {
                         let codes = _mm256_loadu_si256(codes.add(64 * quad + 32 * part).cast());
@@ -456,16 +465,16 @@ mod x86 {
                         let row = rows.add(m * TILE_INPUTS + 4 * quad);
                         let four = _mm256_set1_epi32(row.cast::<i32>().read_unaligned());
                         for part in 0..2 {
-                            sums[m][part] = _mm256_add_epi16(sums[m][part], _mm256_maddubs_epi16(w[part], four));
+                            pairs[m][part] = _mm256_add_epi16(pairs[m][part], _mm256_maddubs_epi16(w[part], four));
                         }
                     }
                 }
                 for m in 0..M {
                     for part in 0..2 {
-                        sums[m][part] = _mm256_madd_epi16(sums[m][part], ones);
+                        let products = _mm256_madd_epi16(pairs[m][part], _mm256_set1_epi16(factor));
+                        sums[m][part] = _mm256_add_epi32(sums[m][part], products);
                     }
                 }
-                sums
             }
         }
     }
@@ -486,29 +495,17 @@ mod x86 {
                 let second = rows.add(TILE_INPUTS / 2);
                 let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
                 for n in 0..N {
-                    let codes = tiles[n];
-                    let (mut low, mut high) =
-                        (Maddubs::half::<M>(codes, rows, false), [[_mm256_setzero_si256(); 2]; M]);
-                    let more = if wide {
-                        high = Maddubs::half::<M>(codes, rows, true);
-                        let more = Maddubs::half::<M>(codes.add(512), second, true);
-                        for m in 0..M {
-                            for part in 0..2 {
-                                high[m][part] = _mm256_slli_epi32::<4>(_mm256_add_epi32(high[m][part], more[m][part]));
-                            }
-                        }
-                        Maddubs::half::<M>(codes.add(512), second, false)
+                    let mut sums = [[_mm256_setzero_si256(); 2]; M];
+                    Maddubs::add_half(&mut sums, (tiles[n], rows), false, 1);
+                    if wide {
+                        Maddubs::add_half(&mut sums, (tiles[n], rows), true, 16);
+                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), false, 1);
+                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), true, 16);
                     } else {
-                        Maddubs::half::<M>(codes, second, true)
-                    };
+                        Maddubs::add_half(&mut sums, (tiles[n], second), true, 1);
+                    }
                     for m in 0..M {
-                        for part in 0..2 {
-                            low[m][part] = _mm256_add_epi32(low[m][part], more[m][part]);
-                            if wide {
-                                low[m][part] = _mm256_add_epi32(low[m][part], high[m][part]);
-                            }
-                        }
-                        values[m][n] = Avx2(_mm256_cvtepi32_ps(low[m][0]), _mm256_cvtepi32_ps(low[m][1]));
+                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[m][0]), _mm256_cvtepi32_ps(sums[m][1]));
                     }
                 }
                 values
@@ -537,7 +534,7 @@ mod tests {
                 let tiles = w[n / LANES * panel..][..panel].chunks_exact(tile_bytes(dtype));
                 y.push(tiles.zip(x.chunks(TILE_INPUTS)).fold(bias[n], |y, (tile, x)| {
                     let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
-                    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+                    let inverse = if most > LEAST { 127.0 / most } else { 0.0 };
                     let codes: Vec<i32> = x.iter().map(|x| (x * inverse).round_ties_even() as i32).collect();
                     let parameter = |at: usize| {
                         let bytes = &tile[code_bytes(dtype) + 2 * at..];
@@ -563,13 +560,15 @@ mod tests {
             for dtype in [DType::Int8, DType::Int4] {
                 let rows = 31;
                 let (mut x, mut w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
-                // An outlier, a row of zeros, weights all alike.
+                // An outlier, a row of zeros, one of nearly nothing, weights all alike.
                 x[5] = 4000.0;
                 x[inputs..2 * inputs].fill(0.0);
+                x[2 * inputs..3 * inputs].fill(1e-40);
                 w[..inputs].fill(0.25);
                 let bias = normals(3, outputs);
                 let (data, _) = pack(&w, inputs, outputs, dtype);
                 let expected = expected(&x, (&data, dtype), &bias, inputs, outputs);
+                assert!(expected.iter().all(|y| y.is_finite()));
                 for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
                     for some in [1, 2, 4, 5, 11, 12, 13, 31] {
                         let mut scratch = vec![0.0; some * (inputs + TILE_INPUTS)];
@@ -619,15 +618,17 @@ mod tests {
     #[test]
     fn what_is_not_a_number_stays_so() {
         let (data, _) = pack(&normals(4, 64 * 16), 64, 16, DType::Int4);
-        for wrong in [f32::NAN, f32::INFINITY] {
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = normals(5, 64);
             x[9] = wrong;
-            let mut scratch = vec![0.0; 128];
-            let integers = IntegerRows::round(Isa::detect(), &x, 1, 64, &mut scratch);
-            let mut y = vec![0.0; 16];
-            let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
-            linear(Isa::detect(), &integers, &panels, None, &mut y, 16);
-            assert!(y.iter().all(|y| y.is_nan()), "{y:?}");
+            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                let mut scratch = vec![0.0; 128];
+                let integers = IntegerRows::round(isa, &x, 1, 64, &mut scratch);
+                let mut y = vec![0.0; 16];
+                let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
+                linear(isa, &integers, &panels, None, &mut y, 16);
+                assert!(y.iter().all(|y| y.is_nan()), "{isa:?} {wrong}: {y:?}");
+            }
         }
     }
 }

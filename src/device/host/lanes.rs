@@ -58,19 +58,10 @@ pub fn fold(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// The greatest lane that is a number.
+/// The greatest lane.
 #[inline(always)]
 pub fn greatest(lanes: [f32; LANES]) -> f32 {
-    let greater = |a: f32, b: f32| if a > b { a } else { b };
-    let mut lanes = lanes.map(|lane| greater(lane, f32::NEG_INFINITY));
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] = greater(lanes[i], lanes[i + half]);
-        }
-        half /= 2;
-    }
-    lanes[0]
+    lanes.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
 }
 
 /// Plain code: the reference for the other two.
