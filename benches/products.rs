@@ -1,7 +1,8 @@
 //! Matrix products beside the ceiling of the instructions that they are made of, measured in the same run.
 //!
 //! `cargo bench --bench products` prints, for weights of every dtype, operations per second of products with a square
-//! matrix of 2048 and their share of the ceiling: multiply-adds of f32, or of bytes where activations are rounded.
+//! matrix of 2048 and their share of the ceiling: multiply-adds of f32, or of bytes where activations are rounded. Those
+//! come for every set that has an instruction for them.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::time::Instant;
