@@ -7,9 +7,9 @@
 //! **Invariant:** integer sums are exact and the rest is one chain of f32 operations per output element, so its bits
 //! depend on its row of x and its column of w alone, on every instruction set.
 //!
-//! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products. With 512-bit ones, 16 vectors of them
-//! come with 3 of f32 multiplications on the same units, which leaves 84 %; `cargo bench --bench products` prints the
-//! fraction that is reached.
+//! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products. With 512-bit ones, each 16 come with
+//! 3 multiplications of f32 on the same units, which leaves 84 %; `cargo bench --bench products` prints the fraction
+//! that is reached.
 
 use std::ops::Range;
 
@@ -142,8 +142,8 @@ trait Dots {
     /// Panels that are: 1 or 2.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels. `wide` codes
-    /// have 8 bits, others 4.
+    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels. `wide`
+    /// codes have 8 bits, others 4.
     ///
     /// # Safety
     /// The set exists, a whole tile of each panel and 64 codes of each row are there.
