@@ -385,16 +385,16 @@ mod x86 {
                 let mut sums = [[_mm512_setzero_si512(); N]; M];
                 if wide {
                     for quad in 0..16 {
-                        let w = load(tiles, quad);
-                        add_quad(&mut sums, w, rows.add(4 * quad));
+                        add_quad(&mut sums, load(tiles, quad), rows.add(4 * quad));
                     }
                 } else {
                     let mask = _mm512_set1_epi8(15);
                     for quad in 0..8 {
-                        let (mut low, mut high) = (load(tiles, quad), load(tiles, quad));
+                        let codes = load(tiles, quad);
+                        let (mut low, mut high) = (codes, codes);
                         for n in 0..N {
-                            high[n] = _mm512_and_si512(_mm512_srli_epi16::<4>(low[n]), mask);
-                            low[n] = _mm512_and_si512(low[n], mask);
+                            low[n] = _mm512_and_si512(codes[n], mask);
+                            high[n] = _mm512_and_si512(_mm512_srli_epi16::<4>(codes[n]), mask);
                         }
                         add_quad(&mut sums, low, rows.add(4 * quad));
                         add_quad(&mut sums, high, rows.add(TILE_INPUTS / 2 + 4 * quad));
