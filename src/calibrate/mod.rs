@@ -194,7 +194,7 @@ impl Basics {
             Ok::<_, Error>(match probe {
                 Probe::Fma => Some(1e9 * rayon::broadcast(|_| raw_fma_gflops(isa)).iter().sum::<f64>()),
                 Probe::Int8 => {
-                    let all = rayon::broadcast(|_| raw_int8_gops());
+                    let all = rayon::broadcast(|_| raw_int8_gops(isa));
                     all.into_iter().sum::<Option<f64>>().map(|gops| 1e9 * gops)
                 }
                 Probe::Read => Some(memory.read()),

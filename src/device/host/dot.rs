@@ -7,25 +7,30 @@
 //! **Invariant:** integer sums are exact and the rest is one chain of f32 operations per output element, so its bits
 //! depend on its row of x and its column of w alone, on every instruction set.
 //!
-//! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products; `cargo bench --bench dot` prints the
-//! fraction that is reached.
+//! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products. With 512-bit ones, each 16 come with
+//! 3 multiplications of f32 on the same units, which leaves 84 %; `cargo bench --bench products` prints the fraction
+//! that is reached.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::gemm::{PARALLEL_WORK, Panels, for_panels};
 use super::isa::{Isa, Kernel, Registers};
-use super::lanes::{LANES, Lanes, Portable, fold, greatest};
+use super::lanes::{LANES, Lanes, Portable, fold};
 use super::shared::SharedMut;
 use crate::model::dtype::DType;
 use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
 
-/// Groups whose codes are spread out at a time: a panel's take 8 KiB of the first cache.
-const BLOCK_GROUPS: usize = 8;
-/// Bytes of the codes of a tile, one to a byte.
-const CODES: usize = TILE_INPUTS * LANES;
+/// Groups that all rows go through at a time: those of a tile's panels stay in the second cache, and outputs are read
+/// and written once for all of them.
+const BLOCK_GROUPS: usize = 32;
 
 /// Rows whose codes lie together: those that are computed together at most.
 const TILE_ROWS: usize = 12;
+
+/// Groups with nothing above it count as zeros.
+const LEAST: f32 = 1e-30;
 
 /// Rows of activations as small integers, in tiles of 12 rows (the last may have fewer).
 pub struct IntegerRows<'a> {
@@ -73,37 +78,52 @@ impl Kernel for RoundTile<'_> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Registers>(self) {
-        let rows = self.x.len() / self.inputs;
-        let places = self.codes.chunks_exact_mut(TILE_INPUTS).zip(self.scales).enumerate();
-        for (place, (codes, scale)) in places {
-            let (group, row) = (place / rows, place % rows);
-            let x = &self.x[row * self.inputs..][..self.inputs];
-            let x = &x[group * TILE_INPUTS..self.inputs.min((group + 1) * TILE_INPUTS)];
-            let mut padded = [0f32; TILE_INPUTS];
-            padded[..x.len()].copy_from_slice(x);
-            // SAFETY: four vectors lie in `padded`; the set is the caller's.
-            unsafe {
-                let at = |v: usize| V::load(padded.as_ptr().add(v * LANES));
-                let (mut most, mut poison) = (V::splat(0.0), V::splat(0.0));
-                for v in 0..TILE_INPUTS / LANES {
-                    most = at(v).abs().max(most);
-                    // What is not finite must not be rounded to something that is.
-                    poison = at(v).fma(V::splat(0.0), poison);
-                }
-                let most = greatest(most.to_array());
-                let inverse = V::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
-                let mut sum = V::splat(0.0);
-                for v in 0..TILE_INPUTS / LANES {
-                    let rounded = at(v).mul(inverse).round();
-                    sum = sum.add(rounded);
-                    // Adding 1.5 * 2^23 leaves a small integer in the last bits.
-                    let bits = rounded.add(V::splat(12_582_912.0)).to_array().map(f32::to_bits);
-                    codes[v * LANES..][..LANES].iter_mut().zip(bits).for_each(|(code, bits)| *code = bits as i8);
-                }
-                // Sums of integers this small are exact.
-                *scale = [most / 127.0 + fold(poison.to_array()), fold(sum.to_array())];
+        let (rows, (all, _)) = (self.x.len() / self.inputs, self.codes.as_chunks_mut::<TILE_INPUTS>());
+        for (row, x) in self.x.chunks_exact(self.inputs).enumerate() {
+            for (group, x) in x.chunks(TILE_INPUTS).enumerate() {
+                let mut values = <[f32; TILE_INPUTS]>::try_from(x).unwrap_or_else(|_| {
+                    let mut padded = [0f32; TILE_INPUTS];
+                    padded[..x.len()].copy_from_slice(x);
+                    padded
+                });
+                // SAFETY: four vectors lie in `values`; the set is the caller's.
+                let scale = unsafe { round_group::<V>(&mut values) };
+                let place = group * rows + row;
+                self.scales[place] = scale;
+                all[place] = values.map(|value| value.to_bits() as i8);
             }
         }
+    }
+}
+
+/// Rounds a group; gives what a step is worth and the sum of the codes, which are left in the last bits of `values`.
+///
+/// # Safety
+/// The set of `V` exists.
+#[inline(always)]
+unsafe fn round_group<V: Lanes>(values: &mut [f32; TILE_INPUTS]) -> [f32; 2] {
+    let vectors = values.as_mut_ptr();
+    // SAFETY: four vectors lie in `values`; the set is the caller's.
+    unsafe {
+        let at = |v: usize| vectors.add(v * LANES);
+        let mut most = V::splat(0.0);
+        for v in 0..TILE_INPUTS / LANES {
+            most = V::load(at(v)).abs().max(most);
+        }
+        // What is not negative is ordered as its bits are.
+        let most = f32::from_bits(most.to_array().map(f32::to_bits).into_iter().fold(0, u32::max));
+        // The inverse of less might be infinite.
+        let inverse = V::splat(if most > LEAST { 127.0 / most } else { 0.0 });
+        let mut sum = V::splat(0.0);
+        for v in 0..TILE_INPUTS / LANES {
+            let rounded = V::load(at(v)).mul(inverse).round();
+            sum = sum.add(rounded);
+            // Adding 1.5 * 2^23 leaves a small integer in the last bits.
+            rounded.add(V::splat(12_582_912.0)).store(at(v));
+        }
+        // Sums of integers this small are exact. What is not finite must not become something that is: a NaN reaches
+        // the sum, and an infinite value times its inverse, 0, is one.
+        [most / 127.0, fold(sum.to_array())]
     }
 }
 
@@ -117,18 +137,18 @@ pub fn linear(isa: Isa, x: &IntegerRows<'_>, w: &Panels<'_>, bias: Option<&[f32]
 trait Dots {
     /// Its vectors.
     type V: Lanes;
-    /// Rows that are computed together: 12, 4 or 1.
+    /// Rows that are computed together at most.
     const ROWS: usize;
-    /// Panels that are.
+    /// Panels that are: 1 or 2.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels, four inputs
-    /// of an output side by side. `wide` codes have 8 bits, others 4.
+    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels. `wide`
+    /// codes have 8 bits, others 4.
     ///
     /// # Safety
-    /// The set exists, 1024 bytes of each panel's weights and 64 of each row are there.
+    /// The set exists, a whole tile of each panel and 64 codes of each row are there.
     unsafe fn group<const M: usize, const N: usize>(
-        weights: [*const u8; N],
+        tiles: [*const u8; N],
         rows: *const i8,
         wide: bool,
     ) -> [[Self::V; N]; M];
@@ -141,14 +161,7 @@ struct Task<'a> {
     bias: Option<&'a [f32]>,
     y: &'a SharedMut<'a, f32>,
     stride: usize,
-    panels: std::ops::Range<usize>,
-}
-
-/// A block of groups of a panel, its codes spread out.
-struct Spread {
-    codes: [u8; BLOCK_GROUPS * CODES],
-    /// Scales, then offsets.
-    grids: [[f32; 2 * LANES]; BLOCK_GROUPS],
+    panels: Range<usize>,
 }
 
 impl Task<'_> {
@@ -156,74 +169,47 @@ impl Task<'_> {
     /// The set of `D` exists, and this function is compiled with it.
     #[inline(always)]
     unsafe fn run<D: Dots>(self) {
-        let mut spread =
-            [const { Spread { codes: [0; BLOCK_GROUPS * CODES], grids: [[0.0; 2 * LANES]; BLOCK_GROUPS] } }; 2];
         let mut panel = self.panels.start;
         while panel < self.panels.end {
-            let count = D::PANELS.min(self.panels.end - panel);
-            for first in (0..self.x.groups).step_by(BLOCK_GROUPS) {
-                let groups = first..self.x.groups.min(first + BLOCK_GROUPS);
-                // SAFETY: panels, groups and rows exist; the set is the caller's.
-                unsafe {
-                    for (index, spread) in spread.iter_mut().enumerate().take(count) {
-                        self.spread::<D>(panel + index, groups.clone(), spread);
-                    }
-                    match count {
-                        2 => self.all_rows::<D, 2>(panel, groups, [&spread[0], &spread[1]]),
-                        _ => self.all_rows::<D, 1>(panel, groups, [&spread[0]]),
-                    }
+            let left = self.panels.end - panel;
+            // SAFETY: the panels exist; the set is the caller's.
+            panel += unsafe {
+                match D::PANELS.min(left) {
+                    2.. => self.all_rows::<D, 2>(panel),
+                    _ => self.all_rows::<D, 1>(panel),
+                }
+            };
+        }
+    }
+
+    /// All rows of `N` panels; gives `N`.
+    ///
+    /// # Safety
+    /// As [`Task::run`]; the panels exist.
+    #[inline(always)]
+    unsafe fn all_rows<D: Dots, const N: usize>(&self, panel: usize) -> usize {
+        let panels = std::array::from_fn(|n| self.w.panel(panel + n).as_ptr());
+        for start in (0..self.x.groups).step_by(BLOCK_GROUPS) {
+            let groups = start..self.x.groups.min(start + BLOCK_GROUPS);
+            for first in (0..self.x.rows).step_by(TILE_ROWS) {
+                let count = TILE_ROWS.min(self.x.rows - first);
+                let mut row = 0;
+                while row < count {
+                    let tile = Tile { first, count, row, panel, groups: groups.clone() };
+                    // SAFETY: the rows exist; the set is the caller's.
+                    row += unsafe {
+                        match D::ROWS.min(count - row) {
+                            12.. => self.tile::<D, 12, N>(tile, panels),
+                            8..12 => self.tile::<D, 8, N>(tile, panels),
+                            4..8 => self.tile::<D, 4, N>(tile, panels),
+                            2..4 => self.tile::<D, 2, N>(tile, panels),
+                            _ => self.tile::<D, 1, N>(tile, panels),
+                        }
+                    };
                 }
             }
-            panel += count;
         }
-    }
-
-    /// Spreads out some groups of a panel.
-    ///
-    /// # Safety
-    /// As [`Task::run`].
-    #[inline(always)]
-    unsafe fn spread<D: Dots>(&self, panel: usize, groups: std::ops::Range<usize>, spread: &mut Spread) {
-        let dtype = self.w.dtype;
-        let tiles = self.w.panel(panel).chunks_exact(tile_bytes(dtype)).skip(groups.start).take(groups.len());
-        for ((tile, codes), grid) in tiles.zip(spread.codes.chunks_exact_mut(CODES)).zip(&mut spread.grids) {
-            let (packed, parameters) = tile.split_at(code_bytes(dtype));
-            spread_codes(packed, codes);
-            for (part, grid) in grid.chunks_exact_mut(LANES).enumerate() {
-                // SAFETY: 32 halves follow the codes; the set is the caller's.
-                unsafe { D::V::load_f16(parameters.as_ptr().add(2 * LANES * part).cast()).store(grid.as_mut_ptr()) };
-            }
-        }
-    }
-
-    /// All rows with some groups of `N` panels.
-    ///
-    /// # Safety
-    /// As [`Task::run`].
-    #[inline(always)]
-    unsafe fn all_rows<D: Dots, const N: usize>(
-        &self,
-        panel: usize,
-        groups: std::ops::Range<usize>,
-        spread: [&Spread; N],
-    ) {
-        for first in (0..self.x.rows).step_by(TILE_ROWS) {
-            let count = TILE_ROWS.min(self.x.rows - first);
-            let mut row = 0;
-            while row < count {
-                let tile = Rows { first, count, row };
-                // SAFETY: the rows exist; the set is the caller's.
-                row += unsafe {
-                    if D::ROWS >= 12 && count - row >= 12 {
-                        self.rows::<D, 12, N>(&tile, panel, groups.clone(), spread)
-                    } else if D::ROWS >= 4 && count - row >= 4 {
-                        self.rows::<D, 4, N>(&tile, panel, groups.clone(), spread)
-                    } else {
-                        self.rows::<D, 1, N>(&tile, panel, groups.clone(), spread)
-                    }
-                };
-            }
-        }
+        N
     }
 
     /// `M` rows with some groups of `N` panels; gives `M`.
@@ -232,80 +218,74 @@ impl Task<'_> {
     /// As [`Task::run`]; the rows exist.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    unsafe fn rows<D: Dots, const M: usize, const N: usize>(
-        &self,
-        tile: &Rows,
-        panel: usize,
-        groups: std::ops::Range<usize>,
-        spread: [&Spread; N],
-    ) -> usize {
-        let row = tile.first + tile.row;
-        let wide = self.w.dtype == DType::Int8;
+    unsafe fn tile<D: Dots, const M: usize, const N: usize>(&self, tile: Tile, panels: [*const u8; N]) -> usize {
+        let dtype = self.w.dtype;
+        let column = tile.panel * LANES;
+        let width = (self.w.outputs - column).min(N * LANES);
+        let place = |m: usize| self.y.at((tile.first + tile.row + m) * self.stride + column);
         let mut y = [[[0f32; LANES]; N]; M];
-        for (m, y) in y.iter_mut().enumerate() {
-            for (n, y) in y.iter_mut().enumerate() {
-                let column = (panel + n) * LANES;
-                let width = (self.w.outputs - column).min(LANES);
-                if groups.start > 0 {
-                    let at = self.y.at((row + m) * self.stride + column);
-                    // SAFETY: the columns of the output belong to this task alone.
-                    unsafe { std::ptr::copy_nonoverlapping(at, y.as_mut_ptr(), width) };
-                } else if let Some(bias) = self.bias {
-                    y[..width].copy_from_slice(&bias[column..column + width]);
-                }
+        for m in 0..M {
+            if tile.groups.start > 0 {
+                // SAFETY: the columns of the output belong to this task alone.
+                unsafe { copy::<N>(place(m), y[m].as_mut_ptr().cast(), width) };
+            } else if let Some(bias) = self.bias {
+                y[m].as_flattened_mut()[..width].copy_from_slice(&bias[column..column + width]);
             }
         }
-        for (index, group) in groups.enumerate() {
+        for group in tile.groups {
             // SAFETY: codes of these rows and groups exist; the set is the caller's.
             unsafe {
                 let place = tile.first * self.x.groups + group * tile.count + tile.row;
-                let codes = self.x.codes.as_ptr().add(place * TILE_INPUTS);
-                let weights = spread.map(|spread| spread.codes.as_ptr().add(index * CODES));
-                let sums = D::group::<M, N>(weights, codes, wide);
-                let grids = spread.map(|spread| spread.grids[index].as_ptr());
-                for m in 0..M {
-                    let [step, sum] = self.x.scales[place + m];
-                    let (step, sum) = (D::V::splat(step), D::V::splat(sum));
-                    for n in 0..N {
-                        let (scale, offset) = (D::V::load(grids[n]), D::V::load(grids[n].add(LANES)));
-                        let value = sums[m][n].fma(scale, offset.mul(sum));
-                        value.fma(step, D::V::load(y[m][n].as_ptr())).store(y[m][n].as_mut_ptr());
+                let steps = self.x.scales.as_ptr().add(place);
+                let tiles = panels.map(|panel| panel.add(group * tile_bytes(dtype)));
+                let sums =
+                    D::group::<M, N>(tiles, self.x.codes.as_ptr().add(place * TILE_INPUTS), dtype == DType::Int8);
+                for n in 0..N {
+                    let halves = tiles[n].add(code_bytes(dtype)).cast();
+                    let (scale, offset) = (D::V::load_f16(halves), D::V::load_f16(halves.add(LANES)));
+                    for m in 0..M {
+                        let [step, sum] = *steps.add(m);
+                        let value = sums[m][n].fma(scale, offset.mul(D::V::splat(sum)));
+                        let y = y[m][n].as_mut_ptr();
+                        value.fma(D::V::splat(step), D::V::load(y)).store(y);
                     }
                 }
             }
         }
-        for (m, y) in y.iter().enumerate() {
-            for (n, y) in y.iter().enumerate() {
-                let column = (panel + n) * LANES;
-                let at = self.y.at((row + m) * self.stride + column);
-                // SAFETY: as above.
-                unsafe { std::ptr::copy_nonoverlapping(y.as_ptr(), at, (self.w.outputs - column).min(LANES)) };
-            }
+        for m in 0..M {
+            // SAFETY: as above.
+            unsafe { copy::<N>(y[m].as_ptr().cast(), place(m), width) };
         }
         M
     }
 }
 
-/// Some rows of a tile.
-struct Rows {
+/// Some rows of a tile, and what they are multiplied with.
+struct Tile {
     /// The tile's first row, and how many it has.
     first: usize,
     count: usize,
     /// The first of these, within the tile.
     row: usize,
+    /// The first panel.
+    panel: usize,
+    groups: Range<usize>,
 }
 
-/// The codes of a tile, one to a byte.
+/// Copies `width` of the lanes of `N` vectors.
+///
+/// # Safety
+/// Both places have as many.
 #[inline(always)]
-fn spread_codes(codes: &[u8], spread: &mut [u8]) {
-    if codes.len() == spread.len() {
-        spread.copy_from_slice(codes);
-        return;
-    }
-    let (low, high) = spread.split_at_mut(codes.len());
-    for ((&pair, low), high) in codes.iter().zip(low).zip(high) {
-        *low = pair & 15;
-        *high = pair >> 4;
+unsafe fn copy<const N: usize>(from: *const f32, to: *mut f32, width: usize) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        if width == N * LANES {
+            // Of a known size it is no call.
+            to.cast::<[[f32; LANES]; N]>().write_unaligned(from.cast::<[[f32; LANES]; N]>().read_unaligned());
+        } else {
+            std::ptr::copy_nonoverlapping(from, to, width);
+        }
     }
 }
 
@@ -319,19 +299,24 @@ impl Dots for Plain {
 
     #[inline(always)]
     unsafe fn group<const M: usize, const N: usize>(
-        weights: [*const u8; N],
+        tiles: [*const u8; N],
         rows: *const i8,
-        _: bool,
+        wide: bool,
     ) -> [[Portable; N]; M] {
-        let dot = |row: *const i8, weights: *const u8| {
+        let dot = |row: *const i8, tile: *const u8| {
+            let bytes = code_bytes(if wide { DType::Int8 } else { DType::Int4 });
             // SAFETY: the caller passes that many bytes.
-            let (weights, row) =
-                unsafe { (std::slice::from_raw_parts(weights, CODES), std::slice::from_raw_parts(row, TILE_INPUTS)) };
+            let (codes, row) =
+                unsafe { (std::slice::from_raw_parts(tile, bytes), std::slice::from_raw_parts(row, TILE_INPUTS)) };
             let mut sums = [0i32; LANES];
-            for (quad, weights) in weights.chunks_exact(4 * LANES).enumerate() {
-                for (sum, weights) in sums.iter_mut().zip(weights.chunks_exact(4)) {
-                    for (&weight, &code) in weights.iter().zip(&row[4 * quad..]) {
-                        *sum += i32::from(weight) * i32::from(code);
+            for (quad, codes) in codes.chunks_exact(4 * LANES).enumerate() {
+                for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(4)) {
+                    for (k, &code) in (4 * quad..).zip(codes) {
+                        *sum += if wide {
+                            i32::from(code) * i32::from(row[k])
+                        } else {
+                            i32::from(code & 15) * i32::from(row[k]) + i32::from(code >> 4) * i32::from(row[k + 32])
+                        };
                     }
                 }
             }
@@ -339,7 +324,7 @@ impl Dots for Plain {
             // SAFETY: plain code runs everywhere.
             unsafe { Portable::load(sums.as_ptr()) }
         };
-        std::array::from_fn(|m| weights.map(|weights| dot(rows.wrapping_add(m * TILE_INPUTS), weights)))
+        std::array::from_fn(|m| tiles.map(|tile| dot(rows.wrapping_add(m * TILE_INPUTS), tile)))
     }
 }
 
@@ -358,6 +343,7 @@ fn run(isa: Isa, task: Task<'_>) {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -389,26 +375,29 @@ mod x86 {
         const PANELS: usize = 2;
 
         #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
-            weights: [*const u8; N],
+            tiles: [*const u8; N],
             rows: *const i8,
-            _: bool,
+            wide: bool,
         ) -> [[Avx512; N]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
                 let mut sums = [[_mm512_setzero_si512(); N]; M];
-                for quad in 0..16 {
-                    let mut w = [_mm512_setzero_si512(); N];
-                    for n in 0..N {
-                        w[n] = _mm512_loadu_si512(weights[n].add(64 * quad).cast());
+                if wide {
+                    for quad in 0..16 {
+                        add_quad(&mut sums, load(tiles, quad), rows.add(4 * quad));
                     }
-                    for m in 0..M {
-                        let four =
-                            _mm512_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned());
+                } else {
+                    let mask = _mm512_set1_epi8(15);
+                    for quad in 0..8 {
+                        let codes = load(tiles, quad);
+                        let (mut low, mut high) = (codes, codes);
                         for n in 0..N {
-                            sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
+                            low[n] = _mm512_and_si512(codes[n], mask);
+                            high[n] = _mm512_and_si512(_mm512_srli_epi16::<4>(codes[n]), mask);
                         }
+                        add_quad(&mut sums, low, rows.add(4 * quad));
+                        add_quad(&mut sums, high, rows.add(TILE_INPUTS / 2 + 4 * quad));
                     }
                 }
                 let mut values = [[Avx512(_mm512_setzero_ps()); N]; M];
@@ -422,34 +411,71 @@ mod x86 {
         }
     }
 
+    /// Four codes of 16 outputs of each panel.
+    #[inline(always)]
+    unsafe fn load<const N: usize>(tiles: [*const u8; N], quad: usize) -> [__m512i; N] {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            let mut w = [_mm512_setzero_si512(); N];
+            for n in 0..N {
+                w[n] = _mm512_loadu_si512(tiles[n].add(64 * quad).cast());
+            }
+            w
+        }
+    }
+
+    /// Four inputs of each row with those of the panels.
+    #[inline(always)]
+    unsafe fn add_quad<const M: usize, const N: usize>(sums: &mut [[__m512i; N]; M], w: [__m512i; N], rows: *const i8) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            for m in 0..M {
+                let four = _mm512_set1_epi32(rows.add(m * TILE_INPUTS).cast::<i32>().read_unaligned());
+                for n in 0..N {
+                    sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
+                }
+            }
+        }
+    }
+
     /// Two products and their sum in 16 bits at a time. Of codes of 4 bits, 8 such sums stay below
     /// 8 * 2 * 15 * 127 < 2^15; wider codes are taken as two of 4 bits.
     struct Maddubs;
 
     impl Maddubs {
-        /// The sums of a group of codes of 4 bits; `high` takes those of each byte's upper half.
+        /// Adds half a group, of codes of 4 bits, `factor` times; `high` takes those of each byte's upper half.
         #[inline(always)]
-        unsafe fn narrow(weights: *const u8, row: *const i8, high: bool) -> [__m256i; 2] {
+        unsafe fn add_half<const M: usize>(
+            sums: &mut [[__m256i; 2]; M],
+            (codes, rows): (*const u8, *const i8),
+            high: bool,
+            factor: i16,
+        ) {
             // SAFETY: passed on from the caller.
             unsafe {
-                let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-                let mut sums = [_mm256_setzero_si256(); 2];
-                for half in 0..2 {
-                    let mut pairs = [_mm256_setzero_si256(); 2];
-                    for quad in 8 * half..8 * half + 8 {
-                        let four = _mm256_set1_epi32(row.add(4 * quad).cast::<i32>().read_unaligned());
-                        for (part, pairs) in pairs.iter_mut().enumerate() {
-                            let w = _mm256_loadu_si256(weights.add(64 * quad + 32 * part).cast());
-                            let w = if high { _mm256_srli_epi16::<4>(w) } else { w };
-                            let products = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), four);
-                            *pairs = _mm256_add_epi16(*pairs, products);
+                let mask = _mm256_set1_epi8(15);
+                let mut pairs = [[_mm256_setzero_si256(); 2]; M];
+                // Where the compiler knows the number it unrolls the loop and runs out of registers.
+                for quad in 0..std::hint::black_box(8) {
+                    let mut w = [mask; 2];
+                    for part in 0..2 {
+                        let codes = _mm256_loadu_si256(codes.add(64 * quad + 32 * part).cast());
+                        w[part] = _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, mask);
+                    }
+                    for m in 0..M {
+                        let row = rows.add(m * TILE_INPUTS + 4 * quad);
+                        let four = _mm256_set1_epi32(row.cast::<i32>().read_unaligned());
+                        for part in 0..2 {
+                            pairs[m][part] = _mm256_add_epi16(pairs[m][part], _mm256_maddubs_epi16(w[part], four));
                         }
                     }
-                    for (sum, pairs) in sums.iter_mut().zip(pairs) {
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                }
+                for m in 0..M {
+                    for part in 0..2 {
+                        let products = _mm256_madd_epi16(pairs[m][part], _mm256_set1_epi16(factor));
+                        sums[m][part] = _mm256_add_epi32(sums[m][part], products);
                     }
                 }
-                sums
             }
         }
     }
@@ -460,26 +486,27 @@ mod x86 {
         const PANELS: usize = 1;
 
         #[inline(always)]
-        #[allow(clippy::needless_range_loop)]
         unsafe fn group<const M: usize, const N: usize>(
-            weights: [*const u8; N],
+            tiles: [*const u8; N],
             rows: *const i8,
             wide: bool,
         ) -> [[Avx2; N]; M] {
             // SAFETY: passed on from the caller.
             unsafe {
+                let second = rows.add(TILE_INPUTS / 2);
                 let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
-                for m in 0..M {
-                    let row = rows.add(m * TILE_INPUTS);
-                    for n in 0..N {
-                        let mut sums = Maddubs::narrow(weights[n], row, false);
-                        if wide {
-                            let high = Maddubs::narrow(weights[n], row, true);
-                            for part in 0..2 {
-                                sums[part] = _mm256_add_epi32(sums[part], _mm256_slli_epi32::<4>(high[part]));
-                            }
-                        }
-                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1]));
+                for n in 0..N {
+                    let mut sums = [[_mm256_setzero_si256(); 2]; M];
+                    Maddubs::add_half(&mut sums, (tiles[n], rows), false, 1);
+                    if wide {
+                        Maddubs::add_half(&mut sums, (tiles[n], rows), true, 16);
+                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), false, 1);
+                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), true, 16);
+                    } else {
+                        Maddubs::add_half(&mut sums, (tiles[n], second), true, 1);
+                    }
+                    for m in 0..M {
+                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[m][0]), _mm256_cvtepi32_ps(sums[m][1]));
                     }
                 }
                 values
@@ -508,7 +535,7 @@ mod tests {
                 let tiles = w[n / LANES * panel..][..panel].chunks_exact(tile_bytes(dtype));
                 y.push(tiles.zip(x.chunks(TILE_INPUTS)).fold(bias[n], |y, (tile, x)| {
                     let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
-                    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+                    let inverse = if most > LEAST { 127.0 / most } else { 0.0 };
                     let codes: Vec<i32> = x.iter().map(|x| (x * inverse).round_ties_even() as i32).collect();
                     let parameter = |at: usize| {
                         let bytes = &tile[code_bytes(dtype) + 2 * at..];
@@ -530,17 +557,19 @@ mod tests {
 
     #[test]
     fn every_set_gives_the_bits_of_the_definition() {
-        for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (1100, 33)] {
+        for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (2100, 33)] {
             for dtype in [DType::Int8, DType::Int4] {
                 let rows = 31;
                 let (mut x, mut w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
-                // An outlier, a row of zeros, weights all alike.
+                // An outlier, a row of zeros, one of nearly nothing, weights all alike.
                 x[5] = 4000.0;
                 x[inputs..2 * inputs].fill(0.0);
+                x[2 * inputs..3 * inputs].fill(1e-40);
                 w[..inputs].fill(0.25);
                 let bias = normals(3, outputs);
                 let (data, _) = pack(&w, inputs, outputs, dtype);
                 let expected = expected(&x, (&data, dtype), &bias, inputs, outputs);
+                assert!(expected.iter().all(|y| y.is_finite()));
                 for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
                     for some in [1, 2, 4, 5, 11, 12, 13, 31] {
                         let mut scratch = vec![0.0; some * (inputs + TILE_INPUTS)];
@@ -590,15 +619,17 @@ mod tests {
     #[test]
     fn what_is_not_a_number_stays_so() {
         let (data, _) = pack(&normals(4, 64 * 16), 64, 16, DType::Int4);
-        for wrong in [f32::NAN, f32::INFINITY] {
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = normals(5, 64);
             x[9] = wrong;
-            let mut scratch = vec![0.0; 128];
-            let integers = IntegerRows::round(Isa::detect(), &x, 1, 64, &mut scratch);
-            let mut y = vec![0.0; 16];
-            let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
-            linear(Isa::detect(), &integers, &panels, None, &mut y, 16);
-            assert!(y.iter().all(|y| y.is_nan()), "{y:?}");
+            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                let mut scratch = vec![0.0; 128];
+                let integers = IntegerRows::round(isa, &x, 1, 64, &mut scratch);
+                let mut y = vec![0.0; 16];
+                let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
+                linear(isa, &integers, &panels, None, &mut y, 16);
+                assert!(y.iter().all(|y| y.is_nan()), "{isa:?} {wrong}: {y:?}");
+            }
         }
     }
 }
