@@ -222,6 +222,15 @@ impl ModelCost {
         4.0 * self.query_width as f64
     }
 
+    /// Bytes of a layer of a page as far as the time goes that cores take to read it: they widen integers about as fast
+    /// as the 16 bits for which the rate was measured.
+    fn widened_bytes(&self) -> f64 {
+        match self.kv {
+            DType::Int8 | DType::Int4 => 4.0 * PAGE_POSITIONS * self.kv_width as f64,
+            DType::F32 | DType::Bf16 | DType::F16 => self.frame_bytes,
+        }
+    }
+
     /// Weights of the head.
     pub fn head_weights(&self) -> f64 {
         self.vocab_size as f64 * self.embed_size as f64
@@ -320,11 +329,11 @@ impl<'a> Costs<'a> {
 
     /// Seconds of attention: beginning a segment, reading each page once, arithmetic. Many rows of a segment share what
     /// the arithmetic of one row alone loses.
-    fn attention_secs(&self, kernels: &Kernels, load: &LayerLoad) -> f64 {
+    fn attention_secs(&self, kernels: &Kernels, page_bytes: f64, load: &LayerLoad) -> f64 {
         let (model, flops) = (self.model, self.model.key_flops());
         let key = flops / kernels.attention_prefill_flops;
         let alone = (PAGE_POSITIONS * (flops / kernels.attention_decode_flops - key)).max(0.0);
-        let page = alone + model.frame_bytes / kernels.attention_bytes_per_s;
+        let page = alone + page_bytes / kernels.attention_bytes_per_s;
         let segment = model.num_kv_heads as f64 * kernels.attention_segment_secs;
         load.keys * key + load.pages * page + load.segments * segment
     }
@@ -342,7 +351,10 @@ impl<'a> Costs<'a> {
             .map(|product| product.weights * curve.secs_per_weight(load.rows * product.rows_share))
             .sum();
         let pointwise = load.rows * model.pointwise_bytes;
-        let secs = products + self.attention_secs(kernels, load) + pointwise / kernels.pointwise_bytes_per_s;
+        let on_cpu = self.hardware.computes_on_cpu();
+        let attention =
+            self.attention_secs(kernels, if on_cpu { model.widened_bytes() } else { model.frame_bytes }, load);
+        let secs = products + attention + pointwise / kernels.pointwise_bytes_per_s;
         self.compute(secs, model.layer_bytes() + load.pages * model.frame_bytes + pointwise)
     }
 
@@ -350,7 +362,7 @@ impl<'a> Costs<'a> {
     /// results cross the link as f16.
     pub fn cpu_attention(&self, load: &LayerLoad) -> Work {
         let cpu = &self.hardware.cpu;
-        let secs = self.attention_secs(&cpu.kernels, load);
+        let secs = self.attention_secs(&cpu.kernels, self.model.widened_bytes(), load);
         Work {
             lane_secs: secs + cpu.kernels.step_secs,
             core_secs: secs * cpu.cores,
@@ -441,13 +453,17 @@ pub(crate) mod tests {
         let costs = Costs::new(&model, &hardware);
         let mut kernels = hardware.kernels().clone();
         let load = LayerLoad { rows: 1.0, segments: 1.0, keys: 640.0, pages: 10.0 };
-        let decode = costs.attention_secs(&kernels, &load);
+        let decode = costs.attention_secs(&kernels, model.frame_bytes, &load);
         let sum = 640.0 * 1024.0 / 5e9_f64 + 10.0 * model.frame_bytes / 5e9;
         assert!((decode - sum).abs() < 1e-12, "{decode} {sum}");
         // Beginning a segment costs once per key head, of which there are two.
         kernels.attention_segment_secs = 1e-6;
-        assert!((costs.attention_secs(&kernels, &load) - decode - 2e-6).abs() < 1e-12);
-        let prefill = costs.attention_secs(hardware.kernels(), &LayerLoad { rows: 640.0, keys: 204_800.0, ..load });
+        assert!((costs.attention_secs(&kernels, model.frame_bytes, &load) - decode - 2e-6).abs() < 1e-12);
+        let prefill = costs.attention_secs(
+            hardware.kernels(),
+            model.frame_bytes,
+            &LayerLoad { rows: 640.0, keys: 204_800.0, ..load },
+        );
         assert!((prefill / (204_800.0 * 1024.0 / 2e10) - 1.0).abs() < 0.02);
     }
 

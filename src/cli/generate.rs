@@ -44,7 +44,7 @@ use crate::schedule::price::placed;
 use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
-const ARITHMETIC: &str = "1";
+const ARITHMETIC: &str = "2";
 
 /// The arguments of `generate`, as typed.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
