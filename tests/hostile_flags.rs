@@ -55,6 +55,25 @@ fn flags_that_make_no_sense_are_usage_errors() {
 }
 
 #[test]
+fn caches_that_make_no_sense_are_refused_before_anything_is_written() {
+    for policy in ["lru", "h2o", "h2o:heavy=3", "sink:recent=1.5", "sink:start=1,start=2", "h2o:heavy=-1,recent=2"] {
+        let said = refuse(&["--kv-policy", policy], 2);
+        assert!(said.contains(&format!("--kv-policy {policy}")), "{said}");
+        assert!(hint(&said).contains("h2o:heavy="), "{said}");
+    }
+    // Layers with windows of their own, and a rotation that depends on the length.
+    for (model, policy, instead) in [("mistral-w23", "h2o:heavy=4,recent=4", "sink"), ("llama-dynamic", "sink", "h2o")]
+    {
+        let scratch = Scratch::new();
+        let (input, output) = (small(&scratch), scratch.path("out.jsonl"));
+        let model = support::golden(model);
+        let said = refused(&generate(model.to_str().unwrap(), &input, &output, &["--kv-policy", policy]), 2);
+        assert!(hint(&said).contains(instead), "{said}");
+        assert_eq!(names(&scratch.path("")), ["in.jsonl"]);
+    }
+}
+
+#[test]
 fn a_trace_replaces_no_file_of_the_job() {
     let scratch = Scratch::new();
     let (input, output) = (small(&scratch), scratch.path("out.jsonl"));
