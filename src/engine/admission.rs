@@ -2,7 +2,8 @@
 //!
 //! **Invariant:** pages and places are promised before a sequence begins. A prompt with several samples either
 //! reserves for all of them, or begins alone and keeps new prompts out until its last sample has begun; so samples
-//! that wait are of one prompt at most, and there is always one that fits.
+//! that wait are of one prompt at most, and there is always one that fits. Samples whose cache evicts share a prompt if
+//! they all fit, else each computes its own.
 
 use std::collections::HashMap;
 
@@ -14,6 +15,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::FinishReason;
+use crate::kv::policy::Kept;
 
 impl<D: Device> Engine<'_, D> {
     /// Takes a line in: errors are answered at once, prompts wait for admission.
@@ -97,10 +99,13 @@ impl<D: Device> Engine<'_, D> {
             let job = &self.jobs[&begin.job];
             let prompt = &job.prompts[begin.prompt].prompt;
             let siblings = begin.samples.len().saturating_sub(1);
-            let Reservation { alone, sibling } = Reservation::of(prompt, begin.samples.len());
+            let Reservation { alone, sibling, .. } = Reservation::of(prompt, begin.samples.len());
             let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
             let sibling_pages = if fits(alone + sibling * siblings, siblings + 1) {
                 Some(sibling)
+            } else if siblings > 0 && self.active.is_empty() && prompt.kept != Kept::All {
+                self.part_samples();
+                continue;
             } else if siblings > 0 && self.active.is_empty() && fits(alone, 1) {
                 None
             } else {
@@ -108,6 +113,14 @@ impl<D: Device> Engine<'_, D> {
             };
             let begin = self.pending.pop_front().expect("front exists");
             self.begin(begin, sibling_pages, alone);
+        }
+    }
+
+    /// Lets every sample of the first prompt in line compute it for itself.
+    fn part_samples(&mut self) {
+        let Begin { job, prompt, samples, scores } = self.pending.pop_front().expect("it was looked at");
+        for (index, sample) in samples.into_iter().enumerate().rev() {
+            self.pending.push_front(Begin { job, prompt, samples: vec![sample], scores: scores && index == 0 });
         }
     }
 

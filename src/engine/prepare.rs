@@ -171,7 +171,7 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     }
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
-    let pages = Reservation::of(&prompt, request.sampling.n as usize).alone;
+    let pages = Reservation::of(&prompt, request.sampling.n as usize).least;
     if pages > room.pages {
         return Err(Unfit::Pages(pages));
     }
@@ -181,7 +181,9 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
 /// Pages that a prompt and its samples hold at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reservation {
-    /// Of the sequence that computes the prompt. With these it can run at all: its samples can take turns.
+    /// With these it can run at all: its samples can take turns.
+    pub least: usize,
+    /// Of the sequence that computes the prompt for all.
     pub alone: usize,
     /// Of each further sample.
     pub sibling: usize,
@@ -195,9 +197,12 @@ impl Reservation {
         let shares = samples > 1;
         match prompt.kept {
             // Whole pages of the prompt stay shared; the last one is copied by whoever goes on from it.
-            Kept::All => Reservation { alone: pages + usize::from(shares), sibling: pages - len / PAGE_POSITIONS },
-            // Every page may be written again.
-            _ => Reservation { alone: pages * (1 + usize::from(shares)), sibling: pages },
+            Kept::All => {
+                let alone = pages + usize::from(shares);
+                Reservation { least: alone, alone, sibling: pages - len / PAGE_POSITIONS }
+            }
+            // Every page may be written again; samples that do not fit together compute the prompt for themselves.
+            _ => Reservation { least: pages, alone: pages * (1 + usize::from(shares)), sibling: pages },
         }
     }
 }
