@@ -21,7 +21,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("quant", &[]),
     ("memory", &["error"]),
     ("model", &["durable", "error", "memory", "quant", "rng"]),
-    ("kv", &["model::config", "model::dtype"]),
+    ("kv", &["model::dtype"]),
     ("policy", &["error::Tier"]),
     ("hardware", &["error", "model::dtype"]),
     ("cost", &["hardware", "model::config", "model::dtype"]),

@@ -151,7 +151,7 @@ pub fn kv_policy(text: Option<&str>, config: &ModelConfig) -> Result<Arc<dyn KvP
     let narrow = |window: &Option<usize>| window.is_some_and(|window| window < config.context_len);
     if policy.needs_scores() && config.sliding_window.iter().any(narrow) {
         let what = format!("--kv-policy {text}: this model has layers with a window of their own");
-        return Err(Error::usage(what, "use full or sink, which evict what such layers do not see"));
+        return Err(Error::usage(what, "use full or sink"));
     }
     Ok(policy)
 }

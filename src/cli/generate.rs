@@ -266,7 +266,8 @@ impl Arguments {
         let packed = model.packed(weights.dtype())?;
         let bytes = model_bytes(config, packed.layout(), &kv);
         let element = weights.dtype().or(converted).unwrap_or(stored);
-        let mut plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype).with_bytes(bytes);
+        let plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype);
+        let mut plan_model = plan_model.with_scores(kv.scored).with_bytes(bytes);
         plan_model.cost.integer_activations = rounds_activations(self.activations, element)?;
         if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
             plan_model.cost.compressed_ratio = 1.0;
@@ -306,7 +307,7 @@ impl Arguments {
     /// What the job will take, as far as its file says. A pipe can be read once only, and a file without prompts is the
     /// job's to judge: then prompts of middling length are assumed.
     fn estimate(&self, model: &Model, kv_policy: &dyn KvPolicy) -> Job {
-        let context_len = kv_policy.context_len(&model.config);
+        let context_len = model.config.sequence_len(kv_policy.outgrows_context());
         let max_tokens = self.max_tokens.or(model.generation.max_new_tokens).map(|count| count as usize);
         let counter = estimate::Counter::new(|text| model.tokenizer.encode(text, true).map_or(1, |ids| ids.len()));
         let reading = estimate::Reading {
@@ -408,7 +409,8 @@ impl Arguments {
             repetition_penalty: generation.repetition_penalty,
             ..Defaults::default()
         };
-        let context_len = kv_policy(self.kv_policy.as_deref(), &model.config)?.context_len(&model.config);
+        let outgrows = kv_policy(self.kv_policy.as_deref(), &model.config)?.outgrows_context();
+        let context_len = model.config.sequence_len(outgrows);
         let limits = Limits::new(model.config.vocab_size as u32, context_len as u32);
         job::check_defaults(&flags, &limits).map_err(|(name, what)| {
             let flag = name.replace('_', "-");

@@ -177,7 +177,7 @@ impl Arguments {
         let mut model = PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)?;
         model.cost.integer_activations = rounds_activations(self.activations, model.cost.weights)?;
         let scored = kv_policy(self.kv_policy.as_deref(), &model.config)?.needs_scores();
-        Ok(if scored { model.with_scores() } else { model })
+        Ok(model.with_scores(scored))
     }
 
     fn hardware(&self) -> Result<(Hardware, Budgets)> {
@@ -229,7 +229,7 @@ impl Arguments {
 
     fn job(&self, model: &PlanModel) -> Result<Job> {
         let kv_policy = kv_policy(self.kv_policy.as_deref(), &model.config)?;
-        let context_len = kv_policy.context_len(&model.config);
+        let context_len = model.config.sequence_len(kv_policy.outgrows_context());
         let gen_len = self.gen_len.unwrap_or(GEN_LEN).max(1);
         if let Some(file) = &self.input {
             // Without a tokenizer: a token per 4 bytes.

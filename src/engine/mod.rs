@@ -140,7 +140,7 @@ impl<'m, D: Device> Engine<'m, D> {
     ) -> Result<Counts> {
         let config = &self.model.config;
         let pages = self.longest();
-        let context_len = self.kv_policy.context_len(config);
+        let context_len = config.sequence_len(self.kv_policy.outgrows_context());
         let kv_policy = self.kv_policy.clone();
         let room = Room { context_len, vocab_size: config.vocab_size, pages, kv_policy };
         std::thread::scope(|scope| {

@@ -23,6 +23,9 @@ const PANEL: usize = 16;
 /// Bytes of scales and offsets of the keys, or values, of a head.
 const GRID_BYTES: usize = 2 * 2 * PAGE_POSITIONS;
 
+/// Bytes of a head's notes, where there are any: 64 positions as u32, then 64 scores as f32.
+pub const NOTE_BYTES: usize = PAGE_POSITIONS * 8;
+
 /// What the layout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -65,9 +68,8 @@ impl KvLayout {
         }
     }
 
-    /// Bytes of a head's notes: 64 positions as u32, then 64 scores as f32.
     fn note_bytes(&self) -> usize {
-        if self.scored { PAGE_POSITIONS * 8 } else { 0 }
+        if self.scored { NOTE_BYTES } else { 0 }
     }
 
     /// Bytes of one head of one layer of a page.

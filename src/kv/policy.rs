@@ -12,7 +12,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::layout::{PAGE_POSITIONS, pages_for};
-use crate::model::config::ModelConfig;
 
 /// A way of bounding the cache.
 pub trait KvPolicy: fmt::Display + fmt::Debug + Send + Sync {
@@ -28,18 +27,7 @@ pub trait KvPolicy: fmt::Display + fmt::Debug + Send + Sync {
     fn outgrows_context(&self) -> bool {
         false
     }
-
-    /// Positions of prompt and completion together, with a model.
-    fn context_len(&self, config: &ModelConfig) -> usize {
-        match self.outgrows_context() && config.positions.are_rotary() {
-            true => OUTGROWN,
-            false => config.context_len,
-        }
-    }
 }
-
-/// Positions of a sequence that outgrows its model's context: all are exact in f32.
-const OUTGROWN: usize = 1 << 24;
 
 /// What is kept of a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -120,6 +120,9 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// Positions of a sequence that outgrows its model's context: all are exact in f32.
+const OUTGROWN: usize = 1 << 24;
+
 /// How positions enter the model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Positions {
@@ -156,6 +159,12 @@ mod limit {
 }
 
 impl ModelConfig {
+    /// Tokens of prompt and completion together; more than the context where positions are counted within a cache that
+    /// keeps part of them, if the model's positions allow it.
+    pub fn sequence_len(&self, outgrows_context: bool) -> usize {
+        if outgrows_context && self.positions.are_rotary() { OUTGROWN } else { self.context_len }
+    }
+
     /// Reads a `config.json`, in the dialects of transformers 4 and 5.
     ///
     /// # Errors

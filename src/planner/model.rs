@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::cost::{Experts, ModelCost};
 use crate::error::{Error, Result};
+use crate::kv::layout::NOTE_BYTES;
 use crate::model::config::{ModelConfig, Norm, Positions};
 use crate::model::dtype::DType;
 use crate::schedule::placement::ModelBytes;
@@ -20,8 +21,6 @@ const TILE_INPUTS: usize = 64;
 const CHUNKS_PER_STAGE: usize = 64;
 /// Chunks and frames are padded to this.
 const ALIGNMENT: u64 = 4096;
-/// A page's notes of a head: the position and the score of 64 keys.
-const NOTE_BYTES: u64 = 64 * 8;
 
 /// A model, its numerics resolved.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +35,8 @@ pub struct PlanModel {
     pub cost: ModelCost,
     /// What its parts take.
     pub bytes: ModelBytes,
+    /// Whether pages note the position and the score of every key.
+    scored: bool,
 }
 
 /// Dtypes to plan with; none is the model's own.
@@ -63,7 +64,7 @@ impl PlanModel {
     pub fn new(name: &str, config: ModelConfig, experts: Option<Experts>, weights: DType, kv: DType) -> Self {
         let cost = ModelCost::new(&config, experts, weights, kv);
         let bytes = model_bytes(&config, experts, &cost);
-        PlanModel { name: name.to_owned(), config, experts, cost, bytes }
+        PlanModel { name: name.to_owned(), config, experts, cost, bytes, scored: false }
     }
 
     /// The same model with its parts' bytes known exactly, from its files.
@@ -73,10 +74,11 @@ impl PlanModel {
         PlanModel { bytes, ..self }
     }
 
-    /// The same model with pages that note the position and the score of every key.
+    /// The same model, `scored` with pages that note the position and the score of every key.
     #[must_use]
-    pub fn with_scores(mut self) -> Self {
-        let notes = NOTE_BYTES * self.cost.num_kv_heads as u64;
+    pub fn with_scores(mut self, scored: bool) -> Self {
+        self.scored = scored;
+        let notes = if scored { (NOTE_BYTES * self.cost.num_kv_heads) as u64 } else { 0 };
         self.bytes.frame = (self.bytes.frame + notes).next_multiple_of(ALIGNMENT);
         self.cost.frame_bytes = self.bytes.frame as f64;
         self
@@ -88,7 +90,7 @@ impl PlanModel {
         let (weights, kv) = (numerics.weights.unwrap_or(self.cost.weights), numerics.kv.unwrap_or(self.cost.kv));
         let mut model = PlanModel::new(&self.name, self.config.clone(), self.experts, weights, kv);
         model.cost.integer_activations = self.cost.integer_activations;
-        model
+        model.with_scores(self.scored)
     }
 
     /// Weights in all, and those that a token goes through; the embedding table counts once.

@@ -331,21 +331,23 @@ impl Block<'_> {
         let (rows, group) = (self.rows(), self.group());
         for first in (0..rows).step_by(group) {
             for (tile, scores) in scores.chunks_exact_mut(PAGE_POSITIONS).enumerate().take(self.tiles.len()) {
-                let factor = |row: usize| {
-                    let max = state.all_max[tile * rows + row];
-                    if max == f32::NEG_INFINITY { None } else { Some((max - state.max[row], 1.0 / state.sum[row])) }
-                };
-                for lane in (0..PAGE_POSITIONS).step_by(LANES) {
-                    // SAFETY: there are 64 scores of every row and tile; the instruction set is the caller's.
-                    unsafe {
-                        let mut sum = V::splat(0.0);
-                        for row in first..first + group {
-                            let Some((above, inverse)) = factor(row) else { continue };
-                            let share = math::exp(V::splat(above)).mul(V::splat(inverse));
-                            let at = state.all_scores.as_ptr().add((tile * rows + row) * PAGE_POSITIONS + lane);
-                            sum = V::load(at).fma(share, sum);
+                // SAFETY: there are 64 scores of every row and tile; the instruction set is the caller's.
+                unsafe {
+                    let mut sums = [V::splat(0.0); PAGE_POSITIONS / LANES];
+                    for row in first..first + group {
+                        let max = state.all_max[tile * rows + row];
+                        // Of this tile the query sees nothing.
+                        if max == f32::NEG_INFINITY {
+                            continue;
                         }
-                        let at = scores.as_mut_ptr().add(lane);
+                        let share = math::exp(V::splat(max - state.max[row])).mul(V::splat(1.0 / state.sum[row]));
+                        let from = state.all_scores.as_ptr().add((tile * rows + row) * PAGE_POSITIONS);
+                        for (lane, sum) in sums.iter_mut().enumerate() {
+                            *sum = V::load(from.add(lane * LANES)).fma(share, *sum);
+                        }
+                    }
+                    for (lane, sum) in sums.into_iter().enumerate() {
+                        let at = scores.as_mut_ptr().add(lane * LANES);
                         V::load(at).add(sum).store(at);
                     }
                 }

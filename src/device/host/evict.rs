@@ -24,7 +24,6 @@ struct Head<'a> {
 }
 
 /// What is known of a key.
-#[derive(Clone, Copy)]
 struct Note {
     slot: usize,
     position: u32,
@@ -111,14 +110,14 @@ impl Head<'_> {
 
     /// Of `count` keys leaves `capacity`, all from position `latest` on among them.
     fn evict(&self, count: usize, capacity: usize, latest: usize) {
-        let mut notes = Vec::with_capacity(count);
+        let mut older: Vec<Note> = Vec::with_capacity(count);
         for page in 0..pages_for(count) {
             let (positions, scores) = self.notes(self.part(page));
             let first = page * PAGE_POSITIONS;
             let here = positions.iter().zip(scores).enumerate().take(count - first);
-            notes.extend(here.map(|(within, (&position, &mut score))| Note { slot: first + within, position, score }));
+            let notes = here.map(|(within, (&position, &mut score))| Note { slot: first + within, position, score });
+            older.extend(notes.filter(|note| (note.position as usize) < latest));
         }
-        let mut older: Vec<Note> = notes.iter().filter(|note| (note.position as usize) < latest).copied().collect();
         let order = |a: &Note, b: &Note| a.score.total_cmp(&b.score).then(a.position.cmp(&b.position));
         let victims = count - capacity;
         if victims < older.len() {
@@ -130,17 +129,20 @@ impl Head<'_> {
         let free = gone.iter().take_while(|&&slot| slot < capacity);
         let moves = (capacity..count).filter(|slot| gone.binary_search(slot).is_err());
         for (&to, from) in free.zip(moves) {
-            self.shift(from, to, notes[from]);
+            self.shift(from, to);
         }
     }
 
-    /// Moves a key and its value to another slot.
-    fn shift(&self, from: usize, to: usize, note: Note) {
+    /// Moves a key, its value and what is noted of it to another slot.
+    fn shift(&self, from: usize, to: usize) {
         let layout = &self.call.frames.layout;
-        let bits = take_slot(layout, self.part(from / PAGE_POSITIONS), from % PAGE_POSITIONS);
+        let (part, within) = (self.part(from / PAGE_POSITIONS), from % PAGE_POSITIONS);
+        let bits = take_slot(layout, part, within);
+        let (positions, scores) = self.notes(part);
+        let (position, score) = (positions[within], scores[within]);
         let (part, within) = (self.part(to / PAGE_POSITIONS), to % PAGE_POSITIONS);
         put_slot(layout, part, within, &bits);
         let (positions, scores) = self.notes(part);
-        (positions[within], scores[within]) = (note.position, note.score);
+        (positions[within], scores[within]) = (position, score);
     }
 }
