@@ -139,10 +139,10 @@ impl<'m, D: Device> Engine<'m, D> {
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let config = &self.model.config;
-        let pages = self.longest();
+        let (pages, block_pages) = (self.longest(), self.block_pages());
         let context_len = config.sequence_len(self.kv_policy.outgrows_context());
         let kv_policy = self.kv_policy.clone();
-        let room = Room { context_len, vocab_size: config.vocab_size, pages, kv_policy };
+        let room = Room { context_len, vocab_size: config.vocab_size, pages, block_pages, kv_policy };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
@@ -190,9 +190,14 @@ impl<'m, D: Device> Engine<'m, D> {
 
     /// Pages of the longest sequence that can run: those of a block, where some of them have to be brought in.
     fn longest(&self) -> usize {
+        self.pool.len().min(self.block_pages())
+    }
+
+    /// Pages that a block can have brought in for a layer; no limit where all are there.
+    fn block_pages(&self) -> usize {
         let placement = self.executor.placement();
         let resident = placement.pages[placement.compute as usize];
-        if resident == self.pool.len() { resident } else { self.pool.len().min(placement.policy.block_pages) }
+        if resident == self.pool.len() { usize::MAX } else { placement.policy.block_pages }
     }
 
     /// Everything that fits is done; what does not is told with the memory that would do.

@@ -67,8 +67,10 @@ pub struct Room {
     pub context_len: usize,
     /// Rows of the embedding table.
     pub vocab_size: usize,
-    /// Pages of the KV cache.
+    /// Pages of the KV cache that a sequence can have.
     pub pages: usize,
+    /// Pages that can be brought in for a layer.
+    pub block_pages: usize,
     /// What of a sequence is kept in it.
     pub kv_policy: Arc<dyn KvPolicy>,
 }
@@ -172,8 +174,9 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
     let pages = Reservation::of(&prompt, request.sampling.n as usize).least;
-    if pages > room.pages {
-        return Err(Unfit::Pages(pages));
+    let widest = prompt.kept.widest_layer(positions(len, prompt.max_tokens));
+    if pages > room.pages || widest > room.block_pages {
+        return Err(Unfit::Pages(pages.max(widest)));
     }
     Ok(prompt)
 }
