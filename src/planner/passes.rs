@@ -276,6 +276,23 @@ mod tests {
     }
 
     #[test]
+    fn blocks_have_room_for_the_layer_that_needs_most() {
+        let policy = crate::kv::policy::parse("pyramid:heavy=200,recent=20,slope=1.0").unwrap();
+        let job = Job::of(&[Request::new(600, 20, 20, &*policy); 40]);
+        // 220 slots and 64 more on average, 420 and 64 in the first layer.
+        assert_eq!((job.most_pages, job.widest_layer), (5, 8));
+        let mut placement = placement(&job, 8, 300, 2, Split::all(Tier::Cpu));
+        // Sequences that decode together in a block, at most.
+        let mut most = |block_pages: usize| {
+            placement.policy.block_pages = block_pages;
+            let passes = passes(&job, &placement);
+            let blocks = passes.iter().flat_map(|pass| &pass.blocks).filter(|block| block.rows == block.segments);
+            blocks.map(|block| block.segments).max().unwrap()
+        };
+        assert_eq!([20, 23, 24].map(&mut most), [2, 2, 3]);
+    }
+
+    #[test]
     fn few_places_repeat_unevenly_and_are_counted_whole() {
         let passes = |requests: usize| {
             let job = Job::uniform(requests, 512, 256);

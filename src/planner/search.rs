@@ -287,6 +287,7 @@ impl<'a> Question<'a> {
             // A prompt is in one block of a pass, so few prompts need larger ones.
             block_rows: spare.max(chunk_tokens.div_ceil(prompts) + sequences.div_ceil(blocks.len())),
             pages: pages.max(self.job.most_pages) + 1,
+            widest_layer: self.job.widest_layer as f64 / self.job.most_pages as f64,
             weight_slots: 3,
             kv_slots: if blocks.len() == 1 { 2 } else { 3 },
             embed: places.0,
