@@ -6,6 +6,7 @@
 mod admission;
 mod prepare;
 mod sample;
+mod score;
 mod sequence;
 mod step;
 

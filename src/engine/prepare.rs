@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;
 
+use super::score;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Item, PartialSample, Reader};
@@ -58,6 +59,19 @@ pub struct PreparedPrompt {
     pub max_tokens: usize,
     /// What of its sequences is kept.
     pub kept: Kept,
+    /// Which tokens are scored, if any are.
+    pub scored: Option<Scored>,
+    /// Tokens that it lost at its beginning.
+    pub cut_tokens: usize,
+}
+
+/// Tokens of a prompt that are scored: those from a position on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scored {
+    /// The first that is predicted, above 0.
+    pub from: usize,
+    /// A token after the prompt, which is predicted but never computed.
+    pub after: Option<u32>,
 }
 
 /// What a prompt must fit into.
@@ -107,11 +121,16 @@ fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
                 format!("{} prompts with n = {} are {samples} samples", request.prompts.len(), request.sampling.n);
             return Err(Unfit::Line(LineError::new("too_many_samples", format!("{what}, at most {MAX_SAMPLES}"))));
         }
-        let prompts = request.prompts.iter().map(|prompt| {
-            let prompt = tokenize(prompt, &request, model).map_err(Unfit::Line)?;
-            fit(prompt, &request, room)
-        });
-        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+        let mut prompts = Vec::with_capacity(request.prompts.len());
+        for prompt in &request.prompts {
+            let prepared = match prompt {
+                Prompt::Scoring(scoring) => score::prepare(scoring, model, room.context_len),
+                prompt => tokenize(prompt, &request, model).map(|prompt| vec![prompt]),
+            };
+            for prompt in prepared.map_err(Unfit::Line)? {
+                prompts.push(fit(prompt, &request, room)?);
+            }
+        }
         Ok(Work { request: Arc::new(request), prompts, partial: item.partial })
     });
     Prepared { header, work }
@@ -119,7 +138,8 @@ fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
 
 fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<PreparedPrompt, LineError> {
     let failed = |error: Error| LineError::new("tokenizer_error", error.to_string());
-    let (tokens, text) = match prompt {
+    let (mut tokens, text) = match prompt {
+        Prompt::Scoring(_) => unreachable!("what is scored is prepared elsewhere"),
         Prompt::Tokens(tokens) => {
             let text = request.sampling.echo.then(|| model.tokenizer.decode(tokens, false)).transpose();
             (tokens.clone(), text.map_err(failed)?)
@@ -133,8 +153,13 @@ fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<Prepare
             (model.tokenizer.encode(&text, conversation.add_special_tokens).map_err(failed)?, Some(text))
         }
     };
-    let text = text.filter(|_| request.sampling.echo);
-    Ok(PreparedPrompt { tokens, text, max_tokens: request.sampling.max_tokens as usize, kept: Kept::All })
+    let sampling = &request.sampling;
+    let text = text.filter(|_| sampling.echo);
+    let cut_tokens = sampling.truncate_prompt_tokens.map_or(0, |most| tokens.len().saturating_sub(most as usize));
+    tokens.drain(..cut_tokens);
+    // The first token of a prompt is predicted by nothing.
+    let scored = sampling.prompt_logprobs.map(|_| Scored { from: 1, after: None });
+    Ok(PreparedPrompt { tokens, text, max_tokens: sampling.max_tokens as usize, kept: Kept::All, scored, cut_tokens })
 }
 
 fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
@@ -159,7 +184,11 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     if len == 0 {
         return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    if len >= room.context_len {
+    if prompt.max_tokens == 0 && prompt.scored.is_none() {
+        // Only its text is wanted: nothing is computed.
+        return Ok(prompt);
+    }
+    if len >= room.context_len && prompt.scored.is_none_or(|scored| scored.after.is_none()) {
         let context = room.context_len;
         let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
         return refused("context_length_exceeded", what);

@@ -47,7 +47,8 @@ impl Names {
         let id = self.id(header, outcome.is_err());
         let mut line = match (header.endpoint, outcome) {
             (Endpoint::Plain, Ok(answer)) => to_json(&plain(header, answer)),
-            (Endpoint::Plain, Err(error)) => {
+            (Endpoint::Score, Ok(answer)) => to_json(&score(header, answer)),
+            (Endpoint::Plain | Endpoint::Score, Err(error)) => {
                 to_json(&PlainError { custom_id: &header.custom_id, error: numbered(header, error) })
             }
             (Endpoint::Completions, Ok(answer)) => self.batch(header, &id, Some(self.completion(header, &id, answer))),
@@ -318,6 +319,38 @@ fn plain<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Plain<'a> {
         logprobs: first.logprobs,
         prompt_logprobs: prompt_logprobs(header, prompt),
         choices: several.then(|| prompt.choices.iter().enumerate().map(choice).collect()),
+        metadata: header.metadata.as_deref(),
+    }
+}
+
+/// The answer to a line that had tokens scored, over all of its windows.
+#[derive(Serialize)]
+struct Score<'a> {
+    custom_id: &'a str,
+    logprob: f64,
+    is_greedy: bool,
+    token_logprobs: Vec<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    /// Tokens that the context lost at its beginning.
+    truncated_tokens: usize,
+    usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<&'a RawValue>,
+}
+
+fn score<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Score<'a> {
+    let scores: Vec<&TokenLogprob> =
+        answer.prompts.iter().flat_map(|window| window.prompt_logprobs.iter().flatten()).collect();
+    let token_logprobs: Vec<f32> = scores.iter().map(|score| floor(score.logprob.unwrap_or(LOWEST_LOGPROB))).collect();
+    Score {
+        custom_id: &header.custom_id,
+        logprob: token_logprobs.iter().map(|&logprob| f64::from(logprob)).sum(),
+        is_greedy: scores.iter().all(|score| score.top.first().is_some_and(|(best, _)| best.id == score.token.id)),
+        token_logprobs,
+        token_ids: header.return_token_ids.then(|| scores.iter().map(|score| score.token.id).collect()),
+        truncated_tokens: answer.prompts.iter().map(|window| window.cut_tokens).sum(),
+        usage: Usage::of(answer),
         metadata: header.metadata.as_deref(),
     }
 }

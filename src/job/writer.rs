@@ -175,6 +175,7 @@ mod tests {
             prompts: vec![PromptAnswer {
                 prompt_token_ids: vec![1],
                 prompt_text: None,
+                cut_tokens: 0,
                 prompt_logprobs: None,
                 choices: vec![Choice {
                     text: String::new(),
