@@ -20,19 +20,14 @@ fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number")).collect()
 }
 
-/// Log-probability and whether it is the best of every token but the first, in one window.
-fn echoed(answer: &Value) -> Vec<(f64, bool)> {
-    let logprobs = &answer["logprobs"];
-    let scores = logprobs["token_logprobs"]
-        .as_array()
-        .expect("scores")
-        .iter()
-        .zip(logprobs["top_logprobs"].as_array().expect("alternatives"));
-    let score = |(own, top): (&Value, &Value)| {
-        let own = own.as_f64().expect("a number");
-        (own, top.as_object().expect("an object").values().all(|other| other.as_f64().expect("a number") <= own))
+/// Log-probability and whether it is the best, of every token but the first.
+fn echoed(answer: &Value, tokens: &[usize]) -> Vec<(f64, bool)> {
+    let positions = answer["prompt_logprobs"].as_array().expect("scores");
+    let score = |(position, token): (&Value, &usize)| {
+        let entry = &position[token.to_string()];
+        (entry["logprob"].as_f64().expect("a number"), entry["rank"] == 1)
     };
-    scores.skip(1).map(score).collect()
+    positions.iter().zip(tokens).skip(1).map(score).collect()
 }
 
 fn ids(count: usize, seed: usize) -> Vec<usize> {
@@ -47,7 +42,7 @@ fn continuations_are_scored_as_echoed_prompts() {
     for (seed, (context, continuation)) in shapes.into_iter().enumerate() {
         let tokens = ids(context + continuation, seed);
         scored.push(json!({"context": tokens[..context], "continuation": tokens[context..], "return_token_ids": true}));
-        echo.push(json!({"prompt": tokens, "echo": true, "logprobs": 1, "max_tokens": 0}));
+        echo.push(json!({"prompt": tokens, "prompt_logprobs": 1, "max_tokens": 0}));
     }
     for model in ["tests/goldens/llama-gqa-tied", "tests/goldens/mistral-w23", "tests/goldens/opt-preln"] {
         let name = model.rsplit('/').next().expect("a name");
@@ -56,8 +51,9 @@ fn continuations_are_scored_as_echoed_prompts() {
         let small = run(&scratch, &format!("{name}-c"), model, &scored, &["--policy", policy.to_str().unwrap()], 0);
         assert_eq!(scores, small, "{name}: batches change scores");
         let echoes = run(&scratch, &format!("{name}-e"), model, &echo, &[], 0);
-        for ((answer, echo), (context, continuation)) in scores.iter().zip(&echoes).zip(shapes) {
-            let expected = &echoed(echo)[context - 1..];
+        for (seed, (answer, echo)) in scores.iter().zip(&echoes).enumerate() {
+            let (context, continuation) = shapes[seed];
+            let expected = &echoed(echo, &ids(context + continuation, seed))[context - 1..];
             assert_eq!(
                 numbers(&answer["token_logprobs"]),
                 expected.iter().map(|(score, _)| *score).collect::<Vec<_>>()
