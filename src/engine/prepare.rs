@@ -10,7 +10,7 @@ use std::thread::Scope;
 use super::score;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
-use crate::job::{Item, PartialSample, Reader};
+use crate::job::{Event, Item, PartialSample, Reader};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::model::Model;
@@ -21,6 +21,16 @@ const WINDOW: usize = 256;
 
 /// Samples of one line, over all its prompts.
 const MAX_SAMPLES: usize = 4096;
+
+/// What the engine is given.
+// Lines are what nearly all of it is.
+#[allow(clippy::large_enum_variant)]
+pub enum Arrival {
+    /// A line.
+    Line(Prepared),
+    /// The word not to wait for more lines.
+    Flush,
+}
 
 /// A line that is ready to run, or to be answered with an error.
 pub struct Prepared {
@@ -93,12 +103,13 @@ pub fn spawn<'scope>(
     mut reader: Reader,
     model: &'scope Model,
     room: Room,
-) -> Receiver<Result<Prepared>> {
-    let (sender, receiver): (SyncSender<Result<Prepared>>, _) = sync_channel(WINDOW);
+) -> Receiver<Result<Arrival>> {
+    let (sender, receiver): (SyncSender<Result<Arrival>>, _) = sync_channel(WINDOW);
     scope.spawn(move || {
         loop {
-            let message = match reader.next() {
-                Ok(Some(item)) => Ok(prepare(item, model, &room)),
+            let message = match reader.next_event() {
+                Ok(Some(Event::Item(item))) => Ok(Arrival::Line(prepare(item, model, &room))),
+                Ok(Some(Event::Flush)) => Ok(Arrival::Flush),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };

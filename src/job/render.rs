@@ -253,7 +253,7 @@ fn completion_choice<'a>(
         index,
         text: Some(echoed_text(prompt, choice)),
         message: None,
-        logprobs: text_logprobs(prompt, choice).map(Logprobs::Text),
+        logprobs: text_logprobs(header, prompt, choice).map(Logprobs::Text),
         finish_reason: reason(choice),
         stop_reason: Some(stop_reason(choice)),
         token_ids: header.return_token_ids.then_some(&choice.token_ids),
@@ -304,7 +304,7 @@ fn plain<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Plain<'a> {
         text: echoed_text(prompt, choice),
         finish_reason: reason(choice),
         token_ids: header.return_token_ids.then_some(&choice.token_ids),
-        logprobs: text_logprobs(prompt, choice),
+        logprobs: text_logprobs(header, prompt, choice),
     };
     let mut choices = prompt.choices.iter().enumerate().map(choice);
     let first = choices.next().expect("a prompt has a sample");
@@ -369,18 +369,22 @@ struct TextLogprobs<'a> {
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<&'a str>,
     top_logprobs: Vec<Option<TopLogprobs<'a>>>,
+    /// With the token ids: what the texts cannot say of tokens that end within a character.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_bytes: Option<Vec<&'a [u8]>>,
 }
 
 /// Log-probabilities of a choice, the echoed prompt's before it.
-fn text_logprobs<'a>(prompt: &'a PromptAnswer, choice: &'a Choice) -> Option<TextLogprobs<'a>> {
+fn text_logprobs<'a>(header: &ItemHeader, prompt: &'a PromptAnswer, choice: &'a Choice) -> Option<TextLogprobs<'a>> {
     let completion = choice.logprobs.as_ref()?;
     let echoed = prompt.prompt_logprobs.as_ref().filter(|_| prompt.prompt_text.is_some());
-    let mut shape = TextLogprobs::default();
+    let mut shape = TextLogprobs { token_bytes: header.return_token_ids.then(Vec::new), ..TextLogprobs::default() };
     let mut offset = 0;
     for token in echoed.into_iter().flatten().chain(completion) {
         shape.text_offset.push(offset);
         shape.token_logprobs.push(token.logprob.map(floor));
         shape.tokens.push(&token.token.text);
+        shape.token_bytes.iter_mut().for_each(|bytes| bytes.push(&token.token.bytes));
         shape.top_logprobs.push(token.logprob.map(|logprob| TopLogprobs(token, logprob)));
         offset += token.token.text.chars().count();
     }
