@@ -32,6 +32,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
     ("bench", &["cost", "executor", "schedule"]),
+    ("eval", &["error"]),
     (
         "calibrate",
         &[
@@ -57,6 +58,7 @@ const GRAPH: &[(&str, &[&str])] = &[
             "durable",
             "engine",
             "error",
+            "eval",
             "executor",
             "hardware",
             "job",
