@@ -63,6 +63,10 @@ impl<D: Device> Engine<'_, D> {
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
         self.take_in(askers, drawn)?;
+        for sequence in &mut self.active {
+            let Sequence { path, number, computed, pages, .. } = sequence;
+            self.prefixes.publish(path, *number, *computed, pages, &mut self.pool);
+        }
         self.start_finished_prompts();
         self.retire(writer)
     }
