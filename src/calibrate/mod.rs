@@ -92,7 +92,7 @@ pub fn calibrate(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Ha
     progress("measuring kernels");
     let began = Instant::now();
     let arena = Arena::new("calibration", Tier::Cpu, shape.bytes())?;
-    let mut bench = Bench::new(Host::new(arena), shape);
+    let mut bench = Bench::new(Host::new(arena), shape)?;
     let kernels = bench.measure(budgets.kernels.saturating_sub(began.elapsed()), basics.median(Probe::Step))?;
     let disk = match &options.disk {
         Some(directory) => {

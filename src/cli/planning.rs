@@ -10,6 +10,7 @@ use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
 use super::say;
 use crate::calibrate::{METHOD, Options, calibrate};
+use crate::device::cuda::card::Facts;
 use crate::durable;
 use crate::error::{Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
@@ -35,6 +36,8 @@ pub struct Situation<'a> {
     pub throttles: &'a Throttles,
     /// What the job is expected to take.
     pub job: &'a Job,
+    /// The card that computes; none where the CPU does.
+    pub card: Option<&'a Facts>,
     /// Where the machine's profile is kept.
     pub cache: PathBuf,
     /// Where files for what does not fit are made.
@@ -96,6 +99,11 @@ impl Situation<'_> {
     }
 
     fn plan(&self) -> Result<Decision> {
+        if self.card.is_some() {
+            let what = "the model, with a cache for this job, does not fit into --gpu-memory, and plans for GPUs that \
+                        were not measured cannot be made yet";
+            return Err(Error::usage(what, "say where everything goes with --policy FILE, or use --device host"));
+        }
         let hardware = self.profile(true)?.expect("it was measured");
         let plan = self.question(&hardware).plan()?;
         let share = |split: &crate::policy::Split| {
@@ -135,6 +143,9 @@ impl Situation<'_> {
 
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.
     fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
+        if self.card.is_some() {
+            return Ok(None);
+        }
         let Some(measured) = this_machine(&self.cache, &self.offload, self.budgets.cpu, measure)? else {
             return Ok(None);
         };
