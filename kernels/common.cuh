@@ -42,8 +42,11 @@ enum { KEPT_ALL = 0, KEPT_WINDOW = 1, KEPT_HEAVY = 2 };
 
 #define DEVICE [[maybe_unused]] static __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
-#define BOUNDS(threads) __launch_bounds__(threads)
+// Threads of a block, and blocks that a processor should hold at least: without that number the compiler may prefer
+// spilling to fewer blocks.
+#define BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_TWO _Pragma("unroll 2")
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define DYNAMIC_SHARED(type, name)                                      \
     extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \

@@ -46,7 +46,7 @@ program() {
         echo '#include "shim.h"'
         echo "#line 1 \"$name.program\""
         cat "$program"
-        sed -n 's/^KERNEL BOUNDS(\([0-9]*\)) \([a-z0-9_]*\)(.*/\1 \2/p' "$file" | while read -r threads kernel; do
+        sed -n 's/^KERNEL BOUNDS(\([0-9]*\)[, 0-9]*) \([a-z0-9_]*\)(.*/\1 \2/p' "$file" | while read -r threads kernel; do
             echo "static emulator::Registration registration_$kernel(\"$sum\", \"$kernel\", $threads,"
             echo "    [](void** arguments) { return emulator::bind(&$kernel, arguments); });"
         done

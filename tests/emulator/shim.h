@@ -16,8 +16,9 @@
 
 #define DEVICE [[maybe_unused]] static inline
 #define KERNEL extern "C" __attribute__((visibility("hidden"))) void
-#define BOUNDS(threads)
+#define BOUNDS(...)
 #define UNROLL
+#define UNROLL_TWO
 #define ALIGNED(bytes) alignas(bytes)
 #define SHARED(type, name, count) type* const name = static_cast<type*>(emulator::shared_array(sizeof(type) * (count)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulator::dynamic_shared())
