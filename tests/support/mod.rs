@@ -1,6 +1,7 @@
 //! What several integration tests share: running the binary in a directory of its own.
 #![allow(dead_code, missing_docs)]
 
+pub mod cuda;
 pub mod jobs;
 pub mod process;
 

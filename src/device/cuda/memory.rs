@@ -51,8 +51,11 @@ impl DeviceArena {
         // SAFETY: the context is bound; the allocation is freed once, by its last owner.
         let address = unsafe { result::malloc_sync(bytes) }?;
         let allocation = Arc::new(Allocation { address, context: context.clone() });
-        // SAFETY: the range is the allocation, which nothing else knows yet.
-        unsafe { result::memset_d8_sync(address, 0, bytes) }?;
+        // SAFETY: the range is the allocation, which nothing else knows yet; the default stream always exists.
+        unsafe {
+            result::memset_d8_async(address, 0, bytes, result::stream::null())?;
+            result::stream::synchronize(result::stream::null())?;
+        }
         Ok(DeviceArena { allocation, bytes, used: 0 })
     }
 
@@ -82,11 +85,6 @@ impl DeviceBuffer {
     pub fn first(&self, bytes: usize) -> u64 {
         self.at(0, bytes)
     }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
 }
 
 /// An arena of main memory that the card reads and writes directly: registered as long as this is kept.
@@ -112,6 +110,14 @@ impl Pinned {
         unsafe { sys::cuMemHostRegister_v2(hold.start().cast(), hold.bytes(), sys::CU_MEMHOSTREGISTER_PORTABLE) }
             .result()?;
         Ok(Pinned { context: context.clone(), hold })
+    }
+}
+
+impl Pinned {
+    /// Whether bytes lie within the arena.
+    pub fn holds(&self, bytes: &[u8]) -> bool {
+        let within = (bytes.as_ptr() as usize).checked_sub(self.hold.start() as usize);
+        within.is_some_and(|start| start + bytes.len() <= self.hold.bytes())
     }
 }
 

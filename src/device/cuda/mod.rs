@@ -26,10 +26,12 @@ mod turn;
 pub mod workspace;
 
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bytemuck::{Pod, Zeroable};
+use cudarc::driver::CudaContext;
 use cudarc::driver::result;
+use cudarc::driver::sys::CUstream;
 
 use super::sampling::{Draw, Drawn};
 use super::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Target};
@@ -66,7 +68,8 @@ pub struct Cuda {
     lists: DeviceBuffer,
     _product_workspace: DeviceBuffer,
     arena: DeviceArena,
-    _pinned: Pinned,
+    pinned: Pinned,
+    context: Arc<CudaContext>,
     workspace: Workspace,
     facts: Facts,
 }
@@ -131,14 +134,15 @@ impl Cuda {
             compute,
             h2d,
             d2h,
-            state: Mutex::new(State::new(host_lists, context)),
+            state: Mutex::new(State::new(host_lists)),
             widened,
             partials,
             weighed,
             lists,
             _product_workspace: product_workspace,
             arena,
-            _pinned: pinned,
+            pinned,
+            context,
             workspace,
             facts,
         })
@@ -154,18 +158,21 @@ impl Cuda {
         element(weights, &self.facts)
     }
 
-    /// Copies on a stream, and waits for them.
+    /// Copies on a stream, and waits for them. Copies of memory that is not registered go through the default stream.
     fn copy(
         &self,
         queue: &Queue,
         doing: &str,
-        copies: impl FnOnce(cudarc::driver::sys::CUstream) -> Result<(), result::DriverError>,
+        copies: impl FnOnce(CUstream) -> Result<(), result::DriverError>,
     ) -> Result<()> {
-        self.state().context().bind_to_thread().map_err(|error| failed(doing, error))?;
+        self.context.bind_to_thread().map_err(|error| failed(doing, error))?;
         let copied = copies(queue.raw());
         // Also after a failure: nothing may be under way to or from borrowed memory when this returns.
         let waited = queue.wait_asleep();
-        copied.and(waited).map_err(|error| failed(doing, error))
+        // A copy from memory that is not registered returns when the driver has its bytes, maybe before the card has.
+        // SAFETY: the default stream always exists.
+        let all_waited = unsafe { result::stream::synchronize(result::stream::null()) };
+        copied.and(waited).and(all_waited).map_err(|error| failed(doing, error))
     }
 }
 
@@ -381,7 +388,12 @@ impl Device for Cuda {
             parts.iter().filter(|(part, _)| !part.is_empty()).try_for_each(|&(part, offset)| {
                 let to = to.at(offset, part.len());
                 // SAFETY: the target lies in a buffer of the card; the source is borrowed until the copy is over.
-                unsafe { result::memcpy_htod_async(to, part, stream) }
+                unsafe {
+                    match self.pinned.holds(part) {
+                        true => result::memcpy_htod_async(to, part, stream),
+                        false => result::memcpy_htod_sync(to, part),
+                    }
+                }
             })
         })
     }
@@ -391,7 +403,12 @@ impl Device for Cuda {
             parts.iter_mut().filter(|(_, part)| !part.is_empty()).try_for_each(|(offset, part)| {
                 let from = from.at(*offset, part.len());
                 // SAFETY: the source lies in a buffer of the card; the target is borrowed until the copy is over.
-                unsafe { result::memcpy_dtoh_async(part, from, stream) }
+                unsafe {
+                    match self.pinned.holds(part) {
+                        true => result::memcpy_dtoh_async(part, from, stream),
+                        false => result::memcpy_dtoh_sync(part, from),
+                    }
+                }
             })
         })
     }

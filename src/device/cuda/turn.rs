@@ -2,10 +2,9 @@
 //!
 //! **Invariant:** one operation at a time has its turn. A list stays as it is until the stream has been waited for.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::MutexGuard;
 
-use cudarc::driver::result;
-use cudarc::driver::{CudaContext, DriverError};
+use cudarc::driver::result::{self, DriverError};
 
 use super::Cuda;
 use super::card::text;
@@ -23,18 +22,12 @@ pub struct State {
     lists: Region,
     used: usize,
     failure: Option<String>,
-    context: Arc<CudaContext>,
 }
 
 impl State {
     /// Nothing listed, nothing failed.
-    pub fn new(lists: Region, context: Arc<CudaContext>) -> State {
-        State { lists, used: 0, failure: None, context }
-    }
-
-    /// The card's context.
-    pub fn context(&self) -> &Arc<CudaContext> {
-        &self.context
+    pub fn new(lists: Region) -> State {
+        State { lists, used: 0, failure: None }
     }
 }
 
@@ -56,7 +49,7 @@ impl Cuda {
         if turn.state.failure.is_some() {
             return;
         }
-        let bound = turn.state.context.bind_to_thread().map_err(|error| doing("taking the context", error));
+        let bound = self.context.bind_to_thread().map_err(|error| doing("taking the context", error));
         if let Err(what) = bound.and_then(|()| operation(&mut turn)) {
             turn.state.failure = Some(what);
         }
