@@ -111,11 +111,9 @@ pub struct Card {
     pub context: Arc<CudaContext>,
 }
 
-/// Where the driver's library lies, if there is one.
+/// Where the driver's library lies, once it has been used.
 pub fn driver_path() -> Option<PathBuf> {
-    // SAFETY: looking for the library loads it and nothing else.
-    let present = unsafe { sys::is_culib_present() };
-    present.then(|| libraries::loaded_path("libcuda.so").unwrap_or_else(|| PathBuf::from("libcuda.so")))
+    libraries::loaded_path("libcuda.so")
 }
 
 /// The first card that CUDA shows (`CUDA_VISIBLE_DEVICES` chooses), without a context.
@@ -123,7 +121,10 @@ pub fn driver_path() -> Option<PathBuf> {
 /// # Errors
 /// Why there is none that can be used.
 pub fn facts() -> Result<Facts, Problem> {
-    driver_path().ok_or_else(|| Problem::Absent("no NVIDIA driver is installed (libcuda.so.1 is not found)".into()))?;
+    // SAFETY: looking for the library loads it and nothing else.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Problem::Absent("no NVIDIA driver is installed (libcuda.so.1 is not found)".into()));
+    }
     let driver = driver_version();
     match result::init() {
         Ok(()) => {}

@@ -10,7 +10,6 @@ use crate::error::Bytes;
 
 /// Lines on card, driver and libraries: what was found and where, or what is missing and what to do about it.
 pub fn lines() -> Vec<String> {
-    let driver = card::driver_path();
     let facts = match card::facts() {
         Ok(facts) => facts,
         Err(problem) => {
@@ -32,7 +31,7 @@ pub fn lines() -> Vec<String> {
         format!(
             "driver: CUDA {}, {}",
             version(facts.driver / 1000, facts.driver % 1000 / 10),
-            driver.map_or("nowhere".into(), |path| path.display().to_string()),
+            card::driver_path().map_or("unknown where".into(), |path| path.display().to_string()),
         ),
     ];
     let mut usable = true;
