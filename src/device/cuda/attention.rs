@@ -134,13 +134,12 @@ fn group(segments: &[Segment]) -> Group<'_> {
 fn view(kv: &KvViewMut<'_, DeviceBuffer>) -> [u64; 5] {
     let resident = &kv.resident;
     let streamed = kv.streamed.as_ref().map_or(0, |frames| frames.memory.first(frames.count * frames.stride));
-    let scored = u64::from(resident.layout.scored);
     [
         resident.memory.first(resident.count * resident.stride),
         resident.count as u64,
         streamed,
         resident.stride as u64,
-        scored,
+        resident.layout.notes().len() as u64,
     ]
 }
 
@@ -168,7 +167,7 @@ pub fn append(
         ])?;
         let width = heads.qkv_width();
         let qkv = qkv.at(4 * group.first_row * width, 4 * group.rows * width);
-        let [resident, num_resident, streamed, stride, scored] = view(kv);
+        let [resident, num_resident, streamed, stride, notes] = view(kv);
         let dtype = dtype_code(kv.resident.layout.dtype);
         turn.launch(
             "append_kv",
@@ -180,7 +179,7 @@ pub fn append(
                 num_resident,
                 streamed,
                 stride,
-                scored,
+                notes,
                 dtype,
                 listed,
                 pages,
@@ -254,7 +253,7 @@ impl Call<'_> {
         let (cos_at, sin_at) = if rotated.is_some() { (cos_at, sin_at) } else { (0, 0) };
         let qkv = self.qkv.at(4 * group.first_row * width, 4 * group.rows * width);
         let out = self.out.at(4 * group.first_row * out_width, 4 * group.rows * out_width);
-        let [resident, num_resident, streamed, stride, scored] = view(self.kv);
+        let [resident, num_resident, streamed, stride, notes] = view(self.kv);
         let partials = turn.device().partials.first(workspace.num_partials * workspace.partial);
         let dtype = self.kv.resident.layout.dtype;
         let shared = 4 * TASK_ROWS * head_dim;
@@ -269,7 +268,7 @@ impl Call<'_> {
                 num_resident,
                 streamed,
                 stride,
-                scored,
+                notes,
                 listed_at,
                 pages_at,
                 tasks_at,
@@ -305,7 +304,7 @@ impl Call<'_> {
                 num_resident,
                 streamed,
                 stride,
-                scored,
+                notes,
                 listed_at,
                 pages_at,
                 heavy_at,

@@ -37,7 +37,7 @@ macro_rules! program {
 }
 
 /// All programs.
-pub const PROGRAMS: [Program; 6] = [
+pub const PROGRAMS: [Program; 5] = [
     program!(
         "rows.cu",
         [
@@ -57,11 +57,19 @@ pub const PROGRAMS: [Program; 6] = [
     program!("cache.cu", ["append_kv"]),
     program!(
         "attention.cu",
-        ["attend_f32", "attend_bf16", "attend_f16", "attend_int8", "attend_int4", "fold_partials"]
-    ),
-    program!(
-        "heavy.cu",
-        ["attend_heavy_f32", "attend_heavy_bf16", "attend_heavy_f16", "attend_heavy_int8", "attend_heavy_int4"]
+        [
+            "attend_f32",
+            "attend_bf16",
+            "attend_f16",
+            "attend_int8",
+            "attend_int4",
+            "fold_partials",
+            "attend_heavy_f32",
+            "attend_heavy_bf16",
+            "attend_heavy_f16",
+            "attend_heavy_int8",
+            "attend_heavy_int4",
+        ]
     ),
     program!("sample.cu", ["sample_rows"]),
 ];
