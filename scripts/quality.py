@@ -22,6 +22,14 @@ def h2o(share):
     return f"h2o:heavy={share / 2:g},recent={share / 2:g}"
 
 
+def pyramid(share):
+    return f"pyramid:heavy={share / 2:g},recent={share / 2:g}"
+
+
+def per_head(share):
+    return f"per-head:heavy={share / 2:g},recent={share / 2:g}"
+
+
 def local(share):
     return f"sink:start=0,recent={share:g}"
 
@@ -40,7 +48,7 @@ def sections():
     ]
     yield "KV dtype", [["--kv-dtype", dtype] for dtype in ("f32", "bf16", "f16", "int8", "int4")]
     yield "KV policy, share of prompt + max_tokens", [
-        ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, sink, local)]
+        ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, pyramid, per_head, sink, local)]
     yield "Together", [
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int8"],
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4"],

@@ -10,6 +10,7 @@ pub mod device;
 pub mod durable;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod executor;
 pub mod hardware;
 pub mod job;

@@ -56,7 +56,16 @@ fn flags_that_make_no_sense_are_usage_errors() {
 
 #[test]
 fn caches_that_make_no_sense_are_refused_before_anything_is_written() {
-    for policy in ["lru", "h2o", "h2o:heavy=3", "sink:recent=1.5", "sink:start=1,start=2", "h2o:heavy=-1,recent=2"] {
+    for policy in [
+        "lru",
+        "h2o",
+        "h2o:heavy=3",
+        "sink:recent=1.5",
+        "sink:start=1,start=2",
+        "h2o:heavy=-1,recent=2",
+        "pyramid:heavy=4,recent=4,slope=3",
+        "per-head:heavy=4",
+    ] {
         let said = refuse(&["--kv-policy", policy], 2);
         assert!(said.contains(&format!("--kv-policy {policy}")), "{said}");
         assert!(hint(&said).contains("h2o:heavy="), "{said}");

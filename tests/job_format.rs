@@ -62,7 +62,13 @@ fn choice(text: &str) -> Choice {
 }
 
 fn answer(choices: Vec<Choice>) -> Answer {
-    let prompt = PromptAnswer { prompt_token_ids: vec![1, 2, 3], prompt_text: None, prompt_logprobs: None, choices };
+    let prompt = PromptAnswer {
+        prompt_token_ids: vec![1, 2, 3],
+        prompt_text: None,
+        cut_tokens: 0,
+        prompt_logprobs: None,
+        choices,
+    };
     Answer { prompts: vec![prompt] }
 }
 
@@ -256,6 +262,7 @@ fn sampling_fields_arrive() {
         prompt_logprobs: Some(3),
         echo: true,
         skip_special_tokens: false,
+        truncate_prompt_tokens: None,
     };
     assert_eq!(all, expected);
     assert_eq!(sampling(r#"{"prompt":"x","temperature":0}"#).temperature, 0.0);

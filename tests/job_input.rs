@@ -70,7 +70,11 @@ fn each_bad_field_is_named() {
         (r#"{"messages":[{"content":"hi"}]}"#, "invalid_value", "messages[0].role"),
         (r#"{"messages":[{"role":"user","content":5}]}"#, "invalid_value", "messages[0].content"),
         (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, "unsupported_field", "image_url"),
-        (r#"{"messages":[{"role":"user","content":"x"}],"echo":true}"#, "unsupported_field", "echo"),
+        (
+            r#"{"method":"POST","url":"/v1/chat/completions","body":{"messages":[{"role":"user","content":"x"}],"echo":true}}"#,
+            "unsupported_field",
+            "echo",
+        ),
         (r#"{"messages":[{"role":"user","content":"x"}],"top_logprobs":2}"#, "invalid_value", "top_logprobs"),
         (r#"{}"#, "missing_field", "neither `prompt` nor `messages`"),
         (r#"{"id":7,"prompt":"x"}"#, "invalid_value", "`id` must be a string that is not empty, got 7"),

@@ -7,7 +7,7 @@ use tidemill::device::{AttentionSpan, Device, Frames, Heads, KvViewMut, Rotation
 use tidemill::error::Tier;
 use tidemill::kv::layout::{KvLayout, PAGE_POSITIONS};
 use tidemill::kv::pages::Segment;
-use tidemill::kv::policy::Kept;
+use tidemill::kv::policy::{Kept, Spread};
 use tidemill::memory::arena::{Arena, Region};
 use tidemill::model::dtype::DType;
 use tidemill::rng::Philox;
@@ -54,46 +54,85 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-/// What H2O does, for one KV head: results by row and query head, and what is left after every row.
-fn heavy_hitters(
-    sequence: &Sequence,
-    kv_head: usize,
-    heads: Heads,
-    scale: f64,
-) -> (Vec<Vec<Vec<f64>>>, Vec<Vec<usize>>) {
-    let Kept::Heavy { heavy, recent, prompt_len } = sequence.kept else { panic!("another policy") };
+/// What one KV head gives: results by row and query head, and the positions that are left after every row.
+#[derive(Default)]
+struct Expected {
+    results: Vec<Vec<Vec<f64>>>,
+    left: Vec<Vec<usize>>,
+}
+
+/// What H2O does, for all KV heads: each evicts on its own, or all together.
+fn heavy_hitters(sequence: &Sequence, heads: Heads, scale: f64) -> Vec<Expected> {
+    let Kept::Heavy { heavy, recent, prompt_len, spread } = sequence.kept else { panic!("another policy") };
     let group = heads.num_heads / heads.num_kv_heads;
-    let mut cache: Vec<(usize, f32)> = Vec::new();
-    let (mut results, mut left) = (Vec::new(), Vec::new());
+    let mut caches: Vec<Vec<(usize, f32)>> = vec![Vec::new(); heads.num_kv_heads];
+    let mut expected: Vec<Expected> = caches.iter().map(|_| Expected::default()).collect();
     for row in 0..sequence.rows.len() {
-        cache.push((row, 0.0));
-        let mut received = vec![0f32; cache.len()];
-        let mut of_row = Vec::new();
-        for head in kv_head * group..(kv_head + 1) * group {
-            let query = sequence.query(row, head, heads);
-            let key = |&(position, _): &(usize, f32)| scale * dot(query, sequence.key(position, kv_head, heads));
-            let weights = softmax(&cache.iter().map(key).collect::<Vec<_>>());
-            let mut result = vec![0f64; heads.head_dim];
-            for ((weight, &(position, _)), received) in weights.iter().zip(&cache).zip(&mut received) {
-                *received += *weight as f32;
-                let value = sequence.value(position, kv_head, heads);
-                result.iter_mut().zip(value).for_each(|(sum, &value)| *sum += weight * f64::from(value));
+        for (kv_head, (cache, expected)) in caches.iter_mut().zip(&mut expected).enumerate() {
+            cache.push((row, 0.0));
+            let mut received = vec![0f32; cache.len()];
+            let mut of_row = Vec::new();
+            for head in kv_head * group..(kv_head + 1) * group {
+                let query = sequence.query(row, head, heads);
+                let key = |&(position, _): &(usize, f32)| scale * dot(query, sequence.key(position, kv_head, heads));
+                let weights = softmax(&cache.iter().map(key).collect::<Vec<_>>());
+                let mut result = vec![0f64; heads.head_dim];
+                for ((weight, &(position, _)), received) in weights.iter().zip(cache.iter()).zip(&mut received) {
+                    *received += *weight as f32;
+                    let value = sequence.value(position, kv_head, heads);
+                    result.iter_mut().zip(value).for_each(|(sum, &value)| *sum += weight * f64::from(value));
+                }
+                of_row.push(result);
             }
-            of_row.push(result);
+            expected.results.push(of_row);
+            cache.iter_mut().zip(received).for_each(|((_, score), received)| *score += received);
         }
-        results.push(of_row);
-        cache.iter_mut().zip(received).for_each(|((_, score), received)| *score += received);
         let next = row + 1;
         if next >= prompt_len || next % 64 == 0 {
-            while cache.len() > heavy + recent {
-                let older = cache.iter().enumerate().filter(|(_, (position, _))| position + recent < next);
-                let least = older.min_by(|a, b| a.1.1.total_cmp(&b.1.1)).map(|(index, _)| index);
-                cache.remove(least.expect("there are more than the recent ones"));
+            match spread {
+                Spread::Heads { least } => {
+                    evict_together(&mut caches, heavy + recent, least, next.saturating_sub(recent))
+                }
+                _ => caches.iter_mut().for_each(|cache| evict(cache, heavy + recent, next.saturating_sub(recent))),
             }
         }
-        left.push(cache.iter().map(|&(position, _)| position).collect());
+        for (cache, expected) in caches.iter().zip(&mut expected) {
+            expected.left.push(cache.iter().map(|&(position, _)| position).collect());
+        }
     }
-    (results, left)
+    expected
+}
+
+/// The least of the positions before `latest` goes, until no more than `capacity` are left.
+fn evict(cache: &mut Vec<(usize, f32)>, capacity: usize, latest: usize) {
+    while cache.len() > capacity {
+        let older = cache.iter().enumerate().filter(|(_, (position, _))| *position < latest);
+        let least = older.min_by(|a, b| a.1.1.total_cmp(&b.1.1)).map(|(index, _)| index);
+        cache.remove(least.expect("there are more than the recent ones"));
+    }
+}
+
+/// As [`evict`], over all heads, as long as a head has more than `least` of those positions.
+fn evict_together(caches: &mut [Vec<(usize, f32)>], capacity: usize, least: usize, latest: usize) {
+    while caches.iter().map(Vec::len).sum::<usize>() > capacity * caches.len() {
+        let mut worst: Option<(f32, usize, usize, usize)> = None;
+        for (head, cache) in caches.iter().enumerate() {
+            let older: Vec<_> = cache.iter().enumerate().filter(|(_, (position, _))| *position < latest).collect();
+            if older.len() <= least {
+                continue;
+            }
+            for (index, &(position, score)) in older {
+                let this = (score, position, head, index);
+                if worst.is_none_or(|worst| {
+                    this.0.total_cmp(&worst.0).then((this.1, this.2).cmp(&(worst.1, worst.2))).is_lt()
+                }) {
+                    worst = Some(this);
+                }
+            }
+        }
+        let (_, _, head, index) = worst.expect("some head has more than it must keep");
+        caches[head].remove(index);
+    }
 }
 
 /// Pages of several sequences in a device's memory.
@@ -139,6 +178,27 @@ impl Cache {
         out.as_slice::<f32>()[..count * heads.query_width()].chunks(heads.query_width()).map(<[f32]>::to_vec).collect()
     }
 
+    /// Positions that a head keeps where heads share their slots: those that the pages' notes call its own.
+    fn shared_positions(&self, pages: &[u32], head: usize) -> Vec<usize> {
+        let Frames { memory, layout, stride, .. } = &self.frames;
+        let mut positions: Vec<usize> = Vec::new();
+        for &page in pages {
+            let page = &memory.bytes()[page as usize * stride..][..layout.layer_bytes()];
+            for part in 0..layout.num_kv_heads {
+                let notes: Vec<u32> = page[layout.head(part)][layout.notes()]
+                    .chunks(4)
+                    .map(|bytes| u32::from_le_bytes(bytes.try_into().unwrap()))
+                    .collect();
+                let (owner, taken) = (notes[2 * PAGE_POSITIONS], notes[2 * PAGE_POSITIONS + 2]);
+                if owner as usize == head + 1 {
+                    positions.extend(notes[..taken as usize].iter().map(|&position| position as usize));
+                }
+            }
+        }
+        positions.sort_unstable();
+        positions
+    }
+
     /// Positions in the first `count` slots of a head.
     fn positions(&self, pages: &[u32], head: usize, count: usize) -> Vec<usize> {
         let Frames { memory, layout, stride, .. } = &self.frames;
@@ -165,11 +225,13 @@ proptest! {
         kv_heads in 1usize..3,
         shapes in prop::collection::vec((0usize..90, 1usize..60, 1usize..200, 0usize..30), 1..4),
         chunks in prop::collection::vec(1usize..150, 1..6),
+        together in any::<bool>(),
     ) {
         let heads = Heads { num_heads: groups * kv_heads, num_kv_heads: kv_heads, head_dim: 20 };
         let sequences: Vec<Sequence> = shapes.iter().enumerate().map(|(index, shape)| {
             let &(heavy, recent, prompt_len, generated) = shape;
-            let kept = Kept::Heavy { heavy, recent, prompt_len };
+            let spread = if together { Spread::Heads { least: heavy / 4 } } else { Spread::Even };
+            let kept = Kept::Heavy { heavy, recent, prompt_len, spread };
             Sequence::new(seed * 8 + index as u64, prompt_len + generated, heads, kept)
         }).collect();
         let mut free = 0u32..;
@@ -178,9 +240,8 @@ proptest! {
         }).collect();
         let mut cache = Cache::new(heads, DType::F32, true, pages.iter().map(Vec::len).sum());
         let scale = 1.0 / f64::from(heads.head_dim as u32).sqrt();
-        let expected: Vec<Vec<_>> = sequences.iter().map(|sequence| {
-            (0..kv_heads).map(|head| heavy_hitters(sequence, head, heads, scale)).collect()
-        }).collect();
+        let expected: Vec<Vec<Expected>> =
+            sequences.iter().map(|sequence| heavy_hitters(sequence, heads, scale)).collect();
         let (mut done, mut turn) = (vec![0; sequences.len()], 0);
         while sequences.iter().zip(&done).any(|(sequence, &done)| done < sequence.rows.len()) {
             let ranges: Vec<_> = sequences.iter().zip(&done).map(|(sequence, &done)| {
@@ -192,7 +253,7 @@ proptest! {
                 for row in range.clone() {
                     let result = results.next().unwrap();
                     for (head, result) in result.chunks(heads.head_dim).enumerate() {
-                        let expected = &expected[index][head / groups].0[row][head % groups];
+                        let expected = &expected[index][head / groups].results[row][head % groups];
                         for (a, b) in result.iter().zip(expected) {
                             let off = (f64::from(*a) - b).abs();
                             prop_assert!(off < 1e-4, "sequence {}, row {}: {} {}", index, row, a, b);
@@ -200,12 +261,17 @@ proptest! {
                     }
                 }
                 if let Some(last) = range.clone().last() {
-                    for (head, (_, left)) in expected[index].iter().enumerate() {
+                    let kept = sequences[index].kept;
+                    for (head, Expected { left, .. }) in expected[index].iter().enumerate() {
                         let left = &left[last];
-                        let ours = cache.positions(&pages[index], head, left.len());
+                        let ours = match together {
+                            true => cache.shared_positions(&pages[index][..kept.pages(last + 1)], head),
+                            false => cache.positions(&pages[index], head, left.len()),
+                        };
                         prop_assert_eq!(&ours, left, "sequence {}, head {}, after row {}", index, head, last);
-                        prop_assert_eq!(sequences[index].kept.slots(last + 1), left.len());
                     }
+                    let left: usize = expected[index].iter().map(|expected| expected.left[last].len()).sum();
+                    prop_assert_eq!(kept.slots(last + 1) * kv_heads, left);
                 }
                 done[index] = range.end;
             }

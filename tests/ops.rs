@@ -23,7 +23,7 @@ use tidemill::device::{
 use tidemill::error::Tier;
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::kv::pages::Segment;
-use tidemill::kv::policy::Kept;
+use tidemill::kv::policy::{Kept, Spread};
 use tidemill::memory::arena::{Arena, Region};
 use tidemill::model::config::{Activation, Norm};
 use tidemill::model::dtype::DType;
@@ -421,7 +421,7 @@ fn sequences(pair: &mut Pair, chance: &mut Chance, table: &mut Table, dtype: DTy
 }
 
 fn heavy(heavy: usize, recent: usize, prompt_len: usize) -> Kept {
-    Kept::Heavy { heavy, recent, prompt_len }
+    Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even }
 }
 
 fn rule(chance: &mut Chance) -> SampleRule {

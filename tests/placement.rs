@@ -29,6 +29,10 @@ const HEAVY_COUNT: &[&str] = &["--kv-policy", "h2o:heavy=20,recent=11"];
 const SINK: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "sink:start=4,recent=40"];
 const NARROW: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "sink:start=0,recent=0.3"];
 
+const PYRAMID: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "pyramid:heavy=0.25,recent=0.05,slope=1"];
+const PYRAMID_COUNT: &[&str] = &["--kv-policy", "pyramid:heavy=90,recent=5,slope=0.9"];
+const PER_HEAD: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "per-head:heavy=0.2,recent=0.05"];
+
 fn stats(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
@@ -40,7 +44,8 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     let native = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED].map(|mix| (mix, &[][..]));
     let rounded = [(DEMO, INTEGERS), (WINDOW, INT4), (TIED, INT8)];
     let bounded = [(DEMO, HEAVY), (TIED, HEAVY_COUNT), (OPT, HEAVY), (BF16, SINK), (WINDOW, NARROW), (POST_NORM, SINK)];
-    let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).chain(bounded).collect();
+    let spread = [(DEMO, PYRAMID), (DEMO, PER_HEAD), (TIED, PER_HEAD), (BF16, PYRAMID_COUNT)];
+    let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).chain(bounded).chain(spread).collect();
     let expected: Vec<(std::path::PathBuf, Vec<u8>)> = mixes
         .iter()
         .enumerate()

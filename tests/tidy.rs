@@ -35,6 +35,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
     ("bench", &["cost", "executor", "schedule"]),
+    ("eval", &["error"]),
     (
         "calibrate",
         &[
@@ -60,6 +61,7 @@ const GRAPH: &[(&str, &[&str])] = &[
             "durable",
             "engine",
             "error",
+            "eval",
             "executor",
             "hardware",
             "job",

@@ -8,6 +8,7 @@ use crate::device::cuda::card::{Card, Problem};
 use crate::device::cuda::{Needs, arithmetic, workspace};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::size::product_bytes;
+use crate::kv::policy::{KvPolicy, Kept, Spread};
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
 use crate::model::packed::layout::ModelLayout;
@@ -68,7 +69,17 @@ pub fn workspace_of(config: &ModelConfig, layout: &ModelLayout) -> Workspace {
 ///
 /// # Errors
 /// [`Error::Usage`] for what cards do not compute.
-pub fn numerics(card: &Card, weights: DType, activations: Option<ActivationsChoice>) -> Result<String> {
+pub fn numerics(
+    card: &Card,
+    weights: DType,
+    activations: Option<ActivationsChoice>,
+    kv_policy: &dyn KvPolicy,
+) -> Result<String> {
+    let long = 1 << 30;
+    if matches!(kv_policy.kept(long, long), Kept::Heavy { spread: Spread::Heads { .. }, .. }) {
+        let what = format!("--kv-policy {kv_policy}: per-head is not on GPUs yet");
+        return Err(Error::usage(what, "use h2o or pyramid, or add --device host"));
+    }
     if activations == Some(ActivationsChoice::Int8) {
         return Err(Error::usage(
             "--activations int8 is arithmetic of the CPU; on a GPU, products of many rows round activations to 16 bits",

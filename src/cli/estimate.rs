@@ -108,7 +108,13 @@ impl Reading<'_> {
     /// The sequences of a line; none if it is not one.
     fn requests(&self, line: &Value) -> Vec<Request> {
         let body = line.get("body").unwrap_or(line);
-        let Some(prompt) = body.get("prompt").or(body.get("messages")) else { return Vec::new() };
+        let Some(prompt) = body.get("prompt").or(body.get("messages")) else {
+            // What is scored is computed in windows, and nothing is generated.
+            let parts = ["context", "continuation", "text"].into_iter().filter_map(|key| body.get(key));
+            let (tokens, window) = (parts.map(|part| self.tokens(part)).sum::<usize>(), self.context_len.max(1));
+            let windows = (0..tokens).step_by(window).map(|first| (tokens - first).min(window));
+            return windows.map(|len| Request::new(len, 1, 1, self.kv_policy)).collect();
+        };
         let completions = line.get("url").and_then(Value::as_str) == Some("/v1/completions");
         let default = self.max_tokens.unwrap_or(if completions { 16 } else { 256 });
         let number = |key: &str| body.get(key).and_then(Value::as_u64).map(|number| number.min(1 << 20) as usize);

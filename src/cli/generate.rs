@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -146,7 +146,7 @@ pub struct Arguments {
     /// Dtype that weights are computed from [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<WeightsChoice>,
-    /// What the KV cache keeps: full, h2o:heavy=H,recent=R or sink:start=S,recent=R, in positions or as shares of a
+    /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in positions or as shares of a
     /// request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
@@ -192,10 +192,7 @@ pub struct Resolved {
 /// # Errors
 /// Whatever keeps the job from finishing; finished lines are saved.
 pub fn run(arguments: Arguments) -> Result<u8> {
-    let arguments = match &arguments.config {
-        Some(file) => config::overlay(&arguments, file)?,
-        None => arguments,
-    };
+    let arguments = arguments.with_config()?;
     let signals = Signals::watch()?;
     let (model_spec, input, output) = arguments.required()?;
     arguments.check_paths()?;
@@ -216,15 +213,115 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         }
         Opening::Run(job) => {
             model.set_time(job.started_secs);
-            Running { arguments: &arguments, model: &model, resolved: &resolved, started, signals }.run(job, card)
+            let (arguments, model, resolved) = (&arguments, &model, &resolved);
+            Running { arguments, model, resolved, started, signals, standby: None }.run(job, card)
         }
     }
 }
 
+/// What a worker adds to a job.
+struct Standby {
+    /// What it says when it is ready.
+    ready: String,
+    /// How long it waits for a batch to fill.
+    batch_wait: Duration,
+}
+
+/// Answers lines of standard input on standard output until there are no more; gives the exit code.
+///
+/// # Errors
+/// Whatever keeps the worker from going on.
+pub fn serve(arguments: Arguments, batch_wait: Duration) -> Result<u8> {
+    let arguments = arguments.prepared("worker", &WORKER_FOREIGN)?;
+    let signals = Signals::watch()?;
+    let model_spec = arguments.model()?;
+    arguments.check_paths()?;
+    resources::use_threads(arguments.threads)?;
+    let started = Instant::now();
+    let card = devices::choose(arguments.device)?;
+    let model = Model::open(&model_spec)?;
+    let resolved = arguments.resolve(&model, card.as_ref())?;
+    let options = arguments.job_options(Input::Stdin, Output::Stdout, &model, &resolved)?;
+    let job = job::worker(&options, signals.number.clone());
+    let special = |name: &str| model.tokenizer.special_texts().get(name);
+    let ready = serde_json::json!({
+        "type": "ready",
+        "model": model.name,
+        "max_batch": resolved.batch.sequences,
+        "context_length": options.limits.context,
+        "vocab_size": options.limits.vocab_size,
+        "bos_token": special("bos_token"),
+        "eos_token": special("eos_token"),
+        "chat_template": model.chat.is_some(),
+        "fingerprint": model.fingerprint,
+        "version": env!("CARGO_PKG_VERSION"),
+    });
+    let standby = Some(Standby { ready: format!("{ready}\n"), batch_wait });
+    let (arguments, model, resolved) = (&arguments, &model, &resolved);
+    // Failed lines have said so: a worker that answered everything has succeeded.
+    Running { arguments, model, resolved, started, signals, standby }.run(job, card).map(|_| 0)
+}
+
+/// Flags of a job with files, which a worker does not have.
+pub const WORKER_FOREIGN: [&str; 5] = ["input", "output", "error_file", "retry_failed", "shard"];
+
 impl Arguments {
+    /// The flags over the file that `--config` names.
+    fn with_config(self) -> Result<Self> {
+        match &self.config {
+            Some(file) => config::overlay(&self, file),
+            None => Ok(self),
+        }
+    }
+
+    /// Refuses flags that another command does not have.
+    fn refuse(&self, flags: &[&str], command: &str) -> Result<()> {
+        let given = toml::Table::try_from(self).expect("flags serialize as a table");
+        match flags.iter().map(|flag| flag.replace('_', "-")).find(|flag| given.contains_key(flag)) {
+            None => Ok(()),
+            Some(flag) => {
+                let what = format!("`tidemill {command}` has no --{flag}");
+                Err(Error::usage(what, format!("run `tidemill {command} --help`")))
+            }
+        }
+    }
+
+    /// The flags of another command, which has no `foreign` ones; the configuration file counts.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a flag that it does not have.
+    pub fn prepared(self, command: &str, foreign: &[&str]) -> Result<Self> {
+        let arguments = Arguments { config: None, ..self.with_config()? };
+        arguments.refuse(foreign, command)?;
+        Ok(arguments)
+    }
+
+    /// The directory that `--output` names.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it is missing.
+    pub fn output_directory(&self) -> Result<PathBuf> {
+        let missing = || Error::usage("--output is missing", "name a directory for the results");
+        self.output.clone().ok_or_else(missing)
+    }
+
+    /// The same flags for a job with these files.
+    pub fn on_files(self, input: &Path, output: &Path) -> Self {
+        Arguments { input: Some(input.to_owned()), output: Some(output.to_owned()), ..self }
+    }
+
+    /// The model that is named.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when none is.
+    pub fn model(&self) -> Result<String> {
+        let missing = || Error::usage("--model is missing", "give a directory, a name in the cache, or `demo`");
+        self.model.clone().ok_or_else(missing)
+    }
+
     fn required(&self) -> Result<(String, Input, Output)> {
         let missing = |flag: &str| Error::usage(format!("{flag} is missing"), "run `tidemill generate --help`");
-        let model = self.model.clone().ok_or_else(|| missing("--model"))?;
+        let model = self.model()?;
         let input = self.input.clone().ok_or_else(|| missing("--input"))?;
         let output = self.output.clone().ok_or_else(|| missing("--output"))?;
         let input = if input.as_os_str() == "-" { Input::Stdin } else { Input::File(input) };
@@ -296,7 +393,7 @@ impl Arguments {
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
-        let arithmetic = card.map(|card| devices::numerics(card, element, self.activations)).transpose()?;
+        let arithmetic = card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
@@ -499,6 +596,7 @@ struct Running<'a> {
     resolved: &'a Resolved,
     started: Instant,
     signals: Signals,
+    standby: Option<Standby>,
 }
 
 impl Running<'_> {
@@ -552,6 +650,10 @@ impl Running<'_> {
         }
         let load_secs = self.started.elapsed().as_secs_f64();
         let mut engine = Engine::new(model, executor, resolved.kv_policy.clone(), resolved.batch);
+        if let Some(Standby { ready, batch_wait }) = &self.standby {
+            engine.wait_for_batches(*batch_wait);
+            say::data(ready)?;
+        }
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;

@@ -8,6 +8,7 @@ mod config;
 mod devices;
 mod doctor;
 mod estimate;
+mod eval;
 mod flags;
 mod generate;
 mod pack;
@@ -18,11 +19,12 @@ mod resources;
 mod say;
 mod signals;
 mod stats;
+mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::Result;
 
@@ -38,6 +40,10 @@ struct Arguments {
 enum Command {
     /// Complete every prompt of a JSONL file.
     Generate(Box<generate::Arguments>),
+    /// Answer lines of standard input on standard output as they finish: for Ray, Spark, HELM, lm-eval.
+    Worker(Box<worker::Arguments>),
+    /// Evaluate a model on scenarios of HELM and on task files.
+    Eval(Box<eval::Arguments>),
     /// Write a model in the layout that it is computed from, a file per layer.
     Pack(pack::Arguments),
     /// Measure what this machine computes, copies and reads: the profile that plans are made with.
@@ -71,7 +77,17 @@ enum Command {
 
 /// Parses the arguments, runs the command, says what went wrong; gives the exit code of design section 8.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    // Commands that share the flags of `generate` do not show those that they refuse.
+    let hide = |command: clap::Command, foreign: &[&'static str]| {
+        foreign.iter().fold(command, |command, flag| command.mut_arg(*flag, |arg| arg.hide(true)))
+    };
+    let command = Arguments::command()
+        .mut_subcommand("worker", |command| hide(command, &generate::WORKER_FOREIGN))
+        .mut_subcommand("eval", |command| {
+            let output = |arg: clap::Arg| arg.value_name("DIR").help("The directory for the results");
+            hide(command, &eval::FOREIGN).mut_arg("output", output)
+        });
+    let arguments = Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     match run(arguments.command) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -84,6 +100,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Generate(arguments) => generate::run(*arguments),
+        Command::Eval(arguments) => eval::run(*arguments),
+        Command::Worker(arguments) => worker::run(*arguments),
         Command::Pack(arguments) => pack::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use super::Engine;
 use super::prepare::{Prepared, Reservation, Unfit, Work};
 use super::sample::{Rules, Sample};
-use super::sequence::{Begin, Job, PromptState, Sequence, prompt_scores};
+use super::sequence::{Begin, Job, PromptState, Sequence};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
@@ -35,7 +35,6 @@ impl<D: Device> Engine<'_, D> {
         let index = header.index;
         let mut known: HashMap<(u32, u32), _> =
             partial.into_iter().map(|sample| ((sample.prompt, sample.sample), sample.tokens)).collect();
-        let scored = prompt_scores(&rules).is_some();
         let mut job = Job { header, rules, prompts: Vec::new(), open: 0, error: None };
         for (prompt_index, prompt) in prompts.into_iter().enumerate() {
             let n = request.sampling.n;
@@ -59,8 +58,10 @@ impl<D: Device> Engine<'_, D> {
                     begin.push(sample);
                 }
             }
-            job.open += begin.len() + usize::from(scored);
-            let scores = vec![None; if scored { prompt.tokens.len() } else { 0 }];
+            let scored = prompt.scored;
+            job.open += begin.len() + usize::from(scored.is_some());
+            let scores = scored.map_or(0, |scored| prompt.tokens.len() + usize::from(scored.after.is_some()));
+            let scores = vec![None; scores];
             job.prompts.push(PromptState { prompt, scores, samples });
             let mut groups: Vec<Vec<Sample>> =
                 if self.batch.share_prompts { vec![begin] } else { begin.into_iter().map(|one| vec![one]).collect() };
@@ -68,9 +69,9 @@ impl<D: Device> Engine<'_, D> {
                 groups.push(Vec::new());
             }
             for (group, samples) in groups.into_iter().enumerate() {
-                let scores = scored && group == 0;
-                if scores || !samples.is_empty() {
-                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scores });
+                let scored = scored.filter(|_| group == 0);
+                if scored.is_some() || !samples.is_empty() {
+                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scored });
                 }
             }
         }
@@ -118,14 +119,19 @@ impl<D: Device> Engine<'_, D> {
 
     /// Lets every sample of the first prompt in line compute it for itself.
     fn part_samples(&mut self) {
-        let Begin { job, prompt, samples, scores } = self.pending.pop_front().expect("it was looked at");
+        let Begin { job, prompt, samples, scored } = self.pending.pop_front().expect("it was looked at");
         for (index, sample) in samples.into_iter().enumerate().rev() {
-            self.pending.push_front(Begin { job, prompt, samples: vec![sample], scores: scores && index == 0 });
+            self.pending.push_front(Begin {
+                job,
+                prompt,
+                samples: vec![sample],
+                scored: scored.filter(|_| index == 0),
+            });
         }
     }
 
     fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
-        let Begin { job, prompt, samples, scores } = begin;
+        let Begin { job, prompt, samples, scored } = begin;
         let prepared = &self.jobs[&job].prompts[prompt].prompt;
         let (prompt_tokens, kept) = (&prepared.tokens, prepared.kept);
         let mut samples = samples.into_iter();
@@ -145,7 +151,7 @@ impl<D: Device> Engine<'_, D> {
             kept,
             pages: Vec::new(),
             reserved,
-            scores,
+            scored,
             sample,
             siblings,
             sibling_pages,
@@ -170,7 +176,7 @@ impl<D: Device> Engine<'_, D> {
                 kept: leader.kept,
                 reserved: Reservation::of(prompt, 2).sibling,
                 pages,
-                scores: false,
+                scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),
                 sibling_pages: None,

@@ -6,6 +6,7 @@
 mod admission;
 mod prepare;
 mod sample;
+mod score;
 mod sequence;
 mod step;
 
@@ -24,7 +25,7 @@ use crate::kv::pages::PagePool;
 use crate::kv::policy::KvPolicy;
 use crate::model::Model;
 use crate::schedule::Pass;
-use prepare::{Prepared, Room};
+use prepare::{Arrival, Room};
 use sequence::{Begin, Job, Sequence};
 
 /// How much is computed together: placement, so it changes no token.
@@ -91,6 +92,10 @@ pub struct Engine<'m, D: Device> {
     /// Pages that the most demanding of them needs.
     pages_wanted: usize,
     journalled: Instant,
+    /// How long an idle engine waits for its first batch to fill.
+    batch_wait: Duration,
+    /// Until when it waits now.
+    hold_until: Option<Instant>,
 }
 
 impl<'m, D: Device> Engine<'m, D> {
@@ -114,7 +119,14 @@ impl<'m, D: Device> Engine<'m, D> {
             postponed: 0,
             pages_wanted: 0,
             journalled: Instant::now(),
+            batch_wait: Duration::ZERO,
+            hold_until: None,
         }
+    }
+
+    /// Lets an idle engine wait this long after a first line for others to be computed with it.
+    pub fn wait_for_batches(&mut self, wait: Duration) {
+        self.batch_wait = wait;
     }
 
     /// The executor, for what it counted.
@@ -139,10 +151,10 @@ impl<'m, D: Device> Engine<'m, D> {
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let config = &self.model.config;
-        let pages = self.longest();
+        let (pages, block_pages) = (self.longest(), self.block_pages());
         let context_len = config.sequence_len(self.kv_policy.outgrows_context());
         let kv_policy = self.kv_policy.clone();
-        let room = Room { context_len, vocab_size: config.vocab_size, pages, kv_policy };
+        let room = Room { context_len, vocab_size: config.vocab_size, pages, block_pages, kv_policy };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
@@ -154,7 +166,7 @@ impl<'m, D: Device> Engine<'m, D> {
 
     fn work(
         &mut self,
-        lines: &Receiver<Result<Prepared>>,
+        lines: &Receiver<Result<Arrival>>,
         writer: &mut Writer,
         signal: &AtomicUsize,
         observe: Observer<'_>,
@@ -167,12 +179,23 @@ impl<'m, D: Device> Engine<'m, D> {
                 // Lines that fail cost no pass: any number of them may come in a row.
                 check(signal)?;
                 writer.tick(Instant::now())?;
+                let idle = self.active.is_empty();
                 match self.next_line(lines) {
-                    Next::Line(prepared) => self.accept(prepared?, writer)?,
+                    Next::Arrival(arrival) => match arrival? {
+                        Arrival::Line(prepared) => self.accept(prepared, writer)?,
+                        Arrival::Flush => {
+                            self.hold_until = None;
+                            break;
+                        }
+                    },
+                    Next::Held => continue,
                     Next::NotYet => break,
                     Next::End => more = false,
                 }
                 self.admit();
+                if idle && !self.active.is_empty() {
+                    self.hold_until = Some(Instant::now() + self.batch_wait);
+                }
             }
             if self.active.is_empty() {
                 if !more && self.pending.is_empty() {
@@ -190,9 +213,14 @@ impl<'m, D: Device> Engine<'m, D> {
 
     /// Pages of the longest sequence that can run: those of a block, where some of them have to be brought in.
     fn longest(&self) -> usize {
+        self.pool.len().min(self.block_pages())
+    }
+
+    /// Pages that a block can have brought in for a layer; no limit where all are there.
+    fn block_pages(&self) -> usize {
         let placement = self.executor.placement();
         let resident = placement.pages[placement.compute as usize];
-        if resident == self.pool.len() { resident } else { self.pool.len().min(placement.policy.block_pages) }
+        if resident == self.pool.len() { usize::MAX } else { placement.policy.block_pages }
     }
 
     /// Everything that fits is done; what does not is told with the memory that would do.
@@ -224,11 +252,16 @@ impl<'m, D: Device> Engine<'m, D> {
     }
 
     /// The next line. While sequences run, it waits just long enough for a tokenizer that is keeping up.
-    fn next_line(&self, lines: &Receiver<Result<Prepared>>) -> Next {
-        // An idle wait is short too: a slow input must not keep a signal waiting.
-        let patience = Duration::from_millis(if self.active.is_empty() { 100 } else { 2 });
+    fn next_line(&self, lines: &Receiver<Result<Arrival>>) -> Next {
+        let left = self.hold_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+        // Long waits are short too: a slow input must not keep a signal waiting.
+        let patience = match self.active.is_empty() {
+            true => Duration::from_millis(100),
+            false => left.clamp(Duration::from_millis(2), Duration::from_millis(100)),
+        };
         match lines.recv_timeout(patience) {
-            Ok(line) => Next::Line(line),
+            Ok(arrival) => Next::Arrival(arrival),
+            Err(RecvTimeoutError::Timeout) if left > patience => Next::Held,
             Err(RecvTimeoutError::Timeout) => Next::NotYet,
             Err(RecvTimeoutError::Disconnected) => Next::End,
         }
@@ -263,8 +296,12 @@ impl<'m, D: Device> Engine<'m, D> {
     }
 }
 
+// It is looked at at once.
+#[allow(clippy::large_enum_variant)]
 enum Next {
-    Line(Result<Prepared>),
+    Arrival(Result<Arrival>),
+    /// Nothing came, but it is worth waiting on.
+    Held,
     NotYet,
     End,
 }

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;
 
+use super::score;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
-use crate::job::{Item, PartialSample, Reader};
+use crate::job::{Event, Item, PartialSample, Reader};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::model::Model;
@@ -20,6 +21,16 @@ const WINDOW: usize = 256;
 
 /// Samples of one line, over all its prompts.
 const MAX_SAMPLES: usize = 4096;
+
+/// What the engine is given.
+// Lines are what nearly all of it is.
+#[allow(clippy::large_enum_variant)]
+pub enum Arrival {
+    /// A line.
+    Line(Prepared),
+    /// The word not to wait for more lines.
+    Flush,
+}
 
 /// A line that is ready to run, or to be answered with an error.
 pub struct Prepared {
@@ -58,6 +69,19 @@ pub struct PreparedPrompt {
     pub max_tokens: usize,
     /// What of its sequences is kept.
     pub kept: Kept,
+    /// Which tokens are scored, if any are.
+    pub scored: Option<Scored>,
+    /// Tokens that it lost at its beginning.
+    pub cut_tokens: usize,
+}
+
+/// Tokens of a prompt that are scored: those from a position on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scored {
+    /// The first that is predicted, above 0.
+    pub from: usize,
+    /// A token after the prompt, which is predicted but never computed.
+    pub after: Option<u32>,
 }
 
 /// What a prompt must fit into.
@@ -67,8 +91,10 @@ pub struct Room {
     pub context_len: usize,
     /// Rows of the embedding table.
     pub vocab_size: usize,
-    /// Pages of the KV cache.
+    /// Pages of the KV cache that a sequence can have.
     pub pages: usize,
+    /// Pages that can be brought in for a layer.
+    pub block_pages: usize,
     /// What of a sequence is kept in it.
     pub kv_policy: Arc<dyn KvPolicy>,
 }
@@ -79,12 +105,13 @@ pub fn spawn<'scope>(
     mut reader: Reader,
     model: &'scope Model,
     room: Room,
-) -> Receiver<Result<Prepared>> {
-    let (sender, receiver): (SyncSender<Result<Prepared>>, _) = sync_channel(WINDOW);
+) -> Receiver<Result<Arrival>> {
+    let (sender, receiver): (SyncSender<Result<Arrival>>, _) = sync_channel(WINDOW);
     scope.spawn(move || {
         loop {
-            let message = match reader.next() {
-                Ok(Some(item)) => Ok(prepare(item, model, &room)),
+            let message = match reader.next_event() {
+                Ok(Some(Event::Item(item))) => Ok(Arrival::Line(prepare(item, model, &room))),
+                Ok(Some(Event::Flush)) => Ok(Arrival::Flush),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };
@@ -107,11 +134,16 @@ fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
                 format!("{} prompts with n = {} are {samples} samples", request.prompts.len(), request.sampling.n);
             return Err(Unfit::Line(LineError::new("too_many_samples", format!("{what}, at most {MAX_SAMPLES}"))));
         }
-        let prompts = request.prompts.iter().map(|prompt| {
-            let prompt = tokenize(prompt, &request, model).map_err(Unfit::Line)?;
-            fit(prompt, &request, room)
-        });
-        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+        let mut prompts = Vec::with_capacity(request.prompts.len());
+        for prompt in &request.prompts {
+            let prepared = match prompt {
+                Prompt::Scoring(scoring) => score::prepare(scoring, model, room.context_len),
+                prompt => tokenize(prompt, &request, model).map(|prompt| vec![prompt]),
+            };
+            for prompt in prepared.map_err(Unfit::Line)? {
+                prompts.push(fit(prompt, &request, room)?);
+            }
+        }
         Ok(Work { request: Arc::new(request), prompts, partial: item.partial })
     });
     Prepared { header, work }
@@ -119,7 +151,8 @@ fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
 
 fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<PreparedPrompt, LineError> {
     let failed = |error: Error| LineError::new("tokenizer_error", error.to_string());
-    let (tokens, text) = match prompt {
+    let (mut tokens, text) = match prompt {
+        Prompt::Scoring(_) => unreachable!("what is scored is prepared elsewhere"),
         Prompt::Tokens(tokens) => {
             let text = request.sampling.echo.then(|| model.tokenizer.decode(tokens, false)).transpose();
             (tokens.clone(), text.map_err(failed)?)
@@ -133,8 +166,13 @@ fn tokenize(prompt: &Prompt, request: &Request, model: &Model) -> Result<Prepare
             (model.tokenizer.encode(&text, conversation.add_special_tokens).map_err(failed)?, Some(text))
         }
     };
-    let text = text.filter(|_| request.sampling.echo);
-    Ok(PreparedPrompt { tokens, text, max_tokens: request.sampling.max_tokens as usize, kept: Kept::All })
+    let sampling = &request.sampling;
+    let text = text.filter(|_| sampling.echo);
+    let cut_tokens = sampling.truncate_prompt_tokens.map_or(0, |most| tokens.len().saturating_sub(most as usize));
+    tokens.drain(..cut_tokens);
+    // The first token of a prompt is predicted by nothing.
+    let scored = sampling.prompt_logprobs.map(|_| Scored { from: 1, after: None });
+    Ok(PreparedPrompt { tokens, text, max_tokens: sampling.max_tokens as usize, kept: Kept::All, scored, cut_tokens })
 }
 
 fn render(conversation: &Conversation, model: &Model) -> Result<String, LineError> {
@@ -159,7 +197,11 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     if len == 0 {
         return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    if len >= room.context_len {
+    if prompt.max_tokens == 0 && prompt.scored.is_none() {
+        // Only its text is wanted: nothing is computed.
+        return Ok(prompt);
+    }
+    if len >= room.context_len && prompt.scored.is_none_or(|scored| scored.after.is_none()) {
         let context = room.context_len;
         let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
         return refused("context_length_exceeded", what);
@@ -172,8 +214,9 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
     let pages = Reservation::of(&prompt, request.sampling.n as usize).least;
-    if pages > room.pages {
-        return Err(Unfit::Pages(pages));
+    let widest = prompt.kept.widest_layer(positions(len, prompt.max_tokens));
+    if pages > room.pages || widest > room.block_pages {
+        return Err(Unfit::Pages(pages.max(widest)));
     }
     Ok(prompt)
 }

@@ -9,7 +9,7 @@ use crate::kv::pages::PageId;
 use crate::kv::policy::Kept;
 use crate::model::Model;
 
-use super::prepare::PreparedPrompt;
+use super::prepare::{PreparedPrompt, Scored};
 use super::sample::{Rules, Sample};
 
 /// A request with samples in flight or to come.
@@ -30,7 +30,7 @@ pub struct Job {
 pub struct PromptState {
     /// The prompt.
     pub prompt: PreparedPrompt,
-    /// Scores of its tokens, if they were asked for; the first stays empty.
+    /// Scores of its tokens and of the one after them, if they were asked for; the first stay empty.
     pub scores: Vec<Option<SampledToken>>,
     /// Finished samples by index.
     pub samples: Vec<Option<Sample>>,
@@ -54,8 +54,8 @@ pub struct Sequence {
     pub pages: Vec<PageId>,
     /// Pages that it may still take.
     pub reserved: usize,
-    /// Whether it scores the prompt's tokens.
-    pub scores: bool,
+    /// Which of the prompt's tokens it scores.
+    pub scored: Option<Scored>,
     /// The sample that it generates; none when only the prompt is scored.
     pub sample: Option<Sample>,
     /// Further samples, which begin when the prompt is computed.
@@ -72,8 +72,8 @@ pub struct Begin {
     pub prompt: usize,
     /// Samples that have not ended, of which the first computes the prompt.
     pub samples: Vec<Sample>,
-    /// Whether the prompt's tokens are scored on the way.
-    pub scores: bool,
+    /// Which of the prompt's tokens are scored on the way.
+    pub scored: Option<Scored>,
 }
 
 impl Sequence {
@@ -84,11 +84,19 @@ impl Sequence {
 
     /// How many of the positions `range` are asked for logits, at most: each once, whatever is drawn from them.
     pub fn asks(&self, range: std::ops::Range<usize>) -> usize {
-        if self.scores {
-            return range.len();
-        }
         let first_samples = range.end == self.prompt_len && !self.siblings.is_empty();
-        usize::from(range.end == self.tokens.len() || first_samples)
+        let drawn = usize::from(range.end == self.tokens.len() || first_samples);
+        self.scored.map_or(drawn, |scored| range.end.saturating_sub(range.start.max(scored.from - 1)).max(drawn))
+    }
+
+    /// The token at a position, if it is scored.
+    pub fn target(&self, position: usize) -> Option<u32> {
+        let scored = self.scored.filter(|scored| position >= scored.from)?;
+        match position.cmp(&self.prompt_len) {
+            std::cmp::Ordering::Less => Some(self.tokens[position]),
+            std::cmp::Ordering::Equal => scored.after,
+            std::cmp::Ordering::Greater => None,
+        }
     }
 
     /// Whether the next row is a generated token.
@@ -105,8 +113,13 @@ pub fn answer(job: Job, model: &Model) -> Result<Answer> {
     let mut prompts = Vec::with_capacity(job.prompts.len());
     for state in job.prompts {
         let tokens = &state.prompt.tokens;
-        let prompt_logprobs = with_prompt_logprobs
-            .then(|| tokens.iter().zip(&state.scores).map(|(&id, score)| token_logprob(id, score.as_ref(), model)));
+        let after = state.prompt.scored.and_then(|scored| scored.after);
+        // An echoed prompt shows its first token too, which nothing predicts.
+        let first = state.prompt.scored.filter(|scored| scored.after.is_some()).map_or(0, |scored| scored.from);
+        let prompt_logprobs = with_prompt_logprobs.then(|| {
+            let scores = tokens.iter().chain(&after).zip(&state.scores).skip(first);
+            scores.map(|(&id, score)| token_logprob(id, score.as_ref(), model))
+        });
         let prompt_logprobs = prompt_logprobs.map(|scores| scores.collect::<Result<Vec<_>>>()).transpose()?;
         let mut choices = Vec::with_capacity(state.samples.len());
         for sample in state.samples {
@@ -119,8 +132,9 @@ pub fn answer(job: Job, model: &Model) -> Result<Answer> {
             let token_ids = sample.tokens.iter().map(|token| token.id).collect();
             choices.push(Choice { text: sample.text, token_ids, finish_reason, stop_reason, logprobs });
         }
-        let PreparedPrompt { tokens, text, .. } = state.prompt;
-        prompts.push(PromptAnswer { prompt_token_ids: tokens, prompt_text: text, prompt_logprobs, choices });
+        let PreparedPrompt { tokens, text, cut_tokens, .. } = state.prompt;
+        let (prompt_token_ids, prompt_text) = (tokens, text);
+        prompts.push(PromptAnswer { prompt_token_ids, prompt_text, cut_tokens, prompt_logprobs, choices });
     }
     Ok(Answer { prompts })
 }

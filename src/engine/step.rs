@@ -94,7 +94,7 @@ impl<D: Device> Engine<'_, D> {
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
         let to = sequence.kept.reach(&(from..to));
         let outputs = self.executor.placement().output_rows - asked.rows;
-        let to = if sequence.scores { to.min(from + outputs) } else { to };
+        let to = sequence.scored.map_or(to, |scored| to.min(from.max(scored.from - 1) + outputs));
         if to == from || sequence.asks(from..to) > outputs {
             return Ok(0);
         }
@@ -192,7 +192,7 @@ impl<D: Device> Engine<'_, D> {
 
     fn put_away(&mut self, sequence: Sequence, writer: &mut Writer) -> Result<()> {
         let job = self.jobs.get_mut(&sequence.job).expect("an active sequence belongs to a job");
-        let own = usize::from(sequence.sample.is_some()) + usize::from(sequence.scores);
+        let own = usize::from(sequence.sample.is_some()) + usize::from(sequence.scored.is_some());
         job.open -= own + sequence.siblings.len();
         let finished = job.open == 0;
         if let Some(mut sample) = sequence.sample {
@@ -239,11 +239,12 @@ fn ask(
     mut push: impl FnMut(Draw, Asker),
 ) {
     let row = |position: usize| first_row + position - range.start;
-    if let (Some(top), true) = (prompt_scores(&job.rules), sequence.scores) {
+    if let Some(top) = prompt_scores(&job.rules).filter(|_| sequence.scored.is_some()) {
         // The row at a position predicts the token after it.
-        for position in range.start..range.end.min(sequence.prompt_len - 1) {
-            let target = Target::Score(sequence.tokens[position + 1]);
-            push(Draw { row: row(position), target, top }, Asker::Prompt { active, position: position + 1 });
+        for position in range.clone() {
+            let Some(target) = sequence.target(position + 1) else { continue };
+            let asker = Asker::Prompt { active, position: position + 1 };
+            push(Draw { row: row(position), target: Target::Score(target), top }, asker);
         }
     }
     let top = job.rules.request().sampling.logprobs.unwrap_or(0) as usize;

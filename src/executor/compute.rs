@@ -11,7 +11,7 @@ use crate::device::{Device, Frames, HeadNorms, Matrix, NormParameters, Piece, Ta
 use crate::kv::pages::Segment;
 use crate::model::config::{ModelConfig, Norm, Positions};
 use crate::model::packed::layout::{ModelLayout, StageId};
-use crate::schedule::Block;
+use crate::schedule::pass::{Block, Frame, frame};
 use crate::schedule::placement::Placement;
 use crate::schedule::step::{Slot, Step};
 
@@ -327,23 +327,26 @@ impl<D: Device> Fixed<D> {
     }
 }
 
-/// The segments of a block with the frames of a layer in place of pages.
+/// The segments of a block as a layer has them, with its frames in place of pages.
 fn frames(block: &Block, placement: &Placement, layer: usize) -> Vec<Segment> {
     let resident = placement.pages[placement.compute as usize];
-    let frame = |page: u32| {
-        let frame = match block.streamed.binary_search(&page) {
+    let streamed = &block.streamed(layer).frames;
+    let number = |frame: Frame| {
+        let number = match streamed.binary_search(&frame) {
             Ok(index) => placement.num_layers * resident + index,
-            Err(_) => layer * resident + page as usize,
+            Err(_) => frame.layer(layer, placement.num_layers) * resident + frame.page as usize,
         };
-        u32::try_from(frame).expect("frame numbers are 32 bits wide")
+        u32::try_from(number).expect("frame numbers are 32 bits wide")
     };
-    // Pages that the block has no use for may lie anywhere: they have no frame.
     let translate = |segment: &Segment| {
-        let mut pages = vec![u32::MAX; segment.pages.len()];
-        for index in segment.kept.touches(&(segment.start..segment.start + segment.len)) {
-            pages[index] = frame(segment.pages[index]);
+        let kept = segment.kept.at(layer, placement.num_layers);
+        let range = segment.start..segment.start + segment.len;
+        // Pages that the block has no use for may lie anywhere: they have no frame.
+        let mut pages = vec![u32::MAX; segment.pages.len().max(kept.pages(range.end))];
+        for index in kept.touches(&range) {
+            pages[index] = number(frame(&segment.pages, segment.kept, index));
         }
-        Segment { pages, ..*segment }
+        Segment { pages, kept, ..*segment }
     };
     block.segments.iter().map(translate).collect()
 }

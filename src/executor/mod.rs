@@ -31,8 +31,9 @@ use crate::model::packed::Packed;
 use crate::schedule::check::Checker;
 use crate::schedule::fences::{Fence, Fences};
 use crate::schedule::lower::{Carried, lower};
+use crate::schedule::pass::layer_shapes;
 use crate::schedule::placement::Placement;
-use crate::schedule::shape::BlockShape;
+use crate::schedule::shape::{BlockShape, Layers};
 use crate::schedule::step::{Lane, Step};
 use crate::schedule::{Block, Pass};
 use compute::{Compute, Fixed};
@@ -158,10 +159,12 @@ impl<D: Device> Executor<D> {
         assert!(outputs.len() <= placement.output_rows, "logits of {} rows", outputs.len());
         let blocks = Block::of(pass, placement, &outputs);
         let shapes: Vec<_> = blocks.iter().map(|block| block.shape).collect();
-        let steps = lower(&self.lanes.workshop().fixed.placement, &shapes, &mut self.carried);
+        let each = layer_shapes(&blocks, placement.num_layers);
+        let layers = each.as_deref().map_or(Layers::Same(&shapes), Layers::Each);
+        let placement = &self.lanes.workshop().fixed.placement;
+        let steps = lower(placement, layers, &mut self.carried);
         if cfg!(debug_assertions) {
-            let placement = &self.lanes.workshop().fixed.placement;
-            let checked = self.checker.pass(placement, &shapes, &steps);
+            let checked = self.checker.pass(placement, layers, &steps);
             assert!(checked.is_ok(), "{checked:?}");
         }
         let fences = self.fences.of(&steps);

@@ -12,10 +12,10 @@ use super::memory::{Shared, read, write};
 use super::pass::PassData;
 use crate::device::Device;
 use crate::error::{Result, Tier};
-use crate::kv::pages::PageId;
 use crate::memory::disk::{ALIGNMENT, DiskQueue, Read, Write};
 use crate::model::packed::panels::{PANEL_OUTPUTS, panel_bytes, panel_lane};
 use crate::model::packed::planes::Planes;
+use crate::schedule::pass::Frame;
 use crate::schedule::placement::EMBEDDING_PANELS;
 use crate::schedule::step::{Lane, Op, Slot, Step};
 
@@ -205,11 +205,12 @@ impl<D: Device> Workshop<D> {
 
     // Pages
 
-    /// A page's frame in its tier.
-    fn home(&self, step: &Step, page: PageId) -> usize {
-        let [gpu, cpu, disk] = self.fixed.placement.pages;
-        let (page, layer) = (page as usize, step.stage as usize);
-        match self.fixed.placement.page_tier(page) {
+    /// A frame's number in its tier.
+    fn home(&self, step: &Step, frame: Frame) -> usize {
+        let placement = &self.fixed.placement;
+        let [gpu, cpu, disk] = placement.pages;
+        let (page, layer) = (frame.page as usize, frame.layer(step.stage as usize, placement.num_layers));
+        match placement.page_tier(page) {
             Tier::Gpu => layer * gpu + page,
             Tier::Cpu => layer * cpu + page - gpu,
             Tier::Disk => layer * disk + page - gpu - cpu,
@@ -222,7 +223,7 @@ impl<D: Device> Workshop<D> {
 
     /// Consecutive frames both in memory and on disk, as (first place in memory, page, count). `indices` are places of
     /// streamed pages; `packed` memory holds just these pages, one after the other.
-    fn runs(&self, step: &Step, streamed: &[PageId], indices: &[usize], packed: bool) -> Vec<(usize, usize, usize)> {
+    fn runs(&self, step: &Step, streamed: &[Frame], indices: &[usize], packed: bool) -> Vec<(usize, usize, usize)> {
         let mut runs: Vec<(usize, usize, usize)> = Vec::new();
         for (order, &index) in indices.iter().enumerate() {
             let place = if packed { order } else { index };
@@ -236,9 +237,9 @@ impl<D: Device> Workshop<D> {
     }
 
     fn read_kv(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
-        let block = &pass.blocks[step.block as usize];
+        let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let packed = matches!(written(step), Slot::KvStaging(_));
-        let runs = self.runs(step, &block.streamed, &block.loads[1], packed);
+        let runs = self.runs(step, &block.frames, &block.loads[1], packed);
         let file = self.shared.kv_disk.as_ref().expect("pages on disk have a file");
         let read_into = |bytes: &mut [u8], tools: &mut Tools| {
             let mut requests = Vec::with_capacity(runs.len());
@@ -263,9 +264,9 @@ impl<D: Device> Workshop<D> {
     }
 
     fn write_kv(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<()> {
-        let block = &pass.blocks[step.block as usize];
+        let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let source = step.reads.iter().next().expect("pages are written from somewhere");
-        let runs = self.runs(step, &block.streamed, &block.stores[1], matches!(source, Slot::KvStaging(_)));
+        let runs = self.runs(step, &block.frames, &block.stores[1], matches!(source, Slot::KvStaging(_)));
         let file = self.shared.kv_disk.as_ref().expect("pages on disk have a file");
         let write_from = |bytes: &[u8], tools: &mut Tools| {
             let frame = self.frame();
@@ -287,7 +288,7 @@ impl<D: Device> Workshop<D> {
     }
 
     fn load_kv(&self, step: &Step, pass: &PassData) -> Result<()> {
-        let block = &pass.blocks[step.block as usize];
+        let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let Slot::Kv(slot) = written(step) else { unreachable!("pages are loaded into their slots") };
         let mut slot = write(&self.shared.kv[slot as usize]);
         let frame = self.frame();
@@ -301,7 +302,7 @@ impl<D: Device> Workshop<D> {
                 self.device().copy_in(&parts, &mut slot.memory)
             }
             _ => {
-                let home = |&index: &usize| read(&self.shared.kv_cpu[self.home(step, block.streamed[index])]);
+                let home = |&index: &usize| read(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
                 let homes: Vec<_> = block.loads[0].iter().map(home).collect();
                 let parts = homes.iter().zip(&block.loads[0]).map(|(home, &index)| (&home.bytes()[..frame], index * frame));
                 self.device().copy_in(&parts.collect::<Vec<_>>(), &mut slot.memory)
@@ -310,7 +311,7 @@ impl<D: Device> Workshop<D> {
     }
 
     fn store_kv(&self, step: &Step, pass: &PassData) -> Result<()> {
-        let block = &pass.blocks[step.block as usize];
+        let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let Some(Slot::Kv(slot)) = step.reads.iter().next() else { unreachable!("pages are stored from their slots") };
         let slot = read(&self.shared.kv[slot as usize]);
         let frame = self.frame();
@@ -321,7 +322,7 @@ impl<D: Device> Workshop<D> {
                 self.device().copy_out(&slot.memory, &mut parts.collect::<Vec<_>>())
             }
             _ => {
-                let home = |&index: &usize| write(&self.shared.kv_cpu[self.home(step, block.streamed[index])]);
+                let home = |&index: &usize| write(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
                 let mut homes: Vec<_> = block.stores[0].iter().map(home).collect();
                 let parts = block.stores[0].iter().zip(&mut homes);
                 let parts = parts.map(|(&index, home)| (index * frame, &mut home.bytes_mut()[..frame]));

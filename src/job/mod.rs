@@ -15,6 +15,7 @@
 
 mod disk;
 mod files;
+mod ids;
 mod journal;
 mod lines;
 mod merge;
@@ -29,6 +30,7 @@ pub mod request;
 mod runs;
 mod spool;
 mod state;
+mod worker;
 mod writer;
 
 pub use journal::PartialSample;
@@ -36,6 +38,7 @@ pub use merge::merge;
 pub use open::{Job, Opening, open};
 pub use options::{Defaults, Fingerprint, Input, JobOptions, Limits, Output, Shard, Summary};
 pub use parse::check_defaults;
-pub use reader::{Item, Reader};
+pub use reader::{Event, Item, Reader};
 pub use request::ItemHeader;
+pub use worker::worker;
 pub use writer::Writer;

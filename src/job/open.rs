@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::disk::{self, Extent, refuse};
 use super::files::{Files, Opened, clear};
+use super::ids::Ids;
 use super::journal::{Journal, Replay};
 use super::lines::Survey;
 use super::options::{Fingerprint, Input, JobOptions, Output, Shard, Summary};
@@ -87,6 +88,8 @@ fn open_stream(options: &JobOptions) -> Result<Opening> {
         done: Runs::default(),
         partial: Default::default(),
         sha256: survey.as_ref().map(|survey| survey.sha256.clone()),
+        ids: Ids::all(),
+        control: false,
     };
     Ok(Opening::Run(Job {
         reader: Reader::new(source, reading),
@@ -283,6 +286,8 @@ impl Opener<'_> {
             done,
             partial,
             sha256: Some(self.survey.sha256),
+            ids: Ids::all(),
+            control: false,
         };
         let names = Names::new(&self.options.fingerprint, &self.options.model_name);
         Ok(Opening::Run(Job {

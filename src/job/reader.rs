@@ -3,13 +3,12 @@
 //! **Invariant:** items come in input order; lines that are already finished are skipped, but their names still count
 //! when duplicates are looked for, and so do lines of other shards.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-
+use super::ids::Ids;
 use super::journal::PartialSample;
 use super::lines::{Line, Lines};
 use super::options::{Defaults, Limits, Shard};
@@ -54,6 +53,17 @@ impl Item {
     }
 }
 
+/// What a reader comes upon.
+#[derive(Debug)]
+// Items are what nearly every event is.
+#[allow(clippy::large_enum_variant)]
+pub enum Event {
+    /// A line with work left.
+    Item(Item),
+    /// A worker is told not to wait for more.
+    Flush,
+}
+
 /// What the reader is to do with the lines.
 pub(crate) struct Reading {
     /// Names the input in errors.
@@ -70,6 +80,10 @@ pub(crate) struct Reading {
     pub partial: BTreeMap<u64, Vec<PartialSample>>,
     /// The hash that the whole input must have, if it was read before.
     pub sha256: Option<String>,
+    /// Which names are taken.
+    pub ids: Ids,
+    /// Whether lines may also be words to a worker, of whom there may be none at all.
+    pub control: bool,
 }
 
 /// Reads the input on a thread of its own.
@@ -77,27 +91,38 @@ pub struct Reader {
     lines: Lines<Box<dyn Read + Send>>,
     reading: Reading,
     done: Values,
-    seen: HashSet<Name>,
+    any: bool,
     index: u64,
     ended: bool,
 }
-
-/// 96 bits of a name's SHA-256: 10 million lines agree by chance with a probability below 1e-14.
-type Name = [u32; 3];
 
 impl Reader {
     pub(crate) fn new(source: Box<dyn Read + Send>, mut reading: Reading) -> Self {
         let done = std::mem::take(&mut reading.done).into_values();
         let lines = Lines::new(source, reading.limits.line_bytes);
-        Reader { lines, reading, done, seen: HashSet::new(), index: 0, ended: false }
+        Reader { lines, reading, done, any: false, index: 0, ended: false }
     }
 
-    /// The next line with work left; none at the end of the input.
+    /// The next line with work left; none at the end of the input. Words to a worker are passed over.
     ///
     /// # Errors
     /// `Error::Io` if the input cannot be read, `Error::Input` if it changed since the job began or has no lines.
     #[allow(clippy::should_implement_trait)] // Errors come first: `?` reads better than `transpose`.
     pub fn next(&mut self) -> Result<Option<Item>> {
+        loop {
+            match self.next_event()? {
+                Some(Event::Item(item)) => return Ok(Some(item)),
+                Some(Event::Flush) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next line with work left or word to a worker; none at the end of the input.
+    ///
+    /// # Errors
+    /// As [`Reader::next`].
+    pub fn next_event(&mut self) -> Result<Option<Event>> {
         while !self.ended {
             let read = self.lines.next().map_err(Error::io("read", &self.reading.path))?;
             let (number, envelope) = match read {
@@ -106,16 +131,20 @@ impl Reader {
                     return self.check_end().map(|()| None);
                 }
                 Some((_, Line::Blank)) => continue,
+                Some((_, Line::Text(text))) if self.reading.control && is_flush(text) => {
+                    return Ok(Some(Event::Flush));
+                }
                 Some((number, line)) => (number, Envelope::open(number, &line, &self.reading.limits)),
             };
-            let duplicate = !self.seen.insert(name(&envelope.custom_id));
+            self.any = true;
+            let duplicate = !self.reading.ids.take(&envelope.custom_id);
             if !self.reading.shard.holds(number) {
                 continue;
             }
             let index = self.index;
             self.index += 1;
             if self.done.next() != Some(true) {
-                return Ok(Some(self.item(index, number, envelope, duplicate)));
+                return Ok(Some(Event::Item(self.item(index, number, envelope, duplicate))));
             }
         }
         Ok(None)
@@ -141,13 +170,18 @@ impl Reader {
             Some(before) if *before != self.lines.sha256() => {
                 refuse("changed while the job was reading it", "restore the file and run the same command again")
             }
-            None if self.seen.is_empty() => refuse("has no lines", "give it one JSON object per line"),
+            None if !self.any && !self.reading.control => refuse("has no lines", "give it one JSON object per line"),
             _ => Ok(()),
         }
     }
 }
 
-fn name(custom_id: &str) -> Name {
-    let digest: [u8; 32] = Sha256::digest(custom_id.as_bytes()).into();
-    std::array::from_fn(|word| u32::from_le_bytes(std::array::from_fn(|byte| digest[4 * word + byte])))
+/// Whether a line is `{"type":"flush"}`.
+fn is_flush(text: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+    enum Control {
+        Flush {},
+    }
+    text.len() < 100 && matches!(serde_json::from_slice(text), Ok(Control::Flush {}))
 }

@@ -47,7 +47,8 @@ impl Names {
         let id = self.id(header, outcome.is_err());
         let mut line = match (header.endpoint, outcome) {
             (Endpoint::Plain, Ok(answer)) => to_json(&plain(header, answer)),
-            (Endpoint::Plain, Err(error)) => {
+            (Endpoint::Score, Ok(answer)) => to_json(&score(header, answer)),
+            (Endpoint::Plain | Endpoint::Score, Err(error)) => {
                 to_json(&PlainError { custom_id: &header.custom_id, error: numbered(header, error) })
             }
             (Endpoint::Completions, Ok(answer)) => self.batch(header, &id, Some(self.completion(header, &id, answer))),
@@ -252,7 +253,7 @@ fn completion_choice<'a>(
         index,
         text: Some(echoed_text(prompt, choice)),
         message: None,
-        logprobs: text_logprobs(prompt, choice).map(Logprobs::Text),
+        logprobs: text_logprobs(header, prompt, choice).map(Logprobs::Text),
         finish_reason: reason(choice),
         stop_reason: Some(stop_reason(choice)),
         token_ids: header.return_token_ids.then_some(&choice.token_ids),
@@ -303,7 +304,7 @@ fn plain<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Plain<'a> {
         text: echoed_text(prompt, choice),
         finish_reason: reason(choice),
         token_ids: header.return_token_ids.then_some(&choice.token_ids),
-        logprobs: text_logprobs(prompt, choice),
+        logprobs: text_logprobs(header, prompt, choice),
     };
     let mut choices = prompt.choices.iter().enumerate().map(choice);
     let first = choices.next().expect("a prompt has a sample");
@@ -322,6 +323,38 @@ fn plain<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Plain<'a> {
     }
 }
 
+/// The answer to a line that had tokens scored, over all of its windows.
+#[derive(Serialize)]
+struct Score<'a> {
+    custom_id: &'a str,
+    logprob: f64,
+    is_greedy: bool,
+    token_logprobs: Vec<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    /// Tokens that the context lost at its beginning.
+    truncated_tokens: usize,
+    usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<&'a RawValue>,
+}
+
+fn score<'a>(header: &'a ItemHeader, answer: &'a Answer) -> Score<'a> {
+    let scores: Vec<&TokenLogprob> =
+        answer.prompts.iter().flat_map(|window| window.prompt_logprobs.iter().flatten()).collect();
+    let token_logprobs: Vec<f32> = scores.iter().map(|score| floor(score.logprob.unwrap_or(LOWEST_LOGPROB))).collect();
+    Score {
+        custom_id: &header.custom_id,
+        logprob: token_logprobs.iter().map(|&logprob| f64::from(logprob)).sum(),
+        is_greedy: scores.iter().all(|score| score.top.first().is_some_and(|(best, _)| best.id == score.token.id)),
+        token_logprobs,
+        token_ids: header.return_token_ids.then(|| scores.iter().map(|score| score.token.id).collect()),
+        truncated_tokens: answer.prompts.iter().map(|window| window.cut_tokens).sum(),
+        usage: Usage::of(answer),
+        metadata: header.metadata.as_deref(),
+    }
+}
+
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Logprobs<'a> {
@@ -336,18 +369,22 @@ struct TextLogprobs<'a> {
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<&'a str>,
     top_logprobs: Vec<Option<TopLogprobs<'a>>>,
+    /// With the token ids: what the texts cannot say of tokens that end within a character.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_bytes: Option<Vec<&'a [u8]>>,
 }
 
 /// Log-probabilities of a choice, the echoed prompt's before it.
-fn text_logprobs<'a>(prompt: &'a PromptAnswer, choice: &'a Choice) -> Option<TextLogprobs<'a>> {
+fn text_logprobs<'a>(header: &ItemHeader, prompt: &'a PromptAnswer, choice: &'a Choice) -> Option<TextLogprobs<'a>> {
     let completion = choice.logprobs.as_ref()?;
     let echoed = prompt.prompt_logprobs.as_ref().filter(|_| prompt.prompt_text.is_some());
-    let mut shape = TextLogprobs::default();
+    let mut shape = TextLogprobs { token_bytes: header.return_token_ids.then(Vec::new), ..TextLogprobs::default() };
     let mut offset = 0;
     for token in echoed.into_iter().flatten().chain(completion) {
         shape.text_offset.push(offset);
         shape.token_logprobs.push(token.logprob.map(floor));
         shape.tokens.push(&token.token.text);
+        shape.token_bytes.iter_mut().for_each(|bytes| bytes.push(&token.token.bytes));
         shape.top_logprobs.push(token.logprob.map(|logprob| TopLogprobs(token, logprob)));
         offset += token.token.text.chars().count();
     }

@@ -51,6 +51,8 @@ impl Request {
 pub enum Endpoint {
     /// `{"prompt": ...}` or `{"messages": ...}` with sampling fields beside it.
     Plain,
+    /// `{"context": ..., "continuation": ...}` or `{"text": ...}`: nothing is generated.
+    Score,
     /// An OpenAI batch line for `/v1/completions`.
     Completions,
     /// An OpenAI batch line for `/v1/chat/completions`.
@@ -73,6 +75,45 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// A conversation, rendered by the model's chat template.
     Messages(Conversation),
+    /// Tokens whose log-probabilities are wanted.
+    Scoring(Scoring),
+}
+
+/// What to score, and how it becomes tokens: as lm-evaluation-harness does it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scoring {
+    /// What is scored.
+    pub target: Scored,
+    /// Whether the tokenizer's own special tokens are added; none for: unless the text brings them.
+    pub add_special_tokens: Option<bool>,
+    /// What stands before the first token where nothing else does; none for the model's BOS, else EOS.
+    pub prefix_token_id: Option<u32>,
+    /// Tokens that predictions are made from at most; none for the model's context.
+    pub max_length: Option<u32>,
+}
+
+/// Which tokens are scored.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scored {
+    /// What follows a context; if both are too long, the context loses its beginning.
+    Continuation {
+        /// What is given; may be empty.
+        context: Given,
+        /// What is scored.
+        continuation: Given,
+    },
+    /// A whole text, in windows if it is longer than the context.
+    Rolling(Given),
+}
+
+/// A text or tokens, as a line gives them.
+#[derive(Clone, Debug, PartialEq, serde::Deserialize)]
+#[serde(untagged)]
+pub enum Given {
+    /// Text.
+    Text(String),
+    /// Token ids, used as they are.
+    Tokens(Vec<u32>),
 }
 
 /// A conversation and what the chat template is given beside it.
@@ -141,6 +182,8 @@ pub struct Sampling {
     pub echo: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
+    /// Prompts lose their beginning beyond this many tokens.
+    pub truncate_prompt_tokens: Option<u32>,
 }
 
 /// What an answer needs to know of its line.
@@ -205,7 +248,9 @@ pub struct PromptAnswer {
     pub prompt_token_ids: Vec<u32>,
     /// The prompt's text, given when it is echoed.
     pub prompt_text: Option<String>,
-    /// One per prompt token, the first without a value; given when asked for.
+    /// Tokens that the context of a scored continuation lost at its beginning.
+    pub cut_tokens: usize,
+    /// One per prompt token, the first without a value, or one per scored token; given when asked for.
     pub prompt_logprobs: Option<Vec<TokenLogprob>>,
     /// The samples, in order of their index.
     pub choices: Vec<Choice>,

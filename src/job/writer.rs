@@ -5,9 +5,12 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::files::Files;
+use super::ids::InFlight;
 use super::options::Summary;
 use super::render::Names;
 use super::request::{Answer, ItemHeader, LineError, SampledToken};
@@ -35,7 +38,19 @@ impl Writer {
     }
 
     pub(crate) fn to_stream(names: Names, output: Box<dyn Write + Send>, errors: Option<(PathBuf, File)>) -> Self {
-        Writer { names, sink: Sink::Stream(Stream { output, errors, summary: Summary::default() }), broken: false }
+        let stream = Stream { output, errors, client: None, summary: Summary::default() };
+        Writer { names, sink: Sink::Stream(stream), broken: false }
+    }
+
+    /// Answers the lines in flight; `hung_up` becomes true when nobody takes answers any more.
+    pub(crate) fn to_client(
+        names: Names,
+        output: Box<dyn Write + Send>,
+        lines: InFlight,
+        hung_up: Arc<AtomicBool>,
+    ) -> Self {
+        let stream = Stream { output, errors: None, client: Some((lines, hung_up)), summary: Summary::default() };
+        Writer { names, sink: Sink::Stream(stream), broken: false }
     }
 
     /// Keeps tokens of a sample that is not finished; `start` is the position of the first among those generated.
@@ -58,7 +73,7 @@ impl Writer {
                 (line, failed) = (names.line(header, Err(&error)), true);
             }
             match sink {
-                Sink::Stream(stream) => stream.finish(&line, failed),
+                Sink::Stream(stream) => stream.finish(header, &line, failed),
                 Sink::Files(files) => files.finish(header.index, &line, failed),
             }
         })
@@ -112,15 +127,24 @@ impl Writer {
 struct Stream {
     output: Box<dyn Write + Send>,
     errors: Option<(PathBuf, File)>,
+    /// Of a worker: the lines in flight, and whether nobody takes answers any more.
+    client: Option<(InFlight, Arc<AtomicBool>)>,
     summary: Summary,
 }
 
 impl Stream {
-    fn finish(&mut self, line: &[u8], failed: bool) -> Result<()> {
+    fn finish(&mut self, header: &ItemHeader, line: &[u8], failed: bool) -> Result<()> {
+        // Whoever has the answer may use its name again.
+        if let Some((lines, _)) = &self.client {
+            lines.release(&header.custom_id);
+        }
         match &mut self.errors {
             Some((path, errors)) if failed => errors.write_all(line).map_err(Error::io("write", path))?,
             _ => {
                 let written = self.output.write_all(line).and_then(|()| self.output.flush());
+                if let (Err(_), Some((_, hung_up))) = (&written, &self.client) {
+                    hung_up.store(true, Ordering::Relaxed);
+                }
                 written.map_err(Error::io("write", "standard output"))?;
             }
         }
@@ -175,6 +199,7 @@ mod tests {
             prompts: vec![PromptAnswer {
                 prompt_token_ids: vec![1],
                 prompt_text: None,
+                cut_tokens: 0,
                 prompt_logprobs: None,
                 choices: vec![Choice {
                     text: String::new(),

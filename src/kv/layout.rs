@@ -23,8 +23,10 @@ const PANEL: usize = 16;
 /// Bytes of scales and offsets of the keys, or values, of a head.
 const GRID_BYTES: usize = 2 * 2 * PAGE_POSITIONS;
 
-/// Bytes of a head's notes, where there are any: 64 positions as u32, then 64 scores as f32.
-pub const NOTE_BYTES: usize = PAGE_POSITIONS * 8;
+/// Bytes of a head's notes, where there are any: 64 positions as u32, 64 scores as f32, then whose slots these are
+/// where heads share them ([`Spread::Heads`](super::policy::Spread::Heads)): head + 1 (0 is nobody's), which of that
+/// head's pages, and how many of its slots are taken, as u32.
+pub const NOTE_BYTES: usize = PAGE_POSITIONS * 8 + 16;
 
 /// What the layout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,8 +156,8 @@ mod tests {
         assert!(*values.last().unwrap() < 64 * 32);
         assert_eq!((layout.head(1).end, layout.values().len()), (layout.layer_bytes(), 64 * 32 * 2));
         let scored = KvLayout { scored: true, ..layout };
-        assert_eq!((layout.notes().len(), scored.notes().len()), (0, 64 * 8));
-        assert_eq!(scored.layer_bytes(), layout.layer_bytes() + 2 * 64 * 8);
+        assert_eq!((layout.notes().len(), scored.notes().len()), (0, NOTE_BYTES));
+        assert_eq!(scored.layer_bytes(), layout.layer_bytes() + 2 * NOTE_BYTES);
     }
 
     #[test]

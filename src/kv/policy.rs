@@ -58,10 +58,84 @@ pub enum Kept {
         recent: usize,
         /// Where the prompt ends.
         prompt_len: usize,
+        /// Which layers and heads have more of the heavy ones than others.
+        spread: Spread,
+    },
+}
+
+/// How the heavy hitters of a sequence are spread over a model. What [`Kept`] counts are averages, unless it was asked
+/// for a layer ([`Kept::at`]): all spreads keep as much in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Spread {
+    /// Every KV head of every layer has as many.
+    #[default]
+    Even,
+    /// Fewer with depth, in a straight line (the pyramid of PyramidInfer, arXiv 2405.12532): the first layer has
+    /// `slope` thousandths more than the average, the last one as many fewer.
+    ///
+    /// A layer that needs more pages than the average uses frames of the layer at the same distance from the other
+    /// end, which needs as many fewer.
+    Depth {
+        /// Thousandths.
+        slope: u16,
+    },
+    /// The heads of a layer share theirs: what receives least attention goes, whichever head it belongs to, as long as
+    /// that head keeps `least` (FastGen, arXiv 2310.01801, chooses per head by its attention; sharing a budget is
+    /// Ada-KV's, arXiv 2407.11550).
+    ///
+    /// Heads use parts of pages in the order in which they need them, and pages note whose they are.
+    Heads {
+        /// Heavy hitters that every head keeps.
+        least: usize,
     },
 }
 
 impl Kept {
+    /// What a layer keeps.
+    pub fn at(self, layer: usize, num_layers: usize) -> Kept {
+        match self {
+            Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Depth { slope } } => {
+                // From one end to the other; opposite in layers at the same distance from both.
+                let depth = (num_layers - 1) as i64 - 2 * layer as i64;
+                let more = heavy as i64 * i64::from(slope) * depth / (1000 * (num_layers.max(2) - 1) as i64);
+                let heavy = heavy.saturating_add_signed(more as isize);
+                Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even }
+            }
+            other => other,
+        }
+    }
+
+    /// Whether layers keep different amounts.
+    pub fn depends_on_layer(self) -> bool {
+        matches!(self, Kept::Heavy { spread: Spread::Depth { .. }, .. })
+    }
+
+    /// Where a layer's page `index` lies: in which of the sequence's pages, and whether in the frame of the layer at
+    /// the same distance from the other end.
+    pub fn place(self, index: usize) -> (usize, bool) {
+        let own = self.most_pages();
+        // The other layer's frames that it needs last.
+        if index < own { (index, false) } else { (2 * own - 1 - index, true) }
+    }
+
+    /// Pages that a sequence holds at most.
+    fn most_pages(self) -> usize {
+        match self {
+            Kept::All => usize::MAX,
+            Kept::Window { start, recent } => pages_for(start) + ring(recent),
+            Kept::Heavy { heavy, recent, spread, .. } => {
+                let most = heavy + recent + PAGE_POSITIONS;
+                match spread {
+                    Spread::Even => pages_for(most),
+                    // Two layers have 2 * most slots, each in whole pages.
+                    Spread::Depth { .. } => ((2 * most + 2 * (PAGE_POSITIONS - 1)) / PAGE_POSITIONS).div_ceil(2),
+                    // So have all heads together.
+                    Spread::Heads { .. } => pages_for(most + PAGE_POSITIONS - 1),
+                }
+            }
+        }
+    }
+
     /// Positions that stay after an eviction; none where nothing is evicted.
     pub fn capacity(self) -> Option<usize> {
         match self {
@@ -73,12 +147,14 @@ impl Kept {
 
     /// Pages that a sequence of `positions` positions has had to hold at the same time.
     pub fn pages(self, positions: usize) -> usize {
-        let most = match self {
-            Kept::All => usize::MAX,
-            Kept::Window { start, recent } => pages_for(start) + ring(recent),
-            Kept::Heavy { heavy, recent, .. } => pages_for(heavy + recent + PAGE_POSITIONS),
-        };
-        pages_for(positions).min(most)
+        // No head and no layer has more slots than there are positions.
+        pages_for(positions).min(self.most_pages())
+    }
+
+    /// Pages that a single layer of such a sequence works with, at most.
+    pub fn widest_layer(self, positions: usize) -> usize {
+        // The first layer has the most.
+        self.at(0, 2).pages(positions).max(self.pages(positions))
     }
 
     /// Which of the sequence's pages holds tile `tile`: 64 positions, or 64 slots where positions have no fixed place.
@@ -94,7 +170,7 @@ impl Kept {
 
     /// Slots that are taken when `position` is about to be stored, of pages with slots.
     pub fn slots(self, position: usize) -> usize {
-        let Kept::Heavy { heavy, recent, prompt_len } = self else { return position };
+        let Kept::Heavy { heavy, recent, prompt_len, .. } = self else { return position };
         let evicted = if position < prompt_len { position / PAGE_POSITIONS * PAGE_POSITIONS } else { position };
         evicted.min(heavy + recent) + position - evicted
     }
@@ -141,7 +217,7 @@ impl Kept {
 
     /// The sequence's pages that the positions `range` find something in.
     pub fn reads(self, range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
-        let end = pages_for(self.slots(range.start));
+        let end = self.read_end(range.start);
         let (before, from) = match self {
             Kept::Window { start, .. } => {
                 let (start, from) = (pages_for(start), self.oldest(range.start) / PAGE_POSITIONS);
@@ -150,6 +226,14 @@ impl Kept {
             Kept::All | Kept::Heavy { .. } => (0, 0),
         };
         (0..before).chain(from..end).map(move |tile| self.page(tile))
+    }
+
+    /// The first tile that holds nothing when `position` is about to be stored.
+    fn read_end(self, position: usize) -> usize {
+        match self {
+            Kept::Heavy { spread: Spread::Heads { .. }, .. } => self.pages(position),
+            _ => pages_for(self.slots(position)),
+        }
     }
 
     /// The sequence's pages that the positions `range` are stored into, or change.
@@ -164,7 +248,7 @@ impl Kept {
 
     /// All pages that the positions `range` need.
     pub fn touches(self, range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
-        let read = pages_for(self.slots(range.start));
+        let read = self.read_end(range.start);
         let later = match self {
             Kept::All | Kept::Window { .. } => read..pages_for(range.end),
             Kept::Heavy { .. } => read..self.pages(range.end),
@@ -267,11 +351,34 @@ impl fmt::Display for Sink {
     }
 }
 
-/// `h2o:heavy=H,recent=R`: the latest positions, and those that receive most attention.
+/// `h2o:heavy=H,recent=R`: the latest positions, and those that receive most attention; `pyramid` and `per-head` spread
+/// them over layers and heads.
 #[derive(Clone, Copy, Debug)]
 struct HeavyHitters {
     heavy: Amount,
     recent: Amount,
+    shape: Shape,
+}
+
+/// What a policy of heavy hitters makes of their number.
+#[derive(Clone, Copy, Debug)]
+enum Shape {
+    /// `h2o`
+    Even,
+    /// `pyramid:...,slope=S`
+    Pyramid { slope: f64 },
+    /// `per-head:...,least=L`, a share of the heavy hitters.
+    PerHead { least: f64 },
+}
+
+impl Shape {
+    fn spread(self, heavy: usize) -> Spread {
+        match self {
+            Shape::Even => Spread::Even,
+            Shape::Pyramid { slope } => Spread::Depth { slope: (slope * 1000.0).round() as u16 },
+            Shape::PerHead { least } => Spread::Heads { least: (least * heavy as f64).round() as usize },
+        }
+    }
 }
 
 impl KvPolicy for HeavyHitters {
@@ -280,7 +387,7 @@ impl KvPolicy for HeavyHitters {
         let (heavy, recent) = (self.heavy.of(len), self.recent.of(len).max(1));
         match positions(prompt_len, max_tokens) <= heavy + recent {
             true => Kept::All,
-            false => Kept::Heavy { heavy, recent, prompt_len },
+            false => Kept::Heavy { heavy, recent, prompt_len, spread: self.shape.spread(heavy) },
         }
     }
 
@@ -291,7 +398,12 @@ impl KvPolicy for HeavyHitters {
 
 impl fmt::Display for HeavyHitters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "h2o:heavy={},recent={}", self.heavy, self.recent)
+        let HeavyHitters { heavy, recent, shape } = self;
+        match shape {
+            Shape::Even => write!(f, "h2o:heavy={heavy},recent={recent}"),
+            Shape::Pyramid { slope } => write!(f, "pyramid:heavy={heavy},recent={recent},slope={slope:?}"),
+            Shape::PerHead { least } => write!(f, "per-head:heavy={heavy},recent={recent},least={least:?}"),
+        }
     }
 }
 
@@ -305,7 +417,8 @@ pub fn full() -> Arc<dyn KvPolicy> {
     Arc::new(Full)
 }
 
-/// Reads `full`, `sink:start=S,recent=R` or `h2o:heavy=H,recent=R`.
+/// Reads `full`, `sink:start=S,recent=R`, `h2o:heavy=H,recent=R`, `pyramid:heavy=H,recent=R,slope=S` or
+/// `per-head:heavy=H,recent=R,least=L`.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -323,6 +436,8 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
         "full" => &[],
         "sink" => &["start", "recent"],
         "h2o" => &["heavy", "recent"],
+        "pyramid" => &["heavy", "recent", "slope"],
+        "per-head" => &["heavy", "recent", "least"],
         other => return Err(format!("there is no policy `{other}`")),
     };
     if let Some((key, _)) = settings.iter().find(|(key, _)| !known.contains(key)) {
@@ -332,13 +447,23 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
         let given = settings.iter().find(|(known, _)| *known == key).map(|&(_, amount)| amount);
         given.or(default).ok_or_else(|| format!("`{name}` needs `{key}`"))
     };
+    let share = |key: &str, default: f64| match setting(key, Some(Amount::Share(default)))? {
+        Amount::Share(share) => Ok(share),
+        Amount::Count(count @ 0..=1) => Ok(count as f64),
+        Amount::Count(count) => Err(format!("`{key}={count}` is not a share from 0 to 1")),
+    };
+    let heavy_hitters = |shape: Shape| -> Result<Arc<dyn KvPolicy>, String> {
+        Ok(Arc::new(HeavyHitters { heavy: setting("heavy", None)?, recent: setting("recent", None)?, shape }))
+    };
     Ok(match name {
         "sink" => Arc::new(Sink {
             // The paper's: four are enough, and a cache of 1,024 in all.
             start: setting("start", Some(Amount::Count(4)))?,
             recent: setting("recent", Some(Amount::Count(1020)))?,
         }),
-        "h2o" => Arc::new(HeavyHitters { heavy: setting("heavy", None)?, recent: setting("recent", None)? }),
+        "h2o" => heavy_hitters(Shape::Even)?,
+        "pyramid" => heavy_hitters(Shape::Pyramid { slope: share("slope", 0.5)? })?,
+        "per-head" => heavy_hitters(Shape::PerHead { least: share("least", 0.2)? })?,
         _ => full(),
     })
 }
@@ -353,11 +478,16 @@ mod tests {
         prop_oneof![
             Just(Kept::All),
             (0usize..200, 1usize..300).prop_map(|(start, recent)| Kept::Window { start, recent }),
-            (0usize..200, 1usize..200, 1usize..500).prop_map(|(heavy, recent, prompt_len)| Kept::Heavy {
-                heavy,
-                recent,
-                prompt_len
-            }),
+            (0usize..200, 1usize..200, 1usize..500, spread())
+                .prop_map(|(heavy, recent, prompt_len, spread)| Kept::Heavy { heavy, recent, prompt_len, spread }),
+        ]
+    }
+
+    fn spread() -> impl Strategy<Value = Spread> {
+        prop_oneof![
+            Just(Spread::Even),
+            (0u16..=1000).prop_map(|slope| Spread::Depth { slope }),
+            (0usize..100).prop_map(|least| Spread::Heads { least }),
         ]
     }
 
@@ -417,10 +547,36 @@ mod tests {
             }
         }
 
+        /// Layers of a pyramid keep as much in all as even ones, and no two use the same frame.
+        #[test]
+        fn layers_lend_each_other_what_they_do_not_need(
+            heavy in 0usize..400, recent in 1usize..200, slope in 0u16..=1000, num_layers in 1usize..40,
+            len in 1usize..900,
+        ) {
+            let kept = Kept::Heavy { heavy, recent, prompt_len: 300, spread: Spread::Depth { slope } };
+            let mut used = std::collections::HashSet::new();
+            let mut total = 0;
+            for layer in 0..num_layers {
+                let here = kept.at(layer, num_layers);
+                total += here.capacity().unwrap();
+                prop_assert!(here.pages(len) <= kept.widest_layer(len));
+                let mut touched: Vec<usize> = here.touches(&(0..len)).collect();
+                touched.sort_unstable();
+                prop_assert!(touched.into_iter().eq(0..here.pages(len)));
+                for index in 0..here.pages(len) {
+                    let (page, mirrored) = kept.place(index);
+                    prop_assert!(page < kept.pages(len));
+                    let frame = if mirrored { num_layers - 1 - layer } else { layer };
+                    prop_assert!(used.insert((page, frame)), "page {} of layer {}", page, layer);
+                }
+            }
+            prop_assert_eq!(total, num_layers * (heavy + recent));
+        }
+
         /// Slots as they are defined, counted one by one.
         #[test]
         fn slots_follow_the_evictions(heavy in 0usize..200, recent in 1usize..200, prompt_len in 1usize..500) {
-            let kept = Kept::Heavy { heavy, recent, prompt_len };
+            let kept = Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even };
             let mut taken = 0usize;
             for position in 0..prompt_len + 100 {
                 prop_assert_eq!(kept.slots(position), taken);
@@ -438,9 +594,22 @@ mod tests {
 
     #[test]
     fn policies_are_read_and_written() {
-        for text in ["full", "sink:start=4,recent=1020", "h2o:heavy=0.1,recent=0.1", "h2o:heavy=100,recent=1.0"] {
+        for text in [
+            "full",
+            "sink:start=4,recent=1020",
+            "h2o:heavy=0.1,recent=0.1",
+            "h2o:heavy=100,recent=1.0",
+            "pyramid:heavy=0.1,recent=20,slope=0.75",
+            "per-head:heavy=100,recent=0.1,least=0.25",
+        ] {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
+        assert_eq!(parse("pyramid:heavy=9,recent=9").unwrap().to_string(), "pyramid:heavy=9,recent=9,slope=0.5");
+        assert_eq!(parse("per-head:heavy=9,recent=9").unwrap().to_string(), "per-head:heavy=9,recent=9,least=0.2");
+        assert_eq!(
+            parse("pyramid:heavy=9,recent=9,slope=1").unwrap().to_string(),
+            "pyramid:heavy=9,recent=9,slope=1.0"
+        );
         assert_eq!(parse("sink").unwrap().to_string(), "sink:start=4,recent=1020");
         for (text, what) in [
             ("h2o", "needs `heavy`"),
@@ -450,6 +619,8 @@ mod tests {
             ("sink:heavy=3", "has no `heavy`"),
             ("sink:start=3,start=4", "twice"),
             ("sink:start", "KEY=VALUE"),
+            ("pyramid:heavy=3,recent=3,slope=2", "from 0 to 1"),
+            ("per-head:heavy=3,recent=3,slope=0.2", "has no `slope`"),
             ("lru", "no policy"),
         ] {
             let error = parse(text).unwrap_err();
@@ -460,7 +631,14 @@ mod tests {
     #[test]
     fn shares_are_of_the_requests_own_length() {
         let policy = parse("h2o:heavy=0.1,recent=0.1").unwrap();
-        assert_eq!(policy.kept(512, 512), Kept::Heavy { heavy: 102, recent: 102, prompt_len: 512 });
+        let heavy = |heavy, spread| Kept::Heavy { heavy, recent: 102, prompt_len: 512, spread };
+        assert_eq!(policy.kept(512, 512), heavy(102, Spread::Even));
+        let pyramid = parse("pyramid:heavy=0.1,recent=0.1").unwrap().kept(512, 512);
+        assert_eq!(pyramid, heavy(102, Spread::Depth { slope: 500 }));
+        assert_eq!([0, 1, 2, 3].map(|layer| pyramid.at(layer, 4)), [153, 119, 85, 51].map(|h| heavy(h, Spread::Even)));
+        assert_eq!(pyramid.at(0, 1), heavy(102, Spread::Even));
+        let per_head = parse("per-head:heavy=0.1,recent=0.1").unwrap().kept(512, 512);
+        assert_eq!(per_head, heavy(102, Spread::Heads { least: 20 }));
         assert_eq!(parse("h2o:heavy=0.5,recent=0.5").unwrap().kept(10, 10), Kept::All);
         assert_eq!(parse("sink").unwrap().kept(1000, 25), Kept::All);
         assert_eq!(parse("sink").unwrap().kept(1000, 26), Kept::Window { start: 4, recent: 1020 });

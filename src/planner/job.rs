@@ -34,6 +34,8 @@ pub struct Job {
     pub pages: f64,
     /// Pages that the longest sequence reserves.
     pub most_pages: usize,
+    /// Pages that a single layer of the longest sequence works with.
+    pub widest_layer: usize,
     /// Pages that a decoding query reads, on average over an answer.
     pub decode_pages: f64,
     /// Keys that a decoding query sees at most; infinite where everything is kept.
@@ -64,6 +66,11 @@ impl Request {
     /// Pages that are reserved for it.
     pub fn pages(&self) -> usize {
         self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
+    }
+
+    /// Pages that a single layer of it works with, at most.
+    fn widest_layer(&self) -> usize {
+        self.kept.widest_layer(positions(self.prompt_len, self.max_tokens)).max(1)
     }
 
     /// Keys that a decoding query sees at most.
@@ -107,6 +114,7 @@ impl Job {
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.pages() as f64).max(1.0),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
+            widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
             decode_pages: mean(&Request::decode_pages),
             most_keys: mean(&Request::most_keys),
             rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),

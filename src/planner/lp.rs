@@ -47,6 +47,8 @@ pub struct Outline {
     pub block_rows: usize,
     /// Pages of the KV cache.
     pub pages: usize,
+    /// Pages that the layer with most of them works with, for each page that a sequence holds.
+    pub widest_layer: f64,
     /// Stages of streamed weights with the device.
     pub weight_slots: usize,
     /// Blocks of streamed pages with the device.
@@ -60,9 +62,9 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Pages that a block may touch: its share of all, and a few more, because sequences are whole.
+    /// Pages that a block may touch in a layer: its share of all, and a few more, because sequences are whole.
     pub fn block_pages(&self) -> f64 {
-        1.06 * self.pages as f64 / self.blocks as f64
+        1.06 * self.widest_layer * self.pages as f64 / self.blocks as f64
     }
 }
 
@@ -393,6 +395,7 @@ mod tests {
                 blocks: blocks.len(),
                 block_rows: blocks.iter().map(|block| block.shape.rows).max().unwrap(),
                 pages,
+                widest_layer: 1.0,
                 weight_slots: 2,
                 kv_slots: 2,
                 embed: Tier::Cpu,
@@ -450,6 +453,7 @@ mod tests {
             blocks: 2,
             block_rows: blocks[0].shape.rows,
             pages: 600,
+            widest_layer: 1.0,
             weight_slots: 2,
             kv_slots: 2,
             embed: Tier::Gpu,

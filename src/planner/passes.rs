@@ -39,6 +39,7 @@ struct Sequence {
 
 /// A pass in the making, and who may be in it.
 struct Crowd {
+    num_layers: usize,
     /// Where things are computed, and pages by tier.
     compute: Tier,
     pages: [usize; 3],
@@ -63,6 +64,7 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let fewer = |count: usize| (count as f64 / each).ceil() as usize;
     let pages = placement.pages.map(fewer);
     let mut crowd = Crowd {
+        num_layers: placement.num_layers,
         compute: placement.compute,
         pages,
         each,
@@ -70,7 +72,7 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         pool: PagePool::new(pages),
         reserved: 0,
         block_rows: fewer(policy.block_rows),
-        block_pages: fewer(policy.block_pages).max(job.most_pages),
+        block_pages: fewer(policy.block_pages).max(job.widest_layer),
         blocks: Vec::new(),
         streamed: 0,
     };
@@ -191,7 +193,9 @@ impl Fill for Crowd {
             counts[self.compute as usize] = 0;
             counts
         };
-        let streamed: usize = tiers(&mut kept.touches(&range)).iter().sum();
+        // The first layer needs the most.
+        let first = kept.at(0, self.num_layers);
+        let streamed: usize = tiers(&mut first.touches(&range).map(|index| kept.place(index).0)).iter().sum();
         if self.streamed + streamed > self.block_pages {
             return Ok(0);
         }
@@ -269,6 +273,23 @@ mod tests {
                 assert!(pass.blocks.len() <= blocks);
             }
         }
+    }
+
+    #[test]
+    fn blocks_have_room_for_the_layer_that_needs_most() {
+        let policy = crate::kv::policy::parse("pyramid:heavy=200,recent=20,slope=1.0").unwrap();
+        let job = Job::of(&[Request::new(600, 20, 20, &*policy); 40]);
+        // 220 slots and 64 more on average, 420 and 64 in the first layer.
+        assert_eq!((job.most_pages, job.widest_layer), (5, 8));
+        let mut placement = placement(&job, 8, 300, 2, Split::all(Tier::Cpu));
+        // Sequences that decode together in a block, at most.
+        let mut most = |block_pages: usize| {
+            placement.policy.block_pages = block_pages;
+            let passes = passes(&job, &placement);
+            let blocks = passes.iter().flat_map(|pass| &pass.blocks).filter(|block| block.rows == block.segments);
+            blocks.map(|block| block.segments).max().unwrap()
+        };
+        assert_eq!([20, 23, 24].map(&mut most), [2, 2, 3]);
     }
 
     #[test]

@@ -287,6 +287,7 @@ impl<'a> Question<'a> {
             // A prompt is in one block of a pass, so few prompts need larger ones.
             block_rows: spare.max(chunk_tokens.div_ceil(prompts) + sequences.div_ceil(blocks.len())),
             pages: pages.max(self.job.most_pages) + 1,
+            widest_layer: self.job.widest_layer as f64 / self.job.most_pages as f64,
             weight_slots: 3,
             kv_slots: if blocks.len() == 1 { 2 } else { 3 },
             embed: places.0,
@@ -344,7 +345,7 @@ impl<'a> Question<'a> {
         let mut solution = candidate.solution.clone();
         for _ in 0..ATTEMPTS {
             let compute = self.hardware.compute_tier();
-            let policy = policy(&candidate.outline, &solution.shares, compute, self.job.most_pages);
+            let policy = policy(&candidate.outline, &solution.shares, compute, self.job.widest_layer);
             let placement = Placement::new(&self.model.bytes, &policy, compute);
             let over: Vec<f64> = (0..3).map(|tier| placement.bytes[tier] as f64 - self.budgets.0[tier]).collect();
             if over.iter().all(|&over| over <= 0.0) {
@@ -373,7 +374,7 @@ impl<'a> Question<'a> {
         let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
         let shares = Shares { weights: shares, kv: shares, attended: 0.0, hidden: home };
         let placement =
-            Placement::new(&self.model.bytes, &policy(&outline, &shares, compute, self.job.most_pages), compute);
+            Placement::new(&self.model.bytes, &policy(&outline, &shares, compute, self.job.widest_layer), compute);
         let tier = Tier::ALL
             .into_iter()
             .filter(|&tier| placement.bytes[tier as usize] as f64 > self.budgets.0[tier as usize])

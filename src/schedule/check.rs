@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::fences::Fence;
 use super::placement::Placement;
-use super::shape::BlockShape;
+use super::shape::{BlockShape, Layers};
 use super::step::{Lane, Op, Slot, Step};
 use crate::error::Tier;
 
@@ -49,8 +49,13 @@ impl Checker {
     ///
     /// # Errors
     /// The first step that reads what is not there, overwrites what is still needed, or is missing.
-    pub fn pass(&mut self, placement: &Placement, blocks: &[BlockShape], steps: &[Step]) -> Result<(), Fault> {
-        let mut layers = 0;
+    pub fn pass<'a>(
+        &mut self,
+        placement: &Placement,
+        blocks: impl Into<Layers<'a>>,
+        steps: &[Step],
+    ) -> Result<(), Fault> {
+        let (blocks, mut layers) = (blocks.into(), 0);
         // Only weights come ahead of the pass that needs them.
         self.slots.retain(|slot, _| !matches!(slot, Slot::Kv(_) | Slot::Hidden(_) | Slot::Embeddings));
         self.brought.clear();
@@ -58,15 +63,15 @@ impl Checker {
             self.step(placement, blocks, step).map_err(|what| Fault { index, what: format!("{what} in `{step}`") })?;
             layers += usize::from(step.op == Op::Layer);
         }
-        let wanted = placement.num_layers * blocks.len();
+        let wanted = placement.num_layers * blocks.at(0).len();
         match layers == wanted {
             true => Ok(()),
             false => Err(Fault { index: steps.len(), what: format!("{layers} layer steps of {wanted}") }),
         }
     }
 
-    fn step(&mut self, placement: &Placement, blocks: &[BlockShape], step: &Step) -> Result<(), String> {
-        let block = blocks.get(step.block as usize);
+    fn step(&mut self, placement: &Placement, blocks: Layers<'_>, step: &Step) -> Result<(), String> {
+        let block = blocks.at(step.stage as usize).get(step.block as usize);
         match step.op {
             Op::ReadWeights { from, to } | Op::LoadWeights { from, to } | Op::DecodeWeights { from, to } => {
                 let chunks: BTreeSet<u32> = (from..to).collect();

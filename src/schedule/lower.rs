@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use super::placement::Placement;
-use super::shape::BlockShape;
+use super::shape::{BlockShape, Layers};
 use super::step::{Lane, Op, Slot, Slots, Step};
 use crate::error::Tier;
 
@@ -37,7 +37,8 @@ pub struct Carried {
 }
 
 /// Lowers one pass of `blocks`.
-pub fn lower(placement: &Placement, blocks: &[BlockShape], carried: &mut Carried) -> Vec<Step> {
+pub fn lower<'a>(placement: &'a Placement, blocks: impl Into<Layers<'a>>, carried: &'a mut Carried) -> Vec<Step> {
+    let blocks = blocks.into();
     let stages = placement.stages.iter().enumerate();
     let streamed = stages.filter(|(_, stage)| !stage.streamed().is_empty()).map(|(index, _)| index).collect();
     let mut lowering = Lowering { placement, blocks, streamed, carried, steps: Vec::new() };
@@ -47,7 +48,7 @@ pub fn lower(placement: &Placement, blocks: &[BlockShape], carried: &mut Carried
 
 struct Lowering<'a> {
     placement: &'a Placement,
-    blocks: &'a [BlockShape],
+    blocks: Layers<'a>,
     /// Stages with streamed chunks, in order.
     streamed: Vec<usize>,
     carried: &'a mut Carried,
@@ -63,7 +64,7 @@ struct Place {
 
 impl Lowering<'_> {
     fn pass(&mut self) {
-        let count = self.blocks.len();
+        let count = self.count();
         let items = self.placement.num_layers * count;
         let ahead = self.kv_slots() - 1;
         self.catch_up(self.placement.policy.weight_slots as u64 - 1);
@@ -87,7 +88,7 @@ impl Lowering<'_> {
                 self.store_kv(item);
                 if stage + 1 < self.placement.num_layers {
                     self.store_hidden(item);
-                } else if self.blocks[block].outputs > 0 {
+                } else if self.blocks.at(stage)[block].outputs > 0 {
                     let reads = self.hidden_slot(item);
                     self.compute(Op::Gather, Place { stage, block }, reads, Slots::none());
                 }
@@ -103,7 +104,7 @@ impl Lowering<'_> {
     fn head(&mut self) {
         let first = self.placement.num_layers;
         if self.placement.head_resident {
-            if self.blocks.iter().any(|block| block.outputs > 0) {
+            if self.blocks.at(first).iter().any(|block| block.outputs > 0) {
                 self.compute(Op::Head, Place { stage: first, block: 0 }, Slots::none(), Slots::none());
             }
             return;
@@ -228,8 +229,17 @@ impl Lowering<'_> {
         self.placement.policy.kv_slots.max(1)
     }
 
+    /// Blocks of the pass.
+    fn count(&self) -> usize {
+        self.blocks.at(0).len()
+    }
+
     fn place(&self, item: usize) -> Place {
-        Place { stage: item / self.blocks.len(), block: item % self.blocks.len() }
+        Place { stage: item / self.count(), block: item % self.count() }
+    }
+
+    fn block(&self, place: Place) -> &BlockShape {
+        &self.blocks.at(place.stage)[place.block]
     }
 
     fn turn_of(&self, item: usize) -> u32 {
@@ -248,7 +258,7 @@ impl Lowering<'_> {
 
     fn load_kv(&mut self, item: usize) {
         let place = self.place(item);
-        let (loads, slot) = (self.blocks[place.block].loads, Slot::Kv(self.turn_of(item)));
+        let (loads, slot) = (self.block(place).loads, Slot::Kv(self.turn_of(item)));
         let bytes = |pages: usize| pages as u64 * self.placement.frame;
         let (cpu, disk) = (bytes(loads.cpu), bytes(loads.disk));
         if cpu > 0 {
@@ -264,7 +274,7 @@ impl Lowering<'_> {
 
     fn store_kv(&mut self, item: usize) {
         let place = self.place(item);
-        let (stores, slot) = (self.blocks[place.block].stores, Slot::Kv(self.turn_of(item)));
+        let (stores, slot) = (self.block(place).stores, Slot::Kv(self.turn_of(item)));
         let bytes = |pages: usize| pages as u64 * self.placement.frame;
         let (cpu, disk) = (bytes(stores.cpu), bytes(stores.disk));
         if cpu > 0 {
@@ -287,7 +297,7 @@ impl Lowering<'_> {
     }
 
     fn hidden_bytes(&self, place: Place) -> u64 {
-        self.blocks[place.block].rows as u64 * self.placement.hidden_row
+        self.block(place).rows as u64 * self.placement.hidden_row
     }
 
     fn hidden_staging(&mut self) -> Slot {
@@ -352,7 +362,7 @@ impl Lowering<'_> {
         let mut reads = Slots::none();
         if self.placement.embed != self.placement.compute {
             let lane = if self.placement.embed == Tier::Disk { Lane::DiskRead } else { Lane::H2d };
-            let bytes = self.blocks[place.block].rows as u64 * self.placement.hidden_row;
+            let bytes = self.block(place).rows as u64 * self.placement.hidden_row;
             self.step(lane, Op::LoadEmbeddings, place, Slots::none(), Slot::Embeddings.into(), bytes);
             reads = Slot::Embeddings.into();
         }
@@ -362,7 +372,7 @@ impl Lowering<'_> {
 
     fn layer(&mut self, item: usize) {
         let place = self.place(item);
-        let block = &self.blocks[place.block];
+        let block = *self.block(place);
         let (mut reads, mut writes) = (self.weights(place.stage), Slots::none());
         if block.loads.total() > 0 {
             reads = reads.and(Slot::Kv(self.turn_of(item)));

@@ -25,8 +25,30 @@ pub struct Pass {
     pub segments: Vec<Segment>,
     /// Which segments are computed together.
     pub blocks: Vec<Range<usize>>,
-    /// Streamed pages of the last block.
-    streamed: HashSet<PageId>,
+    /// Streamed frames of the last block, of the layer that has most.
+    streamed: HashSet<Frame>,
+}
+
+/// A page as one layer uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frame {
+    /// Whether the frame is that of the layer at the same distance from the other end ([`Kept::place`]).
+    pub mirrored: bool,
+    /// The page.
+    pub page: PageId,
+}
+
+impl Frame {
+    /// The layer whose frame it is, for `layer` of `num_layers`.
+    pub fn layer(self, layer: usize, num_layers: usize) -> usize {
+        if self.mirrored { num_layers - 1 - layer } else { layer }
+    }
+}
+
+/// A sequence's page `index`, as a layer that keeps `kept` of it uses it.
+pub fn frame(pages: &[PageId], kept: Kept, index: usize) -> Frame {
+    let (index, mirrored) = kept.place(index);
+    Frame { mirrored, page: pages[index] }
 }
 
 /// A sequence's next tokens, to be put into a pass.
@@ -74,9 +96,11 @@ impl Pass {
     pub fn room(&mut self, placement: &Placement, (pages, kept): (&[PageId], Kept), range: Range<usize>) -> usize {
         let taken = self.blocks.last().map_or(0, |block| self.block_rows(block));
         let count = placement.policy.block_rows.saturating_sub(taken).min(range.len());
-        let needed = kept.touches(&(range.start..range.start + count)).map(|index| pages[index]);
-        let streamed = |page: &PageId| placement.page_tier(*page as usize) != placement.compute;
-        let new: Vec<PageId> = needed.filter(streamed).filter(|page| !self.streamed.contains(page)).collect();
+        // The first layer needs the most.
+        let first = kept.at(0, placement.num_layers);
+        let needed = first.touches(&(range.start..range.start + count)).map(|index| frame(pages, kept, index));
+        let streamed = |frame: &Frame| placement.page_tier(frame.page as usize) != placement.compute;
+        let new: Vec<Frame> = needed.filter(streamed).filter(|frame| !self.streamed.contains(frame)).collect();
         if count == 0 || self.streamed.len() + new.len() > placement.policy.block_pages {
             return 0;
         }
@@ -121,14 +145,21 @@ pub struct Block {
     pub rows: Range<usize>,
     /// Its segments; rows count within the block, pages over the whole cache.
     pub segments: Vec<Segment>,
-    /// Pages that live elsewhere, in the order of their frames in a slot.
-    pub streamed: Vec<PageId>,
+    /// The block in numbers; averages where layers differ.
+    pub shape: BlockShape,
+    /// What layers bring and put away: of every layer, or of all where they are alike.
+    layers: Vec<Streamed>,
+}
+
+/// Frames of a block in a layer that live elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct Streamed {
+    /// In the order in which they lie in a slot.
+    pub frames: Vec<Frame>,
     /// Which of them are brought from main memory, and from disk.
     pub loads: [Vec<usize>; 2],
     /// Which of them go back to main memory, and to disk.
     pub stores: [Vec<usize>; 2],
-    /// The block in numbers.
-    pub shape: BlockShape,
 }
 
 impl Block {
@@ -148,32 +179,74 @@ impl Block {
             outputs: count(rows.end) - count(rows.start),
             ..BlockShape::default()
         };
-        let (mut read, mut written, mut all) = (HashSet::new(), HashSet::new(), Vec::new());
         for segment in segments {
             let (range, kept) = (segment.start..segment.start + segment.len, segment.kept);
             shape.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
             shape.pages += kept.touches(&range).count() as u64;
-            let elsewhere = |page: &PageId| placement.page_tier(*page as usize) != placement.compute;
-            let page = |index: usize| segment.pages[index];
-            read.extend(kept.reads(&range).map(page).filter(elsewhere));
-            written.extend(kept.writes(&range).map(page).filter(elsewhere));
-            all.extend(kept.touches(&range).map(page).filter(elsewhere));
+        }
+        let differ = segments.iter().any(|segment| segment.kept.depends_on_layer());
+        let layers = if differ { placement.num_layers } else { 1 };
+        let layers: Vec<_> = (0..layers).map(|layer| Streamed::new(segments, placement, layer)).collect();
+        let mean = |count: &dyn Fn(&Streamed) -> usize| layers.iter().map(count).sum::<usize>().div_ceil(layers.len());
+        let pages = |lists: &dyn Fn(&Streamed) -> &[Vec<usize>; 2]| Pages {
+            cpu: mean(&|layer| lists(layer)[0].len()),
+            disk: mean(&|layer| lists(layer)[1].len()),
+        };
+        (shape.loads, shape.stores) = (pages(&|layer| &layer.loads), pages(&|layer| &layer.stores));
+        let relative = |segment: &Segment| Segment { first_row: segment.first_row - rows.start, ..segment.clone() };
+        let segments = segments.iter().map(relative).collect();
+        Block { rows, segments, shape, layers }
+    }
+
+    /// What a layer brings and puts away.
+    pub fn streamed(&self, layer: usize) -> &Streamed {
+        &self.layers[layer.min(self.layers.len() - 1)]
+    }
+
+    /// The block in numbers, layer by layer; none where they are alike.
+    fn shapes(&self, num_layers: usize) -> impl Iterator<Item = BlockShape> {
+        (0..num_layers).map(|layer| {
+            let Streamed { loads, stores, .. } = self.streamed(layer);
+            let pages = |lists: &[Vec<usize>; 2]| Pages { cpu: lists[0].len(), disk: lists[1].len() };
+            BlockShape { loads: pages(loads), stores: pages(stores), ..self.shape }
+        })
+    }
+}
+
+/// The blocks of every layer in numbers; nothing where layers are alike.
+pub fn layer_shapes(blocks: &[Block], num_layers: usize) -> Option<Vec<Vec<BlockShape>>> {
+    blocks.iter().any(|block| block.layers.len() > 1).then(|| {
+        let mut layers = vec![Vec::with_capacity(blocks.len()); num_layers];
+        for block in blocks {
+            layers.iter_mut().zip(block.shapes(num_layers)).for_each(|(layer, shape)| layer.push(shape));
+        }
+        layers
+    })
+}
+
+impl Streamed {
+    fn new(segments: &[Segment], placement: &Placement, layer: usize) -> Streamed {
+        let (mut read, mut written, mut frames) = (HashSet::new(), HashSet::new(), Vec::new());
+        for segment in segments {
+            let range = segment.start..segment.start + segment.len;
+            let kept = segment.kept.at(layer, placement.num_layers);
+            let elsewhere = |frame: &Frame| placement.page_tier(frame.page as usize) != placement.compute;
+            let frame = |index: usize| frame(&segment.pages, segment.kept, index);
+            read.extend(kept.reads(&range).map(frame).filter(elsewhere));
+            written.extend(kept.writes(&range).map(frame).filter(elsewhere));
+            frames.extend(kept.touches(&range).map(frame).filter(elsewhere));
         }
         // Ascending pages lie together in files, and so do their frames.
-        all.sort_unstable();
-        all.dedup();
-        let within = |set: &HashSet<PageId>, tier: Tier| -> Vec<usize> {
+        frames.sort_unstable();
+        frames.dedup();
+        let within = |set: &HashSet<Frame>, tier: Tier| -> Vec<usize> {
             let chosen =
-                |(_, page): &(usize, &PageId)| set.contains(page) && placement.page_tier(**page as usize) == tier;
-            all.iter().enumerate().filter(chosen).map(|(index, _)| index).collect()
+                |(_, frame): &(usize, &Frame)| set.contains(frame) && placement.page_tier(frame.page as usize) == tier;
+            frames.iter().enumerate().filter(chosen).map(|(index, _)| index).collect()
         };
         let loads = [within(&read, Tier::Cpu), within(&read, Tier::Disk)];
         let stores = [within(&written, Tier::Cpu), within(&written, Tier::Disk)];
-        shape.loads = Pages { cpu: loads[0].len(), disk: loads[1].len() };
-        shape.stores = Pages { cpu: stores[0].len(), disk: stores[1].len() };
-        let relative = |segment: &Segment| Segment { first_row: segment.first_row - rows.start, ..segment.clone() };
-        let segments = segments.iter().map(relative).collect();
-        Block { rows, segments, streamed: all, loads, stores, shape }
+        Streamed { frames, loads, stores }
     }
 }
 

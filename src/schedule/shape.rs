@@ -21,6 +21,43 @@ pub struct BlockShape {
     pub outputs: usize,
 }
 
+/// The blocks of a pass, where layers may differ in what they read and move.
+#[derive(Clone, Copy, Debug)]
+pub enum Layers<'a> {
+    /// All layers are alike.
+    Same(&'a [BlockShape]),
+    /// The blocks of every layer.
+    Each(&'a [Vec<BlockShape>]),
+}
+
+impl<'a> Layers<'a> {
+    /// The blocks as stage `stage` of the pass has them; parts of the head are like the last layer.
+    pub fn at(self, stage: usize) -> &'a [BlockShape] {
+        match self {
+            Layers::Same(blocks) => blocks,
+            Layers::Each(layers) => &layers[stage.min(layers.len() - 1)],
+        }
+    }
+}
+
+impl<'a> From<&'a [BlockShape]> for Layers<'a> {
+    fn from(blocks: &'a [BlockShape]) -> Self {
+        Layers::Same(blocks)
+    }
+}
+
+impl<'a, const N: usize> From<&'a [BlockShape; N]> for Layers<'a> {
+    fn from(blocks: &'a [BlockShape; N]) -> Self {
+        Layers::Same(blocks)
+    }
+}
+
+impl<'a> From<&'a Vec<BlockShape>> for Layers<'a> {
+    fn from(blocks: &'a Vec<BlockShape>) -> Self {
+        Layers::Same(blocks)
+    }
+}
+
 /// Numbers of pages by the tier they live in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pages {

@@ -100,6 +100,7 @@ impl Active {
         let prompt_answer = |prompt| PromptAnswer {
             prompt_token_ids: vec![1, 2, 3],
             prompt_text: None,
+            cut_tokens: 0,
             prompt_logprobs: None,
             choices: self
                 .samples

@@ -25,7 +25,7 @@ use super::{HostFrames, evict, math};
 use crate::device::{AttentionSpan, Heads, Rotation};
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
-use crate::kv::policy::Kept;
+use crate::kv::policy::{Kept, Spread};
 
 /// Queries of one task: bounds its scratch and leaves several tasks per head of a long chunk.
 pub const QUERY_BLOCK: usize = 32;
@@ -48,6 +48,8 @@ enum Task<'a> {
     Block(&'a Segment, usize, usize),
     /// A whole head of a segment that evicts by attention.
     Evicting(&'a Segment, usize),
+    /// All heads of a segment that evict together.
+    EvictingTogether(&'a Segment),
 }
 
 /// Attention of every segment's queries; `out` is (rows, num_heads * head_dim).
@@ -56,6 +58,7 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
     let heads = || 0..call.heads.num_kv_heads;
     let tasks = segments.iter().flat_map(|segment| -> Vec<Task<'_>> {
         match segment.kept {
+            Kept::Heavy { spread: Spread::Heads { .. }, .. } => vec![Task::EvictingTogether(segment)],
             Kept::Heavy { .. } => heads().map(|head| Task::Evicting(segment, head)).collect(),
             Kept::All | Kept::Window { .. } => {
                 let blocks = (0..segment.len).step_by(QUERY_BLOCK);
@@ -66,6 +69,7 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
     let tasks: Vec<Task<'_>> = tasks.collect();
     tasks.into_par_iter().for_each(|task| match task {
         Task::Evicting(segment, head) => evict::run(isa, call, segment, head, &out),
+        Task::EvictingTogether(segment) => evict::run_together(isa, call, segment, &out),
         Task::Block(segment, first, kv_head) => {
             let queries = QUERY_BLOCK.min(segment.len - first);
             let first_position = segment.start + first;

@@ -6,6 +6,7 @@
 mod fields;
 mod prompt;
 mod sampling;
+mod score;
 
 pub use sampling::check_defaults;
 
@@ -63,7 +64,7 @@ impl Envelope {
         let mut fields = fields?;
         let mut metadata = None;
         let mut body = match endpoint {
-            Endpoint::Plain => {
+            Endpoint::Plain | Endpoint::Score => {
                 metadata = fields.take("metadata");
                 metadata.as_deref().map_or(Ok(()), check_depth)?;
                 fields
@@ -74,7 +75,10 @@ impl Envelope {
         let prompts = prompt::take(&mut body, endpoint, limits)?;
         let return_token_ids = body.flag("return_token_ids", false)?;
         let return_prompt_logprobs = body.has("prompt_logprobs");
-        let sampling = sampling::take(&mut body, endpoint, &prompts, defaults, limits)?;
+        let sampling = match endpoint {
+            Endpoint::Score => sampling::none(),
+            _ => sampling::take(&mut body, endpoint, &prompts, defaults, limits)?,
+        };
         let return_prompt_logprobs = return_prompt_logprobs && sampling.prompt_logprobs.is_some();
         accept_neutral(&mut body, sampling.n)?;
         body.finish()?;
@@ -86,7 +90,7 @@ impl Envelope {
             prompts,
             sampling,
             metadata,
-            model: model.filter(|_| endpoint != Endpoint::Plain),
+            model: model.filter(|_| !matches!(endpoint, Endpoint::Plain | Endpoint::Score)),
             return_token_ids,
             return_prompt_logprobs,
         })
@@ -113,7 +117,7 @@ fn shorten_error(text: &str) -> String {
 /// The shape of a line that is an object: any field of a batch line makes it one.
 fn shape(fields: &Fields) -> Endpoint {
     if !["url", "body", "method"].iter().any(|key| fields.has(key)) {
-        return Endpoint::Plain;
+        return if score::is_asked(fields) { Endpoint::Score } else { Endpoint::Plain };
     }
     let url: Option<String> = fields.peek("url").and_then(|raw| serde_json::from_str(raw).ok());
     let known = URLS.iter().find(|(known, _)| Some(*known) == url.as_deref());
@@ -209,8 +213,7 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("structured_outputs", &[]),
     ("suffix", &["\"\""]),
     ("tool_choice", &["\"none\"", "\"auto\""]),
-    ("truncate_prompt_tokens", &[]),
-    ("truncation_side", &[]),
+    ("truncation_side", &["\"left\""]),
     ("use_beam_search", &["false"]),
     ("verbosity", &[]),
     ("web_search_options", &[]),

@@ -5,6 +5,7 @@
 use serde_json::Value;
 
 use super::fields::{Fields, invalid, shorten};
+use super::score;
 use crate::job::options::Limits;
 use crate::job::request::{Conversation, Endpoint, LineError, Prompt};
 
@@ -14,6 +15,9 @@ const MAX_PROMPTS: usize = 2048;
 
 /// Takes `prompt` or `messages` with everything that says how to turn them into tokens.
 pub(super) fn take(body: &mut Fields, endpoint: Endpoint, limits: &Limits) -> Parsed<Vec<Prompt>> {
+    if endpoint == Endpoint::Score {
+        return score::take(body, limits);
+    }
     let add_special_tokens = body.get::<bool>("add_special_tokens", "true or false")?;
     match (endpoint, body.has("prompt"), body.has("messages")) {
         (Endpoint::Plain, true, true) => {
@@ -25,7 +29,7 @@ pub(super) fn take(body: &mut Fields, endpoint: Endpoint, limits: &Limits) -> Pa
         (Endpoint::Plain, false, true) | (Endpoint::Chat, ..) => {
             conversation(body, add_special_tokens.unwrap_or(false)).map(|chat| vec![Prompt::Messages(chat)])
         }
-        (Endpoint::Plain | Endpoint::Completions, ..) => {
+        (Endpoint::Plain | Endpoint::Completions | Endpoint::Score, ..) => {
             let prompts = prompts(body, add_special_tokens.unwrap_or(true), limits)?;
             match (endpoint, prompts.len()) {
                 (Endpoint::Plain, 2..) => {

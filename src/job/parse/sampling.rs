@@ -29,8 +29,8 @@ pub(super) fn take(
 ) -> Parsed<Sampling> {
     let chat = matches!(prompts, [Prompt::Messages(_)]);
     let echo = body.flag("echo", false)?;
-    if echo && chat {
-        return Err(LineError::new("unsupported_field", "`echo` is not supported with `messages`"));
+    if echo && chat && endpoint == Endpoint::Chat {
+        return Err(LineError::new("unsupported_field", "`echo` is not supported in chat completions"));
     }
     let logprobs = logprobs(body, endpoint, defaults)?;
     let asked_prompt_logprobs = body.integer("prompt_logprobs", 0..=MAX_LOGPROBS)?;
@@ -59,7 +59,36 @@ pub(super) fn take(
         prompt_logprobs: asked_prompt_logprobs.or(logprobs.filter(|_| echo)),
         echo,
         skip_special_tokens: body.flag("skip_special_tokens", true)?,
+        truncate_prompt_tokens: body.integer("truncate_prompt_tokens", 1..=MAX_TOKENS)?,
     })
+}
+
+/// The sampling of a line that generates nothing and has its tokens scored, with the best alternative of each.
+pub(super) fn none() -> Sampling {
+    Sampling {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        frequency_penalty: 0.0,
+        presence_penalty: 0.0,
+        logit_bias: Vec::new(),
+        allowed_token_ids: None,
+        n: 1,
+        seed: 0,
+        max_tokens: 0,
+        min_tokens: 0,
+        stop: Vec::new(),
+        stop_token_ids: Vec::new(),
+        include_stop_str_in_output: false,
+        ignore_eos: false,
+        logprobs: None,
+        prompt_logprobs: Some(1),
+        echo: false,
+        skip_special_tokens: true,
+        truncate_prompt_tokens: None,
+    }
 }
 
 /// Checks values given for all lines against the ranges of a line's own.
