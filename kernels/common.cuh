@@ -47,6 +47,7 @@ enum { KEPT_ALL = 0, KEPT_WINDOW = 1, KEPT_HEAVY = 2 };
 // spilling to fewer blocks.
 #define BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_NOT _Pragma("unroll 1")
 #define UNROLL_TWO _Pragma("unroll 2")
 #define UNROLL_FOUR _Pragma("unroll 4")
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]

@@ -77,15 +77,16 @@ DEVICE double log_normalizer(const float* logits, u32 count, const Room& room) {
     return max + log(reduce_block<Sum>(sum, room.doubles));
 }
 
-// Logits after masks, bias and penalties. A token's changes are all made by one thread, in their order.
+// Logits after masks, bias and penalties. A token's changes are all made by one thread, in their order. Adding 0 makes
+// one zero of both, so that neither is better.
 DEVICE void adjust(const DrawTask& draw, const float* logits, u32 count, const u32* tokens, const TokenBias* biases,
                    const TokenCount* counts, float* out) {
     auto mine = [](u32 token) { return token % THREADS == threadIdx.x; };
-    for (u32 i = threadIdx.x; i < count; i += THREADS) out[i] = draw.has_allowed ? -infinite() : logits[i];
+    for (u32 i = threadIdx.x; i < count; i += THREADS) out[i] = draw.has_allowed ? -infinite() : logits[i] + 0.0f;
     if (draw.has_allowed) {
         for (u32 i = 0; i < draw.num_allowed; i++) {
             u32 token = tokens[draw.first_allowed + i];
-            if (mine(token)) out[token] = logits[token];
+            if (mine(token)) out[token] = logits[token] + 0.0f;
         }
     }
     for (u32 i = 0; i < draw.num_banned; i++) {
@@ -193,10 +194,12 @@ DEVICE u32 pick(const float* weights, u32 count, double uniform, double* masses,
     sync_block();
     if (threadIdx.x == 0) {
         double total = 0.0;
+        UNROLL_NOT
         for (u32 i = 0; i < THREADS; i++) total += masses[i];
         double target = uniform * total, before = 0.0;
         // The first share whose end is past the target, else the last that weighs anything.
         u32 token = count;
+        UNROLL_NOT
         for (u32 i = 0; i < THREADS; i++) {
             if (lasts[i] == count) continue;
             token = lasts[i];

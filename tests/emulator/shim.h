@@ -19,6 +19,7 @@
 #define METHOD inline
 #define BOUNDS(...)
 #define UNROLL
+#define UNROLL_NOT
 #define UNROLL_TWO
 #define UNROLL_FOUR
 #define ALIGNED(bytes) alignas(bytes)
