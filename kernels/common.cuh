@@ -42,11 +42,14 @@ enum { KEPT_ALL = 0, KEPT_WINDOW = 1, KEPT_HEAVY = 2 };
 
 #define DEVICE [[maybe_unused]] static __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
+#define METHOD __device__ __forceinline__
 // Threads of a block, and blocks that a processor should hold at least: without that number the compiler may prefer
 // spilling to fewer blocks.
 #define BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_NOT _Pragma("unroll 1")
 #define UNROLL_TWO _Pragma("unroll 2")
+#define UNROLL_FOUR _Pragma("unroll 4")
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define DYNAMIC_SHARED(type, name)                                      \
     extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
@@ -58,6 +61,9 @@ DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+
+// A product that no sum is fused into.
+DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 
 DEVICE float f16_to_f32(u16 x) {
     float y;
@@ -178,4 +184,112 @@ DEVICE const u8* find_panel(const Piece* pieces, u32 num_pieces, u32 panel, u64 
         else high = middle;
     }
     return pieces[low].data + (panel - pieces[low].first_panel) * bytes;
+}
+
+// ---- pages of keys and values
+
+// Frames of the cache: those that stay, then those that were brought in.
+struct View {
+    u8* resident;
+    u32 num_resident;
+    u8* streamed;
+    u64 frame_stride;
+    u32 note_bytes;
+};
+
+// How a head lies within a frame; src/kv/layout.rs is the definition. Integers lie in words of `codes` codes, and 64
+// scales and 64 offsets in f16 follow the codes of the keys, and those of the values.
+template <u32 dtype> struct Pages {
+    static constexpr bool integers = dtype == INT8 || dtype == INT4;
+    static constexpr u32 codes = dtype == INT4 ? 8 : 4;
+    static constexpr u32 bits = 32 / codes;
+    static constexpr u32 mask = (1u << bits) - 1;
+    static constexpr u32 size = dtype == F32 ? 4 : 2;
+
+    DEVICE u32 code_bytes(u32 dim, bool keys) {
+        return keys ? PAGE * 4 * ceil_div(dim, codes) : round_up(dim, PANEL) * 4 * (PAGE / codes);
+    }
+    DEVICE u32 part_bytes(u32 dim, bool keys) {
+        if (integers) return code_bytes(dim, keys) + 4 * PAGE;
+        return PAGE * size * (keys ? dim : round_up(dim, PANEL));
+    }
+    DEVICE u32 notes_at(u32 dim) { return part_bytes(dim, true) + part_bytes(dim, false); }
+
+    DEVICE u64 head_bytes(u32 dim, u32 note_bytes) { return notes_at(dim) + note_bytes; }
+
+    // Index of an element of a plain type.
+    DEVICE u32 key_element(u32 dims, u32 slot, u32 dim) { return (slot / PANEL * dims + dim) * PANEL + slot % PANEL; }
+    DEVICE u32 value_element(u32 slot, u32 dim) { return (dim / PANEL * PAGE + slot) * PANEL + dim % PANEL; }
+    // Index of the word that holds a code.
+    DEVICE u32 key_word(u32 dims, u32 slot, u32 dim) {
+        return (slot / PANEL * ceil_div(dims, codes) + dim / codes) * PANEL + slot % PANEL;
+    }
+    DEVICE u32 value_word(u32 slot, u32 dim) { return (dim / PANEL * (PAGE / codes) + slot / codes) * PANEL + dim % PANEL; }
+};
+
+// A head of a frame: keys, values, notes.
+template <u32 dtype> DEVICE u8* find_head(const View& view, u32 dims, u32 frame, u32 head) {
+    u8* from = frame < view.num_resident ? view.resident + frame * view.frame_stride
+                                         : view.streamed + (frame - view.num_resident) * view.frame_stride;
+    return from + head * Pages<dtype>::head_bytes(dims, view.note_bytes);
+}
+
+// Which of a sequence's pages holds a tile.
+DEVICE u32 page_of_tile(const Segment& segment, u32 tile) {
+    if (segment.kept != KEPT_WINDOW) return tile;
+    u32 first = ceil_div(segment.first, PAGE), ring = ceil_div(segment.recent - 1, PAGE) + 1;
+    return tile < first ? tile : first + (tile - first) % ring;
+}
+
+// Stores a key (or value) in a slot of a head, by one warp. The least element is code 0, the greatest the last; what is
+// not finite poisons scale and offset, so that it is not rounded to something that is.
+template <u32 dtype> DEVICE void store_vector(u8* head, u32 dims, bool keys, u32 slot, const float* x) {
+    using P = Pages<dtype>;
+    u32 lane = threadIdx.x % WARP;
+    u8* to = keys ? head : head + P::part_bytes(dims, true);
+    if constexpr (!P::integers) {
+        for (u32 dim = lane; dim < dims; dim += WARP)
+            store_f32<dtype>(to, keys ? P::key_element(dims, slot, dim) : P::value_element(slot, dim), x[dim]);
+    } else {
+        float low = infinite(), high = -infinite(), poison = 0.0f;
+        for (u32 dim = lane; dim < dims; dim += WARP) {
+            low = fminf(low, x[dim]);
+            high = fmaxf(high, x[dim]);
+            poison += 0.0f * x[dim];
+        }
+        low = reduce_warp<Min>(low);
+        high = reduce_warp<Max>(high);
+        poison = reduce_warp<Sum>(poison);
+        constexpr float most = float(P::mask);
+        u16 scale_bits = f32_to_f16_saturated((high - low) / most + poison);
+        u16 offset_bits = f32_to_f16_saturated(low + poison);
+        float scale = f16_to_f32(scale_bits), offset = f16_to_f32(offset_bits);
+        float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        auto code = [&](u32 dim) {
+            float steps = (x[dim] - offset) * inverse;
+            steps = steps > 0.0f ? steps : 0.0f;
+            return u32(rintf(steps < most ? steps : most));
+        };
+        u32* words = reinterpret_cast<u32*>(to);
+        if (keys) {
+            for (u32 first = lane * P::codes; first < dims; first += WARP * P::codes) {
+                u32 word = 0;
+                for (u32 i = 0; i < P::codes && first + i < dims; i++) word |= code(first + i) << P::bits * i;
+                words[P::key_word(dims, slot, first)] = word;
+            }
+        } else {
+            // Other positions share these words, and are stored at the same time.
+            u32 shift = slot % P::codes * P::bits;
+            for (u32 dim = lane; dim < dims; dim += WARP) {
+                u32* word = words + P::value_word(slot, dim);
+                atomic_and(word, ~(P::mask << shift));
+                atomic_or(word, code(dim) << shift);
+            }
+        }
+        if (lane == 0) {
+            u16* grid = reinterpret_cast<u16*>(to + P::code_bytes(dims, keys));
+            grid[slot] = scale_bits;
+            grid[PAGE + slot] = offset_bits;
+        }
+    }
 }

@@ -116,20 +116,11 @@ ENTRY cublasDestroy_v2(void* handle) {
     return 0;
 }
 
-ENTRY cublasGetVersion_v2(void*, int* version) {
-    *version = 120800;
+ENTRY cublasGetProperty(int part, int* value) {
+    const int version[] = {12, 8, 0};
+    if (part < 0 || part > 2) return INVALID_VALUE;
+    *value = version[part];
     return 0;
-}
-
-extern "C" EXPORT const char* cublasGetStatusString(int status) {
-    switch (status) {
-    case 0: return "CUBLAS_STATUS_SUCCESS";
-    case NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-    case INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-    case EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-    case NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
-    default: return "CUBLAS_STATUS unknown";
-    }
 }
 
 ENTRY cublasSetStream_v2(void* handle, void* stream) {
@@ -144,8 +135,6 @@ ENTRY cublasSetWorkspace_v2(void* handle, void* workspace, size_t bytes) {
     return 0;
 }
 
-ENTRY cublasSetMathMode(void* handle, int) { return handle ? 0 : NOT_INITIALIZED; }
-
 ENTRY cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a,
                    int lda, const void* b, int type_b, int ldb, const void* beta, void* c, int type_c, int ldc,
                    int compute, int) {
@@ -153,14 +142,4 @@ ENTRY cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const 
     return enqueue(static_cast<Handle*>(handle),
                    {op_a == 1, op_b == 1, m, n, k, *static_cast<const float*>(alpha), *static_cast<const float*>(beta), a,
                     b, c, type_a, type_b, type_c, lda, ldb, ldc, 0, 0, 0, 1});
-}
-
-ENTRY cublasGemmStridedBatchedEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
-                                 int type_a, int lda, long long stride_a, const void* b, int type_b, int ldb,
-                                 long long stride_b, const void* beta, void* c, int type_c, int ldc, long long stride_c,
-                                 int batches, int compute, int) {
-    if (compute != 68) return NOT_SUPPORTED;
-    return enqueue(static_cast<Handle*>(handle),
-                   {op_a == 1, op_b == 1, m, n, k, *static_cast<const float*>(alpha), *static_cast<const float*>(beta), a,
-                    b, c, type_a, type_b, type_c, lda, ldb, ldc, stride_a, stride_b, stride_c, batches});
 }

@@ -16,9 +16,12 @@
 
 #define DEVICE [[maybe_unused]] static inline
 #define KERNEL extern "C" __attribute__((visibility("hidden"))) void
+#define METHOD inline
 #define BOUNDS(...)
 #define UNROLL
+#define UNROLL_NOT
 #define UNROLL_TWO
+#define UNROLL_FOUR
 #define ALIGNED(bytes) alignas(bytes)
 #define SHARED(type, name, count) type* const name = static_cast<type*>(emulator::shared_array(sizeof(type) * (count)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulator::dynamic_shared())
@@ -65,6 +68,8 @@ DEVICE unsigned short f32_to_f16(float x) {
     magnitude += 0xfffu + (magnitude >> 13 & 1);
     return (unsigned short)(sign | (magnitude - 0x38000000u) >> 13);
 }
+
+DEVICE float multiply_rounded(float a, float b) { return a * b; }
 
 template <typename T> DEVICE T shuffle_from(T x, unsigned lane, const char* what) {
     const unsigned char* all = emulator::exchange(&x, sizeof x, what);

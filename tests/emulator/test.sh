@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# test.sh OUTDIR [SEEDS]: builds the emulator and its tests into OUTDIR and runs them with so many seeds (3), then the
+# tests of kernels once more with sanitizers.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+kernels=$here/../../kernels
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+seeds=${2:-3}
+sources=("$here"/test_{kernels,rows,attention,sampling}.cpp)
+
+# build FOLDER [sanitize]: libraries and tests.
+build() {
+    local folder=$1 flags=(-std=c++17 -O1 -Wall -Wextra)
+    shift
+    "$here/build.sh" "$folder" "$@"
+    [ "${1:-}" = sanitize ] && flags+=(-g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+    local libraries=("$folder"/lib{cuda.so.1,nvrtc.so.12,cublas.so.12})
+    if [ ! "$folder/test_kernels" -nt "$folder/libcuda.so.1" ] ||
+        [ -n "$(find "$here" -name '*.cpp' -newer "$folder/test_kernels" -o -name '*.h' -newer "$folder/test_kernels")" ]; then
+        "${CXX:-g++}" "${flags[@]}" -o "$folder/test_kernels" "${sources[@]}" "${libraries[@]}" '-Wl,-rpath,$ORIGIN'
+    fi
+}
+
+build "$out"
+for seed in $(seq "$seeds"); do TIDEMILL_EMULATOR_SEED=$seed "$out/test_kernels" "$kernels" "$seed"; done
+build "$out/sanitized" sanitize
+TIDEMILL_EMULATOR_SEED=1 "$out/sanitized/test_kernels" "$kernels" 1
