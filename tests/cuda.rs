@@ -21,23 +21,24 @@ struct Model {
     context: u64,
     windowed: bool,
     dynamic: bool,
+    stored: &'static str,
 }
 
 const fn model(name: &'static str, vocab: u64, context: u64) -> Model {
-    Model { name, vocab, context, windowed: false, dynamic: false }
+    Model { name, vocab, context, windowed: false, dynamic: false, stored: "f32" }
 }
 
 const MODELS: &[Model] = &[
-    model("opt-f16", 288, 180),
+    Model { stored: "f16", ..model("opt-f16", 288, 180) },
     model("llama-gqa-tied", 288, 256),
     model("qwen3-tied", 288, 256),
-    model("neox-parallel", 288, 256),
-    model("llama-bf16", 288, 256),
+    Model { stored: "f16", ..model("neox-parallel", 288, 256) },
+    Model { stored: "bf16", ..model("llama-bf16", 288, 256) },
     model("opt-postln", 288, 180),
-    model("neox-sequential", 288, 256),
+    Model { stored: "bf16", ..model("neox-sequential", 288, 256) },
     Model { windowed: true, ..model("mistral-w23", 304, 256) },
     model("llama-head20", 288, 256),
-    model("qwen3-mixed", 288, 256),
+    Model { stored: "bf16", ..model("qwen3-mixed", 288, 256) },
     Model { dynamic: true, ..model("llama-dynamic", 288, 256) },
     model("opt-preln", 288, 180),
 ];
@@ -83,33 +84,50 @@ impl Case {
         })
     }
 
-    fn has(&self, value: &str) -> bool {
-        self.numerics.iter().any(|numeric| numeric.starts_with(value))
-    }
-
-    /// How far log-probabilities may be from the host's.
+    /// How far log-probabilities may be from the host's: what products round their operands to decides, and codes of
+    /// the cache that fall on the other side of a border. Where keys are evicted by their scores, another key may go.
     fn bound(&self) -> f64 {
-        let codes = if self.has("h2o") { 3.0 } else { 1.0 };
-        let kv = self.numerics[3];
-        let cache: f64 = match kv {
+        let [_, weights, _, kv, _, kept] = self.numerics[..] else { panic!("three numerics") };
+        let weights = if weights == "native" { self.model.stored } else { weights };
+        let products = match weights {
+            "f32" => 2e-3,
+            "bf16" => 0.15,
+            _ => 0.1,
+        };
+        let cache = match kv {
             "int4" => 0.5,
-            "int8" => 0.05,
+            "int8" => 0.1,
             _ => 0.0,
         };
-        codes * (0.1 + cache)
+        if kept.starts_with("h2o") { 3.0 * (0.1 + products + cache) } else { products + cache }
     }
 
-    fn run(&self, directory: &Path, device: &str, extra: &[&str]) -> (i32, String, PathBuf) {
+    /// Runs the job into a file of its own; gives exit code, standard error and output.
+    fn run_with(&self, directory: &Path, device: &str, environment: &[(&str, &str)]) -> (i32, String, PathBuf) {
+        let output = directory.join(format!("{device}-{}.jsonl", self.seed));
+        self.start(directory, device, &output, environment)
+    }
+
+    /// Runs the job into a file.
+    fn run_onto(&self, directory: &Path, device: &str, output: &Path) -> (i32, String, PathBuf) {
+        self.start(directory, device, output, &[])
+    }
+
+    fn start(
+        &self,
+        directory: &Path,
+        device: &str,
+        output: &Path,
+        environment: &[(&str, &str)],
+    ) -> (i32, String, PathBuf) {
         let input = directory.join(format!("in-{}.jsonl", self.seed));
         let text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
         std::fs::write(&input, text).unwrap();
-        let output = directory.join(format!("{device}-{}.jsonl", self.seed));
         let model = golden(self.model.name);
         let mut command = tidemill(&["generate", "--progress", "none", "--model", model.to_str().unwrap()]);
-        command.arg("--input").arg(&input).arg("--output").arg(&output).args(["--device", device]);
+        command.arg("--input").arg(&input).arg("--output").arg(output).args(["--device", device]);
         command.args(&self.numerics).args(["--cpu-memory", "400MiB", "--disk-space", "400MiB"]);
-        command.args(extra);
-        if device == "cuda" {
+        if device != "host" {
             command.args(["--gpu-memory", "300MiB"]);
             emulate(&mut command, self.seed);
             if let Some(policy) = &self.policy {
@@ -118,8 +136,10 @@ impl Case {
                 command.arg("--policy").arg(file);
             }
         }
+        command.envs(environment.iter().copied());
         let result = command.output().unwrap();
-        (result.status.code().unwrap_or(-1), String::from_utf8_lossy(&result.stderr).into_owned(), output)
+        let said = String::from_utf8_lossy(&result.stderr).into_owned();
+        (result.status.code().unwrap_or(-1), said, output.to_owned())
     }
 
     fn name(&self) -> String {
@@ -130,7 +150,7 @@ impl Case {
     /// Compares the card with the host; gives the greatest difference of log-probabilities.
     fn compare(&self, directory: &Path) -> f64 {
         let [host, card] = ["host", "cuda"].map(|device| {
-            let (code, said, output) = self.run(directory, device, &[]);
+            let (code, said, output) = self.run_with(directory, device, &[]);
             assert_eq!(code, 0, "{device}: {}\n{said}", self.name());
             read_jsonl(&output)
         });
@@ -201,5 +221,118 @@ fn jobs_agree_with_the_host() {
         let worst = case.compare(&directory);
         let numerics = case.numerics.join(" ");
         writeln!(std::io::stderr(), "seed {seed:4} {:16} {numerics}: {worst:.1e}", case.model.name).unwrap();
+    }
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused_with_numbers() {
+    if !can_run() || cuda::is_real() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let case = Case::draw(0);
+    let refused = |environment: &[(&str, &str)], numbers: &[&str]| {
+        let (code, said, _) = case.run_with(&scratch.path(""), "cuda", environment);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains("error: ") && said.contains("hint: ") && !said.contains("panicked"), "{said}");
+        assert!(numbers.iter().all(|number| said.contains(number)), "{said}");
+    };
+    refused(&[("TIDEMILL_EMULATOR_FAULT", "oom:0")], &["on gpu"]);
+    // Less than is asked for.
+    refused(&[("TIDEMILL_EMULATOR_MEMORY_MIB", "128")], &["300.0 MiB", "128.0 MiB", "--gpu-memory 128MiB"]);
+}
+
+#[test]
+fn failures_end_the_run_and_the_next_goes_on() {
+    if !can_run() || cuda::is_real() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for (index, fault) in ["launch:0", "launch:40", "ecc:90", "lost:150", "launch:300"].iter().enumerate() {
+        let case = Case { policy: None, ..Case::draw(3 + index as u64) };
+        let directory = scratch.path(&format!("run-{index}"));
+        std::fs::create_dir(&directory).unwrap();
+        let (code, said, output) = case.run_with(&directory, "cuda", &[("TIDEMILL_EMULATOR_FAULT", fault)]);
+        assert_eq!(code, 1, "{fault}: {said}");
+        assert!(said.contains("error: the device failed: ") && said.contains("hint: run the same command"), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+        let lines = std::fs::read_to_string(&output).unwrap();
+        assert!(lines.is_empty() || lines.ends_with('\n'), "{fault}: a line is not whole");
+        // The host's arithmetic is another one.
+        let (code, said, _) = case.run_onto(&directory, "host", &output);
+        assert!(code != 0 && said.contains("arithmetic"), "{said}");
+        let (code, said, _) = case.run_onto(&directory, "cuda", &output);
+        assert_eq!(code, 0, "{fault}: {said}");
+        let answers = read_jsonl(&output);
+        assert_eq!(answers.len(), case.lines.len(), "{fault}");
+        assert!(answers.iter().all(|answer| answer["error"].is_null()), "{fault}");
+    }
+}
+
+/// A directory with some of the emulator's libraries under other names.
+fn libraries(scratch: &Scratch, directory: &str, names: &[(&str, &str)]) -> PathBuf {
+    let path = scratch.path(directory);
+    std::fs::create_dir_all(&path).unwrap();
+    for (from, to) in names {
+        std::os::unix::fs::symlink(cuda::emulator().unwrap().join(from), path.join(to)).unwrap();
+    }
+    path
+}
+
+#[test]
+fn libraries_are_found_where_they_are() {
+    if !can_run() || cuda::is_real() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let driver = libraries(&scratch, "driver", &[("libcuda.so.1", "libcuda.so.1")]);
+    let doctor = |environment: &[(&str, &Path)]| {
+        let mut command = tidemill(&["doctor"]);
+        command.env_remove("VIRTUAL_ENV").env_remove("CONDA_PREFIX").env("LD_LIBRARY_PATH", &driver);
+        command.envs(environment.iter().copied()).env("TIDEMILL_EMULATOR_DRIVER", "13000");
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    // Wheels, named for CUDA 13 alone.
+    let wheel = "venv/lib/python3.12/site-packages/nvidia/cu13/lib";
+    let names = [("libnvrtc.so.12", "libnvrtc.so.13"), ("libcublas.so.12", "libcublas.so.13")];
+    let wheel = libraries(&scratch, wheel, &names);
+    let said = doctor(&[("VIRTUAL_ENV", &scratch.path("venv"))]);
+    assert!(said.contains("--device cuda: yes") && said.contains(wheel.to_str().unwrap()), "{said}");
+    // A toolkit.
+    libraries(&scratch, "toolkit/lib64", &names);
+    let said = doctor(&[("CUDA_HOME", &scratch.path("toolkit"))]);
+    assert!(said.contains("--device cuda: yes") && said.contains("toolkit/lib64/libnvrtc.so.13"), "{said}");
+    // Nowhere, unless the machine has them.
+    let said = doctor(&[("HOME", &scratch.path("none")), ("PATH", &scratch.path("none"))]);
+    let found = said.contains("--device cuda: yes");
+    assert!(found || (said.contains("NVRTC: missing") && said.contains("pip install nvidia-cuda-nvrtc")), "{said}");
+}
+
+#[test]
+fn auto_takes_the_card_and_no_card_is_said() {
+    if !can_run() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let case = Case { policy: None, ..Case::draw(0) };
+    let (code, said, output) = case.run_with(&scratch.path(""), "auto", &[]);
+    assert_eq!(code, 0, "{said}");
+    assert!(!said.contains("; host, "), "{said}");
+    if cuda::is_real() {
+        return;
+    }
+    std::fs::remove_file(&output).unwrap();
+    std::fs::remove_file(output.with_file_name("auto-0.jsonl.run.json")).unwrap();
+    let none = [("TIDEMILL_EMULATOR_DEVICES", "0")];
+    let (code, said, _) = case.run_with(&scratch.path(""), "auto", &none);
+    assert!(code == 0 && said.contains("; host, "), "{said}");
+    let (code, said, _) = case.run_with(&scratch.path(""), "cuda", &none);
+    assert!(code == 1 && said.contains("error: the NVIDIA driver shows no card") && said.contains("hint: "), "{said}");
+    let (code, said, _) = case.run_with(&scratch.path(""), "cuda", &[("LD_LIBRARY_PATH", "")]);
+    assert!(code == 1 && said.contains("no NVIDIA driver is installed") && said.contains("hint: "), "{said}");
+    for numerics in [["--activations", "int8"], ["--kv-policy", "per-head:heavy=0.2,recent=0.05"]] {
+        let case = Case { numerics: [&["--weights", "int4"], &numerics[..]].concat(), ..Case::draw(1) };
+        let (code, said, _) = case.run_with(&scratch.path(""), "cuda", &[]);
+        assert!(code == 2 && said.contains("hint: "), "{said}");
     }
 }

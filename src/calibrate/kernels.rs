@@ -28,7 +28,7 @@ use crate::model::packed::panels::packed_bytes;
 use crate::rng::Philox;
 
 /// Rows of the points of a curve.
-pub const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+pub const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048];
 
 /// Layers of the widest weights that the region holds.
 const LAYERS: usize = 2;
@@ -67,6 +67,36 @@ impl Shape {
     /// `rows` rows.
     pub fn new(halvings: u32, rows: usize) -> Self {
         Shape { hidden: 2048 >> halvings, intermediate: 5632 >> halvings, rows, kv_bytes: (160 << 20) >> halvings }
+    }
+
+    /// The shape of a layer of a model with about 7 B parameters, for devices that need as much to be busy.
+    pub fn wide(rows: usize) -> Self {
+        Shape { hidden: 4096, intermediate: 11_264, rows, kv_bytes: 320 << 20 }
+    }
+
+    /// The hidden width.
+    pub fn width(&self) -> usize {
+        self.hidden
+    }
+
+    /// Rows of products, at most, and of prompts.
+    pub fn rows(&self) -> usize {
+        self.rows.max(PROMPT)
+    }
+
+    /// Tokens that are sampled from.
+    pub fn vocab_size(&self) -> usize {
+        VOCAB_SIZE
+    }
+
+    /// The most heads of attention.
+    pub fn wide_heads(&self) -> Heads {
+        self.heads(WIDE_GROUP)
+    }
+
+    /// Bytes of the largest product's weights, as f32.
+    pub fn product_bytes(&self) -> usize {
+        self.products().iter().map(|&(inputs, outputs)| packed_bytes(inputs, outputs, DType::F32)).max().unwrap_or(0)
     }
 
     /// Heads of attention with `group` query heads to every key head.
@@ -188,6 +218,8 @@ pub struct Bench<D: Device> {
     logits: D::Buffer,
     norm: NormParameters<D::Buffer>,
     draws: Vec<Draw>,
+    /// Whether products that round activations to integers are measured.
+    integers: bool,
 }
 
 impl<D: Device> Bench<D> {
@@ -246,7 +278,16 @@ impl<D: Device> Bench<D> {
             logits,
             norm,
             draws,
+            integers: true,
         })
+    }
+
+    /// The same, of a device that does not round activations to integers.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn on_card(device: D, shape: Shape) -> Result<Self> {
+        Ok(Bench { integers: false, ..Bench::new(device, shape)? })
     }
 
     /// Measures everything within `budget`; what beginning and ending a step takes is known from elsewhere.
@@ -254,7 +295,8 @@ impl<D: Device> Bench<D> {
     /// # Errors
     /// When the device fails.
     pub fn measure(&mut self, budget: Duration, handover_secs: f64) -> Result<Kernels> {
-        let curves = curves().flat_map(|(dtype, integers)| {
+        let all = curves().filter(|(_, integers)| self.integers || !integers);
+        let curves = all.flat_map(|(dtype, integers)| {
             let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
             rows.map(move |rows| Probe::Products(dtype, integers, rows))
         });
@@ -293,6 +335,7 @@ impl<D: Device> Bench<D> {
             let index = probes.iter().position(|&probe| probe == wanted)?;
             median(&samples[index])
         };
+        self.device.finish()?;
         Ok(self.rates(&secs, handover_secs))
     }
 
@@ -309,7 +352,7 @@ impl<D: Device> Bench<D> {
         let always = |probe: Probe| secs(probe).expect("only products can be left out");
         let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
         let [mut matmul, mut integer_matmul] = [BTreeMap::new(), BTreeMap::new()];
-        for (dtype, integers) in curves() {
+        for (dtype, integers) in curves().filter(|(_, integers)| self.integers || !integers) {
             let points = ROWS.into_iter().filter_map(|rows| {
                 let secs = secs(Probe::Products(dtype, integers, rows))?;
                 Some((rows as f64, flops(rows) / secs))

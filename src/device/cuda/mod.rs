@@ -20,6 +20,7 @@ mod kernels;
 pub mod libraries;
 mod memory;
 mod nvrtc;
+pub mod raw;
 pub mod report;
 mod sampling;
 mod turn;
