@@ -1,14 +1,14 @@
 // Attention over pages: one tile of 64 keys at a time, folded in order.
 //
 // For each tile: s = scale * q k^T, m' = max(m, max s), p = exp(s - max s), and the running sum and output are rescaled
-// by exp(m - m') and the tile's by exp(max s - m') (online softmax, Milakov and Gimelshein 2018). A block takes up to 16
-// rows of a KV head: queries times query heads of the group, so that pages are read once per group. Everything is f32
-// but what pages hold.
+// by exp(m - m') and the tile's by exp(max s - m') (online softmax, Milakov and Gimelshein 2018). A block takes up to
+// 16 rows of a KV head: queries times query heads of the group, so that pages are read once per group. Everything is
+// f32 but what pages hold.
 //
 // Of a tile's scores a thread makes those of one key, over half of the dimensions: neighbouring threads read
-// neighbouring keys, which lie side by side, and every element is used for all rows. Of the outputs a thread makes those
-// of one dimension, or two. Queries and probabilities come from shared memory, four rows at a time, the same for a whole
-// warp.
+// neighbouring keys, which lie side by side, and every element is used for all rows. Of the outputs a thread makes
+// those of one dimension, or two. Queries and probabilities come from shared memory, four rows at a time, the same for
+// a whole warp.
 
 constexpr u32 ROWS = 16;
 constexpr u32 THREADS = 128;
@@ -78,7 +78,8 @@ DEVICE void load_queries(const Block& block, const Room& room, const float* qkv,
             x = turned = from[dim];
             if (cos && dim < 2 * half) {
                 u64 at = u64(block.pass_row + (block.first_row + row) / block.group) * half + dim % half;
-                turned = dim < half ? x * cos[at] - from[dim + half] * sin[at] : x * cos[at] + from[dim - half] * sin[at];
+                turned =
+                    dim < half ? x * cos[at] - from[dim + half] * sin[at] : x * cos[at] + from[dim - half] * sin[at];
             }
         }
         room.queries[dim * R + row] = x;
@@ -125,7 +126,8 @@ template <u32 dtype, u32 R> DEVICE void score_tile(const Block& block, const Roo
         for (u32 first = from; first < to; first += P::codes) {
             u32 word = reinterpret_cast<const u32*>(head)[P::key_word(dims, key, first)];
             for (u32 i = 0; i < P::codes && first + i < to; i++)
-                multiply_add<R>(fmaf(float(word >> P::bits * i & P::mask), scale, offset), queries + (first + i) * R, sums);
+                multiply_add<R>(fmaf(float(word >> P::bits * i & P::mask), scale, offset), queries + (first + i) * R,
+                                sums);
         }
     } else {
         UNROLL_FOUR
@@ -205,8 +207,8 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
         } else {
             UNROLL_FOUR
             for (u32 slot = 0; slot < slots; slot++)
-                multiply_add<R>(load_as_f32<dtype>(values, P::value_element(slot, dim)),
-                                room.probabilities + slot * R, sums);
+                multiply_add<R>(load_as_f32<dtype>(values, P::value_element(slot, dim)), room.probabilities + slot * R,
+                                sums);
         }
         UNROLL
         for (u32 row = 0; row < R; row++) out[row][part] = sums[row];
@@ -214,17 +216,18 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
     sync_block();
 }
 
-#define ROOM()                                                                                            \
-    DYNAMIC_SHARED(float, queries);                                                                       \
-    SHARED(float, scores, ROWS * PAGE);                                                                   \
-    SHARED(float, halves, ROWS * PAGE);                                                                   \
-    SHARED(float, probabilities, ROWS * PAGE);                                                            \
-    SHARED(float, state, 3 * ROWS + 2 * PAGE);                                                            \
-    Room room = {queries,          nullptr,  scores,           halves,           probabilities,           \
-                 state,            state + ROWS, state + 2 * ROWS, state + 3 * ROWS, state + 3 * ROWS + PAGE}
+#define ROOM()                                                                             \
+    DYNAMIC_SHARED(float, queries);                                                        \
+    SHARED(float, scores, ROWS * PAGE);                                                     \
+    SHARED(float, halves, ROWS * PAGE);                                                     \
+    SHARED(float, probabilities, ROWS * PAGE);                                              \
+    SHARED(float, state, 3 * ROWS + 2 * PAGE);                                             \
+    Room room = {queries, nullptr,      scores,           halves,           probabilities, \
+                 state,   state + ROWS, state + 2 * ROWS, state + 3 * ROWS, state + 3 * ROWS + PAGE}
 
 // Results of the rows of a block, or what a fold needs of them: greatest scores, sums, and outputs before division.
-template <u32 R> DEVICE void write_rows(const Block& block, const Room& room, const float (*sums)[2], float* partial, float* out) {
+template <u32 R>
+DEVICE void write_rows(const Block& block, const Room& room, const float (*sums)[2], float* partial, float* out) {
     UNROLL
     for (u32 row = 0; row < R; row++) {
         if (row >= block.rows) break;
@@ -254,7 +257,8 @@ struct Call {
 };
 
 template <u32 dtype, u32 R>
-DEVICE void attend_rows(const Call& call, const Segment& segment, const AttentionTask& task, const Block& block, const Room& room) {
+DEVICE void attend_rows(const Call& call, const Segment& segment, const AttentionTask& task, const Block& block,
+                        const Room& room) {
     float out[R][2];
     UNROLL
     for (u32 row = 0; row < R; row++) out[row][0] = out[row][1] = 0.0f;
@@ -265,17 +269,19 @@ DEVICE void attend_rows(const Call& call, const Segment& segment, const Attentio
     for (u32 i = task.first_tile; i < task.first_tile + task.num_tiles; i++) {
         u32 tile = i < before ? i : oldest + i - before;
         u32 frame = call.pages[segment.first_page + page_of_tile(segment, tile)];
-        fold_tile<dtype, R>(block, room, find_head<dtype>(call.view, block.head_dim, frame, block.kv_head), tile * PAGE, out);
+        fold_tile<dtype, R>(block, room, find_head<dtype>(call.view, block.head_dim, frame, block.kv_head), tile * PAGE,
+                            out);
     }
     float* partial = nullptr;
     if (task.partial != WHOLE)
-        partial = call.partials + (u64(task.partial) * block.num_kv_heads + block.kv_head) * ROWS * (2 + block.head_dim);
+        partial =
+            call.partials + (u64(task.partial) * block.num_kv_heads + block.kv_head) * ROWS * (2 + block.head_dim);
     write_rows<R>(block, room, out, partial, call.out);
 }
 
 template <u32 dtype>
-DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                   float scale, Room room) {
+DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, u32 num_kv_heads, u32 head_dim,
+                   u32 window, float scale, Room room) {
     AttentionTask task = tasks[blockIdx.x];
     const Segment& segment = call.segments[task.segment];
     u32 widest = window ? window : WHOLE, sinks = 0;
@@ -284,8 +290,9 @@ DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, 
         if (widest >= segment.first + segment.recent) sinks = segment.first;
         widest = least(widest, segment.recent);
     }
-    Block block = {num_heads, num_kv_heads, head_dim, num_heads / num_kv_heads, blockIdx.y, task.first_row, task.rows,
-                   segment.first_row, segment.start, widest, sinks, scale};
+    Block block = {num_heads,     num_kv_heads,   head_dim,  num_heads / num_kv_heads,
+                   blockIdx.y,    task.first_row, task.rows, segment.first_row,
+                   segment.start, widest,         sinks,     scale};
     if (sinks > 0 && call.cos) room.sink_queries = room.queries + ROWS * head_dim;
     if (task.rows == 1) attend_rows<dtype, 1>(call, segment, task, block, room);
     else if (task.rows <= 4) attend_rows<dtype, 4>(call, segment, task, block, room);
@@ -297,68 +304,70 @@ DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, 
 // Grid: (tasks, kv heads). Reads every page of a task once: 2 * 64 * head_dim * size bytes a tile and head; 4 * rows *
 // head_dim operations per key. Decoding is bound by those bytes while a group has few heads: expect 60 to 80 % of the
 // memory's bandwidth. Prompts are bound by multiply-adds in f32.
-KERNEL BOUNDS(128, 3) attend_f32(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                    const Segment* segments, const u32* pages, const AttentionTask* tasks,
-                                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                                    float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                                    float* partials, float* out) {
+KERNEL BOUNDS(128, 3)
+    attend_f32(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
+               const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
+               u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
+               float* partials, float* out) {
     ROOM();
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
     attend<F32>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
 }
 
-KERNEL BOUNDS(128, 3) attend_bf16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                    const Segment* segments, const u32* pages, const AttentionTask* tasks,
-                                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                                    float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                                    float* partials, float* out) {
+KERNEL BOUNDS(128, 3)
+    attend_bf16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
+                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
+                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
+                float* partials, float* out) {
     ROOM();
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
     attend<BF16>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
 }
 
-KERNEL BOUNDS(128, 3) attend_f16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                    const Segment* segments, const u32* pages, const AttentionTask* tasks,
-                                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                                    float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                                    float* partials, float* out) {
+KERNEL BOUNDS(128, 3)
+    attend_f16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
+               const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
+               u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
+               float* partials, float* out) {
     ROOM();
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
     attend<F16>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
 }
 
-KERNEL BOUNDS(128, 3) attend_int8(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                    const Segment* segments, const u32* pages, const AttentionTask* tasks,
-                                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                                    float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                                    float* partials, float* out) {
+KERNEL BOUNDS(128, 3)
+    attend_int8(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
+                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
+                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
+                float* partials, float* out) {
     ROOM();
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
     attend<INT8>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
 }
 
-KERNEL BOUNDS(128, 3) attend_int4(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                    const Segment* segments, const u32* pages, const AttentionTask* tasks,
-                                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window,
-                                    float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                                    float* partials, float* out) {
+KERNEL BOUNDS(128, 3)
+    attend_int4(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
+                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
+                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
+                float* partials, float* out) {
     ROOM();
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
     attend<INT4>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
 }
 
-// Folds partials in the order of their tiles, and divides by the sums. Grid: (tasks, kv heads). Reads each partial once.
+// Folds partials in the order of their tiles, and divides by the sums. Grid: (tasks, kv heads). Reads each partial
+// once.
 KERNEL BOUNDS(128) fold_partials(const Segment* segments, const FoldTask* tasks, u32 num_heads, u32 num_kv_heads,
                                  u32 head_dim, const float* partials, float* out) {
     FoldTask task = tasks[blockIdx.x];
     const Segment& segment = segments[task.segment];
-    Block block = {num_heads, num_kv_heads, head_dim, num_heads / num_kv_heads, blockIdx.y, task.first_row, task.rows,
-                   segment.first_row, segment.start, WHOLE, 0, 1.0f};
+    Block block = {num_heads,     num_kv_heads,   head_dim,  num_heads / num_kv_heads,
+                   blockIdx.y,    task.first_row, task.rows, segment.first_row,
+                   segment.start, WHOLE,          0,         1.0f};
     u64 stride = u64(num_kv_heads) * ROWS * (2 + head_dim);
     const float* first = partials + task.first_partial * stride + u64(blockIdx.y) * ROWS * (2 + head_dim);
     for (u32 row = 0; row < task.rows; row++) {
@@ -373,8 +382,7 @@ KERNEL BOUNDS(128) fold_partials(const Segment* segments, const FoldTask* tasks,
             UNROLL
             for (u32 part = 0; part < 2; part++) {
                 u32 dim = part * THREADS + threadIdx.x;
-                if (dim < head_dim)
-                    sums[part] = fmaf(partial[2 * ROWS + row * head_dim + dim], now, sums[part] * old);
+                if (dim < head_dim) sums[part] = fmaf(partial[2 * ROWS + row * head_dim + dim], now, sums[part] * old);
             }
             max = after;
         }
@@ -469,7 +477,8 @@ DEVICE u64 rank_of(float score, u32 position) {
 // Of `count` keys leaves `capacity`, all from position `latest` on among them: those that received least go, the older
 // of equals, and what stays beyond the capacity moves to the slots that became free.
 template <u32 dtype>
-DEVICE void evict(const Cache<dtype>& cache, u32 count, u32 capacity, u32 latest, u64* room, u32* gone, u32* sorted, u32* moves) {
+DEVICE void evict(const Cache<dtype>& cache, u32 count, u32 capacity, u32 latest, u64* room, u32* gone, u32* sorted,
+                  u32* moves) {
     constexpr u64 none = ~u64(0);
     u32 victims = count - capacity;
     u64 before = 0;
@@ -535,8 +544,8 @@ DEVICE void heavy_rows(const Call& call, const Cache<dtype>& cache, const Block&
 }
 
 template <u32 dtype>
-DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale,
-                         const Room& room, u64* reduction, u32* lists) {
+DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads, u32 num_kv_heads, u32 head_dim,
+                         float scale, const Room& room, u64* reduction, u32* lists) {
     Cache<dtype> cache = {call.view, call.pages + segment.first_page, head_dim, blockIdx.y};
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = num_heads / num_kv_heads;
     u32 end = segment.start + segment.len, capacity = segment.first + segment.recent;
@@ -547,7 +556,8 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
             u32 slot = taken + i / 2;
             bool keys = i % 2 == 0;
             u8* head = cache.head(slot);
-            u64 first = u64(pass_row + i / 2) * (num_heads + 2 * num_kv_heads) + num_heads + (keys ? 0 : num_kv_heads) + blockIdx.y;
+            u64 first = u64(pass_row + i / 2) * (num_heads + 2 * num_kv_heads) + num_heads + (keys ? 0 : num_kv_heads) +
+                        blockIdx.y;
             store_vector<dtype>(head, head_dim, keys, slot % PAGE, call.qkv + first * head_dim);
             if (keys && lane == 0) {
                 cache.positions(head)[slot % PAGE] = position + i / 2;
@@ -558,13 +568,14 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
         u32 rows = (stop - position) * group;
         for (u32 first = 0; first < rows; first += ROWS) {
             Block block = {num_heads, num_kv_heads, head_dim, group, blockIdx.y, first, least(ROWS, rows - first),
-                           pass_row, taken, WHOLE, 0, scale};
+                           pass_row,  taken,        WHOLE,    0,     scale};
             if (block.rows <= 4) heavy_rows<dtype, 4>(call, cache, block, room);
             else heavy_rows<dtype, 16>(call, cache, block, room);
         }
         u32 count = taken + stop - position;
         if (stop == whole && count > capacity)
-            evict(cache, count, capacity, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS, lists + 2 * VICTIMS);
+            evict(cache, count, capacity, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS,
+                  lists + 2 * VICTIMS);
         position = stop;
     }
 }
@@ -576,66 +587,61 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
 // one before left. Reads the keys of a tile twice and the values once per 16 rows. Decoding with some hundred sequences
 // times heads fills the card: expect 40 % of the memory's bandwidth; a long prompt of few sequences does not.
 KERNEL BOUNDS(128, 3) attend_heavy_f32(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                          const Segment* segments, const u32* pages, const u32* heavy,
-                                          const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim,
-                                          float scale, float* out) {
+                                       const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
+                                       u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
     ROOM();
     SHARED(u64, reduction, WARPS);
     SHARED(u32, lists, 3 * VICTIMS);
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
     attend_heavy<F32>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                        lists);
+                      lists);
 }
 
 KERNEL BOUNDS(128, 3) attend_heavy_bf16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                          const Segment* segments, const u32* pages, const u32* heavy,
-                                          const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim,
-                                          float scale, float* out) {
+                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
+                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
     ROOM();
     SHARED(u64, reduction, WARPS);
     SHARED(u32, lists, 3 * VICTIMS);
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
     attend_heavy<BF16>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                        lists);
+                       lists);
 }
 
 KERNEL BOUNDS(128, 3) attend_heavy_f16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                          const Segment* segments, const u32* pages, const u32* heavy,
-                                          const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim,
-                                          float scale, float* out) {
+                                       const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
+                                       u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
     ROOM();
     SHARED(u64, reduction, WARPS);
     SHARED(u32, lists, 3 * VICTIMS);
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
     attend_heavy<F16>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                        lists);
+                      lists);
 }
 
 KERNEL BOUNDS(128, 3) attend_heavy_int8(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                          const Segment* segments, const u32* pages, const u32* heavy,
-                                          const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim,
-                                          float scale, float* out) {
+                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
+                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
     ROOM();
     SHARED(u64, reduction, WARPS);
     SHARED(u32, lists, 3 * VICTIMS);
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
     attend_heavy<INT8>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                        lists);
+                       lists);
 }
 
 KERNEL BOUNDS(128, 3) attend_heavy_int4(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                          const Segment* segments, const u32* pages, const u32* heavy,
-                                          const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim,
-                                          float scale, float* out) {
+                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
+                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
     ROOM();
     SHARED(u64, reduction, WARPS);
     SHARED(u32, lists, 3 * VICTIMS);
     View view = {resident, num_resident, streamed, frame_stride, note_bytes};
     Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
     attend_heavy<INT4>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                        lists);
+                       lists);
 }

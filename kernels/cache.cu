@@ -2,9 +2,9 @@
 
 // Stores the keys and values of a pass's rows where their positions belong; not of segments that evict by attention.
 //
-// Grid: (rows, kv heads); one warp takes the key, one the value. Reads 8 * head_dim bytes a row and head and writes what
-// they become, in pieces of an element: neighbouring rows fill the sectors in the second-level cache. Small beside the
-// products.
+// Grid: (rows, kv heads); one warp takes the key, one the value. Reads 8 * head_dim bytes a row and head and writes
+// what they become, in pieces of an element: neighbouring rows fill the sectors in the second-level cache. Small beside
+// the products.
 template <u32 dtype>
 DEVICE void append(const View& view, const Segment* segments, const u32* pages, const u32* row_segments,
                    const float* qkv, u32 num_heads, u32 num_kv_heads, u32 head_dim) {

@@ -17,11 +17,11 @@ enum { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4 };
 // Positions of a page, which is also a tile of attention.
 [[maybe_unused]] constexpr u32 PAGE = 64;
 // Outputs of a panel, and inputs of a tile of one.
-constexpr u32 PANEL = 16;
-constexpr u32 TILE = 64;
+[[maybe_unused]] constexpr u32 PANEL = 16;
+[[maybe_unused]] constexpr u32 TILE = 64;
 
-constexpr u32 WARP = 32;
-constexpr u32 WHOLE_WARP = 0xffffffffu;
+[[maybe_unused]] constexpr u32 WARP = 32;
+[[maybe_unused]] constexpr u32 WHOLE_WARP = 0xffffffffu;
 
 struct Piece {
     const u8* data;
@@ -51,7 +51,7 @@ enum { KEPT_ALL = 0, KEPT_WINDOW = 1, KEPT_HEAVY = 2 };
 #define UNROLL_TWO _Pragma("unroll 2")
 #define UNROLL_FOUR _Pragma("unroll 4")
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
-#define DYNAMIC_SHARED(type, name)                                      \
+#define DYNAMIC_SHARED(type, name)                                         \
     extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared_memory)
 #define ALIGNED(bytes) __align__(bytes)
@@ -77,11 +77,83 @@ DEVICE u16 f32_to_f16(float x) {
     return y;
 }
 
+// Two numbers in f16 at a time.
+DEVICE u32 subtract_halves(u32 a, u32 b) {
+    u32 c;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+DEVICE u32 multiply_add_halves(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 template <typename T> DEVICE T shuffle_xor(T x, u32 lanes) { return __shfl_xor_sync(WHOLE_WARP, x, lanes); }
-template <typename T> DEVICE T shuffle_up(T x, u32 lanes) { return __shfl_up_sync(WHOLE_WARP, x, lanes); }
 
 DEVICE void atomic_or(u32* at, u32 bits) { atomicOr(at, bits); }
 DEVICE void atomic_and(u32* at, u32 bits) { atomicAnd(at, bits); }
+
+// Copies of 16 bytes from memory to shared memory, in groups: what was copied is there when all but the last `left`
+// groups have been waited for and, for other threads, after a barrier. Before sm_80 they are there at once.
+DEVICE void copy_async(void* shared, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    u32 to = u32(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+#else
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(from);
+#endif
+}
+DEVICE void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <u32 left> DEVICE void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16 bits, turned: lane i gives a row (of 16 bytes) of matrix i / 8, and gets of each matrix
+// rows 2 * (lane % 4) and the next in column lane / 4.
+DEVICE void load_matrices_transposed(const void* row, u32* out) {
+    u32 at = u32(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+#if __CUDA_ARCH__ >= 800
+#define BFLOAT_MATRICES 1
+#else
+#define BFLOAT_MATRICES 0
+#endif
+
+// c += a b, a (16, 16) and b (16, 8) of 16 bits, c (16, 8) of f32, as fragments of mma.m16n8k16.
+template <u32 dtype> DEVICE void multiply_matrices(const u32* a, u32 b0, u32 b1, float* c) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (dtype == BF16)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    static_assert(dtype == F16, "tensor cores before sm_80 know no bf16");
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
 
 #endif
 
@@ -105,6 +177,12 @@ DEVICE u16 f32_to_f16_saturated(float x) {
     if (x > 65504.0f) x = 65504.0f;
     if (x < -65504.0f) x = -65504.0f;
     return f32_to_f16(x);
+}
+
+// Two numbers of 16 bits side by side, the first in the lower half.
+template <u32 dtype> DEVICE u32 pack(float first, float second) {
+    if constexpr (dtype == BF16) return f32_to_bf16(first) | u32(f32_to_bf16(second)) << 16;
+    else return f32_to_f16_saturated(first) | u32(f32_to_f16_saturated(second)) << 16;
 }
 
 // Element i of a plain array.
@@ -224,7 +302,9 @@ template <u32 dtype> struct Pages {
     DEVICE u32 key_word(u32 dims, u32 slot, u32 dim) {
         return (slot / PANEL * ceil_div(dims, codes) + dim / codes) * PANEL + slot % PANEL;
     }
-    DEVICE u32 value_word(u32 slot, u32 dim) { return (dim / PANEL * (PAGE / codes) + slot / codes) * PANEL + dim % PANEL; }
+    DEVICE u32 value_word(u32 slot, u32 dim) {
+        return (dim / PANEL * (PAGE / codes) + slot / codes) * PANEL + dim % PANEL;
+    }
 };
 
 // A head of a frame: keys, values, notes.

@@ -57,8 +57,8 @@ KERNEL BOUNDS(256) gather_rows(const float* x, const u32* indices, u32 width, fl
 
 // RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight (+ bias). LayerNorm: the same of x - mean(x).
 // Grid: rows. Moves 8 * rows * width bytes; rows are read again from the cache.
-KERNEL BOUNDS(256) norm_rows(const float* x, u32 width, const float* weight, const float* bias, u32 kind, float eps,
-                             float* out) {
+KERNEL BOUNDS(256)
+    norm_rows(const float* x, u32 width, const float* weight, const float* bias, u32 kind, float eps, float* out) {
     SHARED(float, room, 256 / WARP);
     x += u64(blockIdx.x) * width;
     out += u64(blockIdx.x) * width;

@@ -1,7 +1,7 @@
 // Tokens from rows of logits: log-probabilities, the most probable tokens, and draws.
 //
-// src/device/host/sample.rs is the definition; weights have the same bits as there, sums in f64 another order. Instead of
-// sorting, thresholds are found by halving the range of a weight's bits: as many sweeps over a row in the cache.
+// src/device/host/sample.rs is the definition; weights have the same bits as there, sums in f64 another order. Instead
+// of sorting, thresholds are found by halving the range of a weight's bits: as many sweeps over a row in the cache.
 
 constexpr u32 THREADS = 512;
 
@@ -247,9 +247,9 @@ DEVICE u32 sample(const DrawTask& draw, u32 count, float* weights, const Room& r
 // Grid: min(draws, rows of the workspace); a block answers draws in turn. A draw reads its row a few times, and about
 // 60 times more for each of top_k and top_p, from the second-level cache: some hundred microseconds for a vocabulary of
 // 128,000, a processor each, which is little beside a pass over a model that does not fit the card.
-KERNEL BOUNDS(512) sample_rows(const float* logits, u32 vocab_size, const DrawTask* draws, u32 num_draws, const u32* tokens,
-                               const TokenBias* biases, const TokenCount* counts, float* workspace, DrawnToken* drawn,
-                               u32* top_tokens, float* top_logprobs) {
+KERNEL BOUNDS(512, 2) sample_rows(const float* logits, u32 vocab_size, const DrawTask* draws, u32 num_draws,
+                                  const u32* tokens, const TokenBias* biases, const TokenCount* counts,
+                                  float* workspace, DrawnToken* drawn, u32* top_tokens, float* top_logprobs) {
     SHARED(float, floats, THREADS / WARP);
     SHARED(double, doubles, THREADS / WARP);
     SHARED(u64, words, THREADS / WARP);

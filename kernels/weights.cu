@@ -1,17 +1,17 @@
 // Packed weights: to rows of elements for cuBLAS, and products of few rows straight from the panels.
 //
 // A panel holds 16 outputs as tiles of 64 inputs, one after the other. A tile of a plain type is (64 inputs, 16
-// outputs). A tile of integers holds words of four bytes, 16 outputs side by side: of int8, word (k / 4, output) has the
-// codes of inputs k .. k + 3; of int4, inputs k and k + 32 share the byte that int8 would give k, the first in the low
-// half. Then 16 scales and 16 offsets in f16: w = code * scale + offset.
+// outputs). A tile of integers holds words of four bytes, 16 outputs side by side: of int8, word (k / 4, output) has
+// the codes of inputs k .. k + 3; of int4, inputs k and k + 32 share the byte that int8 would give k, the first in the
+// low half. Then 16 scales and 16 offsets in f16: w = code * scale + offset.
 
 template <u32 dtype> struct Format {
     static constexpr bool integers = dtype == INT8 || dtype == INT4;
     // Words of codes per output of a tile.
     static constexpr u32 words = dtype == INT4 ? 8 : 16;
-    static constexpr u32 bytes = dtype == F32    ? TILE * PANEL * 4
-                                 : integers ? words * PANEL * 4 + 4 * PANEL
-                                            : TILE * PANEL * 2;
+    static constexpr u32 bytes = dtype == F32 ? TILE * PANEL * 4
+                                 : integers   ? words * PANEL * 4 + 4 * PANEL
+                                              : TILE * PANEL * 2;
 };
 
 // Scale and offset of an output of a tile.
@@ -220,7 +220,7 @@ template <u32 dtype> DEVICE void multiply(Product p, u32 rows, float* staged, fl
 // Bound by memory for one or two rows: expect 60 % of its bandwidth there; from 4 rows on by the multiply-adds and by
 // the reads of shared memory that feed them, one of 16 bytes for four multiply-adds.
 KERNEL BOUNDS(256, 2) linear_rows(const float* x, u32 rows, const Piece* pieces, u32 num_pieces, u32 dtype, u32 inputs,
-                               u32 outputs, const float* bias, float* y, u32 stride, u32 column) {
+                                  u32 outputs, const float* bias, float* y, u32 stride, u32 column) {
     SHARED(float, staged, WARPS * 8 * TILE);
     SHARED(float, parts, WARPS * 8 * PANEL);
     const u8* panel = find_panel(pieces, num_pieces, blockIdx.x, panel_bytes(dtype, inputs));

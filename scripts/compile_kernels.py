@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +25,11 @@ def find_nvrtc():
     """The path of NVRTC, fetched from PyPI if it is not there."""
     place = ROOT / ".cache" / "nvrtc" / PACKAGE.split("==")[1]
     if not (libraries := list(place.rglob("libnvrtc.so.12"))):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), PACKAGE]
         subprocess.run(command, check=True)
+        for wheel in place.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(place)
+            wheel.unlink()
         libraries = list(place.rglob("libnvrtc.so.12"))
     # NVRTC finds its builtins by itself only where they are loaded already.
     for builtins in libraries[0].parent.glob("libnvrtc-builtins.so*"):

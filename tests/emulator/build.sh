@@ -46,7 +46,8 @@ program() {
         echo '#include "shim.h"'
         echo "#line 1 \"$name.program\""
         cat "$program"
-        sed -n 's/^KERNEL BOUNDS(\([0-9]*\)[, 0-9]*) \([a-z0-9_]*\)(.*/\1 \2/p' "$file" | while read -r threads kernel; do
+        tr '\n' ' ' <"$file" | grep -o 'KERNEL BOUNDS([0-9, ]*) *[a-z0-9_]*(' |
+            sed 's/KERNEL BOUNDS(\([0-9]*\)[^)]*) *\(.*\)(/\1 \2/' | while read -r threads kernel; do
             echo "static emulator::Registration registration_$kernel(\"$sum\", \"$kernel\", $threads,"
             echo "    [](void** arguments) { return emulator::bind(&$kernel, arguments); });"
         done
@@ -58,9 +59,15 @@ for file in "$kernels"/*.cu; do program "$file"; done
 for name in fibers memory streams driver; do compile "$name" "$here/$name.cpp"; done
 runtime=("${objects[@]}")
 objects=()
+program "$here/faulty.cu"
+faulty=${objects[0]}
+objects=()
 compile nvrtc "$here/nvrtc.cpp"
 compile cublas "$here/cublas.cpp"
 for job in "${waiting[@]}"; do wait "$job"; done
+
+# Kernels that are wrong, for test.sh.
+ln -sf "$faulty" "$out/faulty.o"
 
 link() {
     local library=$1

@@ -139,7 +139,24 @@ ENTRY cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const 
                    int lda, const void* b, int type_b, int ldb, const void* beta, void* c, int type_c, int ldc,
                    int compute, int) {
     if (compute != 68) return NOT_SUPPORTED;
-    return enqueue(static_cast<Handle*>(handle),
-                   {op_a == 1, op_b == 1, m, n, k, *static_cast<const float*>(alpha), *static_cast<const float*>(beta), a,
-                    b, c, type_a, type_b, type_c, lda, ldb, ldc, 0, 0, 0, 1});
+    return enqueue(static_cast<Handle*>(handle), {op_a == 1,
+                                                  op_b == 1,
+                                                  m,
+                                                  n,
+                                                  k,
+                                                  *static_cast<const float*>(alpha),
+                                                  *static_cast<const float*>(beta),
+                                                  a,
+                                                  b,
+                                                  c,
+                                                  type_a,
+                                                  type_b,
+                                                  type_c,
+                                                  lda,
+                                                  ldb,
+                                                  ldc,
+                                                  0,
+                                                  0,
+                                                  0,
+                                                  1});
 }

@@ -85,8 +85,8 @@ Status queue(void* handle, const char* name, std::function<void()> run) {
 }  // namespace
 
 // For the other stand-ins: work of theirs, in a stream.
-extern "C" EXPORT Status tidemill_emulator_enqueue(void* stream, const char* name, void (*run)(void*), void (*drop)(void*),
-                                                   void* data) {
+extern "C" EXPORT Status tidemill_emulator_enqueue(void* stream, const char* name, void (*run)(void*),
+                                                   void (*drop)(void*), void* data) {
     Lock lock;
     if (Status status = begin()) return status;
     std::shared_ptr<void> owned(data, drop);
@@ -99,8 +99,8 @@ extern "C" EXPORT int tidemill_emulator_is_device(const void* address, size_t by
 }
 
 #define ENTRY extern "C" EXPORT Status
-#define BEGIN                              \
-    Lock lock;                             \
+#define BEGIN  \
+    Lock lock; \
     if (Status status = begin()) return status
 
 // ---- device and context
@@ -148,21 +148,21 @@ ENTRY cuDeviceGetAttribute(int* value, int attribute, int) {
     // Major and minor, as 80 for 8.0.
     uint64_t capability = number_from("TIDEMILL_EMULATOR_CAPABILITY", 80);
     switch (attribute) {
-    case 1: *value = 1024; return SUCCESS;                 // threads of a block
-    case 8: *value = int(SHARED_BYTES); return SUCCESS;    // shared memory of a block
-    case 10: *value = 32; return SUCCESS;                  // lanes of a warp
-    case 13: *value = 1'000'000; return SUCCESS;           // clock, kHz
+    case 1: *value = 1024; return SUCCESS;               // threads of a block
+    case 8: *value = int(SHARED_BYTES); return SUCCESS;  // shared memory of a block
+    case 10: *value = 32; return SUCCESS;                // lanes of a warp
+    case 13: *value = 1'000'000; return SUCCESS;         // clock, kHz
     case 16: *value = int(number_from("TIDEMILL_EMULATOR_PROCESSORS", 4)); return SUCCESS;
-    case 18: *value = 0; return SUCCESS;                   // integrated
-    case 36: *value = 1'000'000; return SUCCESS;           // memory clock, kHz
-    case 37: *value = 128; return SUCCESS;                 // bits of the memory bus
-    case 38: *value = 4 << 20; return SUCCESS;             // second-level cache
-    case 40: *value = 2; return SUCCESS;                   // copy engines
-    case 41: *value = 1; return SUCCESS;                   // unified addressing
+    case 18: *value = 0; return SUCCESS;          // integrated
+    case 36: *value = 1'000'000; return SUCCESS;  // memory clock, kHz
+    case 37: *value = 128; return SUCCESS;        // bits of the memory bus
+    case 38: *value = 4 << 20; return SUCCESS;    // second-level cache
+    case 40: *value = 2; return SUCCESS;          // copy engines
+    case 41: *value = 1; return SUCCESS;          // unified addressing
     case 75: *value = int(capability / 10); return SUCCESS;
     case 76: *value = int(capability % 10); return SUCCESS;
-    case 97: *value = int(shared_optin()); return SUCCESS; // shared memory of a block, on request
-    case 115: *value = 0; return SUCCESS;                  // memory pools
+    case 97: *value = int(shared_optin()); return SUCCESS;  // shared memory of a block, on request
+    case 115: *value = 0; return SUCCESS;                   // memory pools
     default: return violation(INVALID_VALUE, "device attribute %d is not emulated", attribute);
     }
 }
@@ -469,8 +469,9 @@ ENTRY cuFuncSetAttribute(void* handle, int attribute, int value) {
     return SUCCESS;
 }
 
-ENTRY cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                     unsigned block_z, unsigned shared, void* stream_handle, void** arguments, void** extra) {
+ENTRY cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                     unsigned block_y, unsigned block_z, unsigned shared, void* stream_handle, void** arguments,
+                     void** extra) {
     BEGIN;
     auto* function = static_cast<Function*>(handle);
     if (functions.count(function) == 0) return violation(INVALID_HANDLE, "a function that does not exist");

@@ -133,7 +133,8 @@ Fiber* take_fiber() {
         idle_fibers.pop_back();
         return fiber;
     }
-    void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) {
         std::perror("tidemill emulator: stack of a fibre");
         std::abort();
@@ -297,7 +298,8 @@ Status check_shared() {
         return false;
     };
     for (auto [start, bytes] : block.shared) {
-        if (damaged(start)) return violation(ILLEGAL_ADDRESS, "%s writes outside of its shared memory", block.launch->name.c_str());
+        if (damaged(start))
+            return violation(ILLEGAL_ADDRESS, "%s writes outside of its shared memory", block.launch->name.c_str());
         at = start + bytes;
     }
     if (damaged(block.shared_used + SHARED_GUARD))

@@ -23,8 +23,8 @@ struct Thread {
 extern EXPORT Thread* current;
 
 EXPORT void sync_block(const char* place);
-// Deposits some bytes and waits for all lanes of the warp; then the bytes of all lanes can be read until the lane's next
-// deposit but one.
+// Deposits some bytes and waits for all lanes of the warp; then the bytes of all lanes can be read until the lane's
+// next deposit but one.
 EXPORT const uint8_t* exchange(const void* bytes, size_t count, const char* what);
 constexpr size_t EXCHANGE_BYTES = 64;
 EXPORT void* shared_array(size_t bytes);

@@ -125,8 +125,8 @@ public:
 
     template <typename... A> void launch(const char* file, const std::string& name, Shape shape, A... values) {
         void* arguments[] = {&values...};
-        driver(cuLaunchKernel(function(file, name), shape.x, shape.y, 1, shape.block, 1, 1, shape.shared, stream, arguments,
-                              nullptr));
+        driver(cuLaunchKernel(function(file, name), shape.x, shape.y, 1, shape.block, 1, 1, shape.shared, stream,
+                              arguments, nullptr));
     }
 
     // Frees everything: one test's memory is not found by the next.
@@ -175,7 +175,9 @@ inline u16 half_bits(float x) {
     std::memcpy(&bits, &half, 2);
     return bits;
 }
-inline float saturated_half(float x) { return std::isnan(x) ? x : half_value(half_bits(std::fmin(std::fmax(x, -65504.0f), 65504.0f))); }
+inline float saturated_half(float x) {
+    return std::isnan(x) ? x : half_value(half_bits(std::fmin(std::fmax(x, -65504.0f), 65504.0f)));
+}
 inline float bf16_value(u16 bits) {
     u32 wide = u32(bits) << 16;
     float x;
@@ -205,14 +207,16 @@ inline float get_element(const u8* at, u32 dtype) {
 }
 
 // Whether two vectors agree within `bound` of the greatest value.
-inline void near(const std::vector<float>& got, const std::vector<float>& wanted, double bound, const std::string& what) {
+inline void near(const std::vector<float>& got, const std::vector<float>& wanted, double bound,
+                 const std::string& what) {
     check(got.size() == wanted.size(), what.c_str());
     double greatest = 1e-30, worst = 0.0;
     for (float x : wanted) greatest = std::fmax(greatest, std::fabs(x));
     for (size_t i = 0; i < got.size(); i++) {
         double off = std::fabs(double(got[i]) - double(wanted[i]));
         if (!(off <= bound * greatest)) {
-            std::fprintf(stderr, "FAILED: %s: element %zu is %g, not %g\n", what.c_str(), i, double(got[i]), double(wanted[i]));
+            std::fprintf(stderr, "FAILED: %s: element %zu is %g, not %g\n", what.c_str(), i, double(got[i]),
+                         double(wanted[i]));
             std::exit(1);
         }
         worst = std::fmax(worst, off);
@@ -232,7 +236,9 @@ struct Packed {
     std::vector<Piece> pieces;   // by offset within bytes
 
     u32 panels() const { return (outputs + 15) / 16; }
-    size_t tile_bytes() const { return dtype == INT8 ? 1024 + 64 : dtype == INT4 ? 512 + 64 : 1024 * element_size(dtype); }
+    size_t tile_bytes() const {
+        return dtype == INT8 ? 1024 + 64 : dtype == INT4 ? 512 + 64 : 1024 * element_size(dtype);
+    }
     size_t panel_bytes() const { return (inputs + 63) / 64 * tile_bytes(); }
 };
 

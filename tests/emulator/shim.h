@@ -71,6 +71,19 @@ DEVICE unsigned short f32_to_f16(float x) {
 
 DEVICE float multiply_rounded(float a, float b) { return a * b; }
 
+template <typename F> DEVICE unsigned each_half(F f) {
+    return f32_to_f16(float(f(0))) | unsigned(f32_to_f16(float(f(1)))) << 16;
+}
+DEVICE double half_of(unsigned pair, unsigned index) {
+    return double(f16_to_f32((unsigned short)(pair >> 16 * index)));
+}
+DEVICE unsigned subtract_halves(unsigned a, unsigned b) {
+    return each_half([=](unsigned i) { return half_of(a, i) - half_of(b, i); });
+}
+DEVICE unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    return each_half([=](unsigned i) { return half_of(a, i) * half_of(b, i) + half_of(c, i); });
+}
+
 template <typename T> DEVICE T shuffle_from(T x, unsigned lane, const char* what) {
     const unsigned char* all = emulator::exchange(&x, sizeof x, what);
     T y;
@@ -80,10 +93,6 @@ template <typename T> DEVICE T shuffle_from(T x, unsigned lane, const char* what
 template <typename T> DEVICE T shuffle_xor(T x, unsigned lanes) {
     return shuffle_from(x, emulator::current->lane ^ lanes, "shuffle_xor");
 }
-template <typename T> DEVICE T shuffle_up(T x, unsigned lanes) {
-    unsigned lane = emulator::current->lane;
-    return shuffle_from(x, lane < lanes ? lane : lane - lanes, "shuffle_up");
-}
 DEVICE void sync_warp() {
     char nothing = 0;
     emulator::exchange(&nothing, 1, "sync_warp");
@@ -92,3 +101,52 @@ DEVICE void sync_warp() {
 // One thread runs at a time.
 DEVICE void atomic_or(unsigned* at, unsigned bits) { *at |= bits; }
 DEVICE void atomic_and(unsigned* at, unsigned bits) { *at &= bits; }
+
+DEVICE void copy_async(void* shared, const void* from) { emulator::copy_async(shared, from, 16); }
+DEVICE void copy_async_commit() { emulator::copy_async_commit(); }
+template <unsigned left> DEVICE void copy_async_wait() { emulator::copy_async_wait(left); }
+
+#define BFLOAT_MATRICES 1
+
+DEVICE void load_matrices_transposed(const void* row, unsigned* out) {
+    const unsigned char* all = emulator::exchange(&row, sizeof row, "load_matrices_transposed");
+    unsigned lane = emulator::current->lane;
+    for (unsigned matrix = 0; matrix < 4; matrix++) {
+        unsigned short pair[2];
+        for (unsigned i = 0; i < 2; i++) {
+            const unsigned short* from;
+            unsigned giver = matrix * 8 + lane % 4 * 2 + i;
+            std::memcpy(&from, all + giver * emulator::EXCHANGE_BYTES, sizeof from);
+            pair[i] = from[lane / 4];
+        }
+        out[matrix] = pair[0] | unsigned(pair[1]) << 16;
+    }
+}
+
+template <unsigned dtype> DEVICE float matrix_element(unsigned pair, unsigned index) {
+    auto bits = (unsigned short)(pair >> 16 * index);
+    // 1 is bf16, as common.cuh numbers the types.
+    return dtype == 1 ? bits_float(unsigned(bits) << 16) : f16_to_f32(bits);
+}
+
+template <unsigned dtype> DEVICE void multiply_matrices(const unsigned* a, unsigned b0, unsigned b1, float* c) {
+    unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1}, lane = emulator::current->lane;
+    const unsigned char* all = emulator::exchange(mine, sizeof mine, "multiply_matrices");
+    auto word = [&](unsigned giver, unsigned index) {
+        unsigned value;
+        std::memcpy(&value, all + giver * emulator::EXCHANGE_BYTES + 4 * index, 4);
+        return value;
+    };
+    for (unsigned i = 0; i < 4; i++) {
+        // Row and column of c; a's lanes are 4 * (row % 8) + pair of k, b's 4 * column + pair of k.
+        unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = c[i];
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned pair = k % 8 / 2, upper = k / 8;
+            float x = matrix_element<dtype>(word(4 * (row % 8) + pair, row / 8 + 2 * upper), k % 2);
+            float y = matrix_element<dtype>(word(4 * column + pair, 4 + upper), k % 2);
+            sum += x * y;
+        }
+        c[i] = sum;
+    }
+}

@@ -26,9 +26,7 @@ std::mt19937& generator() {
     return generator;
 }
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 bool may_run(const Stream* stream) {
     if (stream->queue.empty()) return false;
@@ -116,8 +114,7 @@ void run_some() {
     // Now and then the device is quick, or does nothing for a while.
     static uint32_t quickness = 0, calls = 0;
     if (calls++ % 16 == 0) quickness = chance(3);
-    while (quickness > 0 && chance(3) < quickness && run_one()) {
-    }
+    while (quickness > 0 && chance(3) < quickness && run_one()) {}
 }
 
 Status finish(Stream* stream) {

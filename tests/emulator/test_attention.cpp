@@ -50,7 +50,8 @@ struct Layout {
                 const u8* grids = part + (key ? key_bytes() : value_bytes()) - 256;
                 std::memcpy(&grid[0], grids + 2 * slot, 2);
                 std::memcpy(&grid[1], grids + 128 + 2 * slot, 2);
-                x[d] = std::fma(float(bits >> count * within & ((1u << count) - 1)), half_value(grid[0]), half_value(grid[1]));
+                x[d] = std::fma(float(bits >> count * within & ((1u << count) - 1)), half_value(grid[0]),
+                                half_value(grid[1]));
             } else {
                 u32 element = key ? (slot / 16 * dim + d) * 16 + slot % 16 : (d / 16 * 64 + slot) * 16 + d % 16;
                 x[d] = get_element(part + element * element_size(dtype), dtype);
@@ -70,12 +71,14 @@ struct Layout {
             }
             return y;
         }
-        float most = dtype == INT4 ? 15.0f : 255.0f, low = *std::min_element(x, x + dim), high = *std::max_element(x, x + dim);
+        float most = dtype == INT4 ? 15.0f : 255.0f, low = *std::min_element(x, x + dim),
+              high = *std::max_element(x, x + dim);
         if (!std::all_of(x, x + dim, [](float v) { return std::isfinite(v); })) return std::vector<float>(dim, NAN);
         float scale = saturated_half((high - low) / most), offset = saturated_half(low);
         float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
         for (float& value : y)
-            value = std::fma(std::nearbyintf(std::fmin(std::fmax((value - offset) * inverse, 0.0f), most)), scale, offset);
+            value =
+                std::fma(std::nearbyintf(std::fmin(std::fmax((value - offset) * inverse, 0.0f), most)), scale, offset);
         return y;
     }
 };
@@ -104,7 +107,7 @@ struct Sequence {
         return tile < before ? tile : before + (tile - before) % ring;
     }
     u32 pages(u32 positions) const {
-        u32 most = kept == ALL ? WHOLE
+        u32 most = kept == ALL      ? WHOLE
                    : kept == WINDOW ? ceil_div(first, 64) + ceil_div(recent - 1, 64) + 1
                                     : ceil_div(first + recent + 64, 64);
         return std::min(ceil_div(positions, 64), most);
@@ -125,7 +128,10 @@ struct Frames {
     u8 *first = nullptr, *second = nullptr;
 
     Frames(Device& device, Layout layout, u32 num_kv_heads, u32 resident, u32 streamed)
-        : layout(layout), num_kv_heads(num_kv_heads), resident(resident), streamed(streamed),
+        : layout(layout),
+          num_kv_heads(num_kv_heads),
+          resident(resident),
+          streamed(streamed),
           stride((layout.head_bytes() * num_kv_heads + 63) / 64 * 64) {
         first = device.room<u8>(resident * stride);
         second = device.room<u8>(streamed * stride);
@@ -150,8 +156,16 @@ Pass compose(Random& random, const Shape& shape, std::vector<Sequence>& sequence
     for (u32 i = 0; i < sequences.size(); i++) {
         Sequence& s = sequences[i];
         u32 len = std::min(lens[i], s.reach() - s.len);
-        pass.segments.push_back({pass.rows, len, s.len, u32(pass.pages.size()), s.pages(s.len + len), s.kept, s.first, s.recent,
-                                 s.prompt_len, {}});
+        pass.segments.push_back({pass.rows,
+                                 len,
+                                 s.len,
+                                 u32(pass.pages.size()),
+                                 s.pages(s.len + len),
+                                 s.kept,
+                                 s.first,
+                                 s.recent,
+                                 s.prompt_len,
+                                 {}});
         for (u32 page = 0; page < s.pages(s.len + len); page++) pass.pages.push_back(s.frames[page]);
         pass.row_segments.insert(pass.row_segments.end(), len, i);
         if (s.kept == HEAVY) pass.heavy.push_back(i);
@@ -179,11 +193,12 @@ void softmax(std::vector<double>& scores) {
 }
 
 // Attention of a segment that evicts, for one KV head; the rule of src/device/host/evict.rs.
-void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass, const Segment& segment, u32 head, float scale,
-                     std::vector<Slot>& slots, std::vector<float>& out) {
+void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass, const Segment& segment, u32 head,
+                     float scale, std::vector<Slot>& slots, std::vector<float>& out) {
     u32 end = segment.start + segment.len, capacity = segment.first + segment.recent;
     for (u32 position = segment.start; position < end;) {
-        u32 whole = position >= segment.prompt_len ? position + 1 : std::min((position / 64 + 1) * 64, segment.prompt_len);
+        u32 whole =
+            position >= segment.prompt_len ? position + 1 : std::min((position / 64 + 1) * 64, segment.prompt_len);
         u32 stop = std::min(whole, end), taken = u32(slots.size());
         for (u32 p = position; p < stop; p++) {
             u32 row = segment.first_row + p - segment.start;
@@ -195,7 +210,8 @@ void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass,
             for (u32 g = 0; g < shape.group(); g++) {
                 u32 query = head * shape.group() + g;
                 std::vector<double> scores(seen);
-                for (u32 k = 0; k < seen; k++) scores[k] = scale * dot(&pass.qkv[row * shape.width() + query * shape.dim], slots[k].key);
+                for (u32 k = 0; k < seen; k++)
+                    scores[k] = scale * dot(&pass.qkv[row * shape.width() + query * shape.dim], slots[k].key);
                 softmax(scores);
                 for (u32 d = 0; d < shape.dim; d++) {
                     double sum = 0.0;
@@ -211,7 +227,8 @@ void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass,
             for (u32 k = 0; k < slots.size(); k++)
                 if (slots[k].position < latest) older.push_back(k);
             std::sort(older.begin(), older.end(), [&](u32 a, u32 b) {
-                return slots[a].score != slots[b].score ? slots[a].score < slots[b].score : slots[a].position < slots[b].position;
+                return slots[a].score != slots[b].score ? slots[a].score < slots[b].score
+                                                        : slots[a].position < slots[b].position;
             });
             older.resize(slots.size() - capacity);
             std::sort(older.begin(), older.end());
@@ -247,8 +264,10 @@ void run_pass(Device& device, Random& random, const Case& c, Frames& frames, std
         sin.push_back(std::sin(angle));
     }
     std::vector<float> wanted(pass.rows * shape.num_heads * shape.dim);
-    std::vector<AttentionTask> tasks;
+    std::vector<AttentionTask> tasks, tensor_tasks;
     std::vector<FoldTask> folds;
+    bool tensor = (c.dtype == F16 || c.dtype == BF16) && (shape.dim == 64 || shape.dim == 96 || shape.dim == 128);
+    std::vector<bool> by_tensor(pass.rows);
     u32 partials = 0;
     for (u32 i = 0; i < sequences.size(); i++) {
         Sequence& s = sequences[i];
@@ -266,15 +285,17 @@ void run_pass(Device& device, Random& random, const Case& c, Frames& frames, std
         }
         for (u32 head = 0; head < shape.num_kv_heads; head++)
             for (u32 n = 0; n < segment.len; n++)
-                s.slots[head].push_back({segment.start + n, 0.0,
-                                         frames.layout.rounded(key_of(shape, pass, segment.first_row + n, head, true)),
-                                         frames.layout.rounded(key_of(shape, pass, segment.first_row + n, head, false))});
+                s.slots[head].push_back(
+                    {segment.start + n, 0.0,
+                     frames.layout.rounded(key_of(shape, pass, segment.first_row + n, head, true)),
+                     frames.layout.rounded(key_of(shape, pass, segment.first_row + n, head, false))});
         for (u32 n = 0; n < segment.len; n++) {
             u32 position = segment.start + n, row = segment.first_row + n;
             for (u32 head = 0; head < shape.num_heads; head++) {
                 auto& slots = s.slots[head / shape.group()];
                 std::vector<float> query(&pass.qkv[row * shape.width() + head * shape.dim],
-                                         &pass.qkv[row * shape.width() + (head + 1) * shape.dim]), turned = query;
+                                         &pass.qkv[row * shape.width() + (head + 1) * shape.dim]),
+                    turned = query;
                 for (u32 d = 0; d < half; d++) {
                     turned[d] = query[d] * cos[row * half + d] - query[d + half] * sin[row * half + d];
                     turned[d + half] = query[d + half] * cos[row * half + d] + query[d] * sin[row * half + d];
@@ -295,6 +316,14 @@ void run_pass(Device& device, Random& random, const Case& c, Frames& frames, std
             }
         }
         u32 rows = segment.len * shape.group();
+        for (u32 first = 0; tensor && sinks == 0 && first < rows;) {
+            u32 count = std::min(rows - first, 1 + random.below(64));
+            u32 p0 = segment.start + first / shape.group(), p1 = segment.start + (first + count - 1) / shape.group();
+            u32 oldest = (p0 + 1 > window ? p0 + 1 - window : 0) / 64;
+            tensor_tasks.push_back({i, first, count, 0, p1 / 64 - oldest + 1, WHOLE});
+            first += count;
+        }
+        std::fill_n(by_tensor.begin() + segment.first_row, segment.len, sinks == 0);
         for (u32 first = 0; first < rows;) {
             u32 count = std::min(rows - first, 1 + random.below(16));
             u32 p0 = segment.start + first / shape.group(), p1 = segment.start + (first + count - 1) / shape.group();
@@ -322,22 +351,37 @@ void run_pass(Device& device, Random& random, const Case& c, Frames& frames, std
     std::string suffix = DTYPE_NAMES[c.dtype];
     u32 notes = frames.layout.note_bytes;
     device.launch("cache.cu", "append_kv", {pass.rows, kv_heads, 64, 0}, frames.first, frames.resident, frames.second,
-                  u64(frames.stride), notes, c.dtype, segments, pages, device.upload(pass.row_segments), qkv, heads, kv_heads, dim);
+                  u64(frames.stride), notes, c.dtype, segments, pages, device.upload(pass.row_segments), qkv, heads,
+                  kv_heads, dim);
     if (!tasks.empty()) {
         float* room = partials ? device.room<float>(partials * kv_heads * 16 * (2 + dim)) : nullptr;
-        device.launch("attention.cu", "attend_" + suffix, {u32(tasks.size()), kv_heads, 128, 4 * 16 * dim * (c.rotated ? 2 : 1)},
-                      frames.first, frames.resident, frames.second, u64(frames.stride), notes, segments, pages,
-                      device.upload(tasks), qkv, heads, kv_heads, dim, c.window, scale, cosines, sines, 2 * half, room, out);
+        device.launch("attention.cu", "attend_" + suffix,
+                      {u32(tasks.size()), kv_heads, 128, 4 * 16 * dim * (c.rotated ? 2 : 1)}, frames.first,
+                      frames.resident, frames.second, u64(frames.stride), notes, segments, pages, device.upload(tasks),
+                      qkv, heads, kv_heads, dim, c.window, scale, cosines, sines, 2 * half, room, out);
         if (!folds.empty())
-            device.launch("attention.cu", "fold_partials", {u32(folds.size()), kv_heads, 128, 0}, segments, device.upload(folds),
-                          heads, kv_heads, dim, room, out);
+            device.launch("attention.cu", "fold_partials", {u32(folds.size()), kv_heads, 128, 0}, segments,
+                          device.upload(folds), heads, kv_heads, dim, room, out);
     }
     if (!pass.heavy.empty())
-        device.launch("attention.cu", "attend_heavy_" + suffix, {u32(pass.heavy.size()), kv_heads, 128, 4 * 16 * dim}, frames.first,
-                      frames.resident, frames.second, u64(frames.stride), notes, segments, pages, device.upload(pass.heavy), qkv,
-                      heads, kv_heads, dim, scale, out);
+        device.launch("attention.cu", "attend_heavy_" + suffix, {u32(pass.heavy.size()), kv_heads, 128, 4 * 16 * dim},
+                      frames.first, frames.resident, frames.second, u64(frames.stride), notes, segments, pages,
+                      device.upload(pass.heavy), qkv, heads, kv_heads, dim, scale, out);
+    float* out_tensor = device.room<float>(wanted.size());
+    if (!tensor_tasks.empty())
+        device.launch("attention_tensor.cu", "attend_tensor_" + suffix + "_" + std::to_string(dim),
+                      {u32(tensor_tasks.size()), kv_heads, 128, 0}, frames.first, frames.resident, frames.second,
+                      u64(frames.stride), notes, segments, pages, device.upload(tensor_tasks), qkv, heads, kv_heads,
+                      c.window, scale, out_tensor);
     std::string what = "attention over " + suffix + " with heads of " + std::to_string(dim);
     near(device.download(out, wanted.size()), wanted, 3e-6, what);
+    if (!tensor_tasks.empty()) {
+        auto got = device.download(out_tensor, wanted.size());
+        // Rows that others compute hold poison.
+        for (size_t i = 0; i < got.size(); i++)
+            if (!by_tensor[i / (heads * dim)]) got[i] = wanted[i];
+        near(got, wanted, c.dtype == F16 ? 1e-3 : 8e-3, what + " on tensor cores");
+    }
 
     auto bytes = frames.read(device);
     for (Sequence& s : sequences) {
@@ -412,8 +456,8 @@ void strange_values(Device& device, Random& random, u32 dtype) {
     std::for_each(row(2), row(3) - shape.dim, [](float& x) { x *= 1e-41f; });
     *row(3) = NAN;
     *row(4) = INFINITY;
-    device.launch("cache.cu", "append_kv", {6, 1, 64, 0}, frames.first, 1u, frames.second, u64(frames.stride), 0u, dtype,
-                  device.upload(pass.segments), device.upload(pass.pages), device.upload(pass.row_segments),
+    device.launch("cache.cu", "append_kv", {6, 1, 64, 0}, frames.first, 1u, frames.second, u64(frames.stride), 0u,
+                  dtype, device.upload(pass.segments), device.upload(pass.pages), device.upload(pass.row_segments),
                   device.upload(pass.qkv), 1u, 1u, shape.dim);
     auto bytes = frames.read(device);
     for (u32 slot = 0; slot < 6; slot++) {
@@ -421,7 +465,8 @@ void strange_values(Device& device, Random& random, u32 dtype) {
             auto got = frames.layout.read(&bytes[frames.stride], key, slot);
             auto wanted = frames.layout.rounded(key_of(shape, pass, slot, 0, key));
             for (u32 d = 0; d < shape.dim; d++)
-                check(got[d] == wanted[d] || (std::isnan(got[d]) && std::isnan(wanted[d])), "append_kv of strange values");
+                check(got[d] == wanted[d] || (std::isnan(got[d]) && std::isnan(wanted[d])),
+                      "append_kv of strange values");
         }
     }
     device.clear();
@@ -434,8 +479,12 @@ void test_attention(Device& device, Random& random) {
     for (u32 dtype = F32; dtype <= INT4; dtype++) {
         strange_values(device, random, dtype);
         const Shape& shape = shapes[random.below(5)];
-        sequences_of(device, random, {dtype, shape, random.below(2) ? 0 : 50 + random.below(200), random.below(2) == 0}, false);
+        sequences_of(device, random, {dtype, shape, random.below(2) ? 0 : 50 + random.below(200), random.below(2) == 0},
+                     false);
         sequences_of(device, random, {dtype, shapes[random.below(5)], 0, false}, true);
     }
     sequences_of(device, random, {F16, {2, 1, 256}, 0, true}, false);
+    for (u32 dtype : {BF16, F16})
+        for (u32 dim : {64u, 96u, 128u})
+            sequences_of(device, random, {dtype, {3, 1, dim}, dim == 96 ? 70u : 0, false}, false);
 }

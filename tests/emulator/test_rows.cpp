@@ -59,11 +59,12 @@ void lookups(Device& device, Random& random) {
             std::vector<u32> tokens = {0, 76, 33, 15, 16};
             auto pieces = upload_pieces(device, random, table);
             float* out = device.room<float>(tokens.size() * width);
-            device.launch("rows.cu", "embed_rows", {u32(tokens.size()), 1, 256, 0}, device.upload(pieces), u32(pieces.size()),
-                          dtype, width, 77u, device.upload(tokens), out);
+            device.launch("rows.cu", "embed_rows", {u32(tokens.size()), 1, 256, 0}, device.upload(pieces),
+                          u32(pieces.size()), dtype, width, 77u, device.upload(tokens), out);
             std::vector<float> wanted;
             for (u32 token : tokens)
-                wanted.insert(wanted.end(), table.weights.begin() + token * width, table.weights.begin() + (token + 1) * width);
+                wanted.insert(wanted.end(), table.weights.begin() + token * width,
+                              table.weights.begin() + (token + 1) * width);
             near(device.download(out, wanted.size()), wanted, 0.0, "embed_rows");
         }
     }
@@ -73,7 +74,8 @@ void lookups(Device& device, Random& random) {
     float* sum = device.upload(x);
     device.launch("rows.cu", "add_rows", {3, 1, 256, 0}, device.upload(table), device.upload(indices), width, sum);
     float* gathered = device.upload(std::vector<float>(5 * width, 7.0f));
-    device.launch("rows.cu", "gather_rows", {3, 1, 256, 0}, device.upload(table), device.upload(indices), width, gathered, 1u);
+    device.launch("rows.cu", "gather_rows", {3, 1, 256, 0}, device.upload(table), device.upload(indices), width,
+                  gathered, 1u);
     std::vector<float> sums = x, rows(5 * width, 7.0f);
     for (u32 i = 0; i < 3 * width; i++) {
         float from = table[indices[i / width] * width + i % width];
@@ -84,7 +86,8 @@ void lookups(Device& device, Random& random) {
     near(device.download(gathered, rows.size()), rows, 0.0, "gather_rows");
 }
 
-std::vector<float> normalised(const float* x, u32 width, bool layer, float eps, const float* weight, const float* bias) {
+std::vector<float> normalised(const float* x, u32 width, bool layer, float eps, const float* weight,
+                              const float* bias) {
     double mean = 0.0, squares = 0.0;
     for (u32 i = 0; layer && i < width; i++) mean += double(x[i]) / width;
     for (u32 i = 0; i < width; i++) squares += (x[i] - mean) * (x[i] - mean) / width;
@@ -98,13 +101,15 @@ void norms(Device& device, Random& random) {
     for (u32 width : {1u, 37u, 256u, 1000u}) {
         for (u32 kind : {0u, 1u}) {
             for (bool biased : {false, true}) {
-                auto x = random.normal_values(3 * width), weight = random.normal_values(width), bias = random.normal_values(width);
+                auto x = random.normal_values(3 * width), weight = random.normal_values(width),
+                     bias = random.normal_values(width);
                 float* in_place = device.upload(x);
                 device.launch("rows.cu", "norm_rows", {3, 1, 256, 0}, in_place, width, device.upload(weight),
                               biased ? device.upload(bias) : nullptr, kind, 1e-5f, in_place);
                 std::vector<float> wanted;
                 for (u32 row = 0; row < 3; row++) {
-                    auto out = normalised(&x[row * width], width, kind == 1, 1e-5f, weight.data(), biased ? bias.data() : nullptr);
+                    auto out = normalised(&x[row * width], width, kind == 1, 1e-5f, weight.data(),
+                                          biased ? bias.data() : nullptr);
                     wanted.insert(wanted.end(), out.begin(), out.end());
                 }
                 near(device.download(in_place, wanted.size()), wanted, 1e-6, "norm_rows");
@@ -119,21 +124,22 @@ void heads(Device& device, Random& random) {
         u32 width = (num_heads + 2 * num_kv_heads) * dim;
         auto x = random.normal_values(rows * width), query = random.normal_values(dim), key = random.normal_values(dim);
         float* qkv = device.upload(x);
-        device.launch("rows.cu", "norm_heads", {rows, num_heads + num_kv_heads, 32, 0}, qkv, num_heads, num_kv_heads, dim, 1e-6f,
-                      device.upload(query), device.upload(key));
+        device.launch("rows.cu", "norm_heads", {rows, num_heads + num_kv_heads, 32, 0}, qkv, num_heads, num_kv_heads,
+                      dim, 1e-6f, device.upload(query), device.upload(key));
         std::vector<float> wanted = x;
         for (u32 i = 0; i < rows * (num_heads + 2 * num_kv_heads); i++) {
             u32 head = i % (num_heads + 2 * num_kv_heads);
             if (head >= num_heads + num_kv_heads) continue;
-            auto out = normalised(&x[i * dim], dim, false, 1e-6f, head < num_heads ? query.data() : key.data(), nullptr);
+            auto out =
+                normalised(&x[i * dim], dim, false, 1e-6f, head < num_heads ? query.data() : key.data(), nullptr);
             std::copy(out.begin(), out.end(), wanted.begin() + i * dim);
         }
         near(device.download(qkv, wanted.size()), wanted, 1e-6, "norm_heads");
         u32 half = dim / 2 - 3;
         auto cos = random.normal_values(rows * half), sin = random.normal_values(rows * half);
         x = device.download(qkv, wanted.size());
-        device.launch("rows.cu", "rotate_heads", {rows, 1, 256, 0}, qkv, num_heads, num_kv_heads, dim, device.upload(cos),
-                      device.upload(sin), 2 * half);
+        device.launch("rows.cu", "rotate_heads", {rows, 1, 256, 0}, qkv, num_heads, num_kv_heads, dim,
+                      device.upload(cos), device.upload(sin), 2 * half);
         wanted = x;
         for (u32 row = 0; row < rows; row++)
             for (u32 head = 0; head < num_heads + num_kv_heads; head++)
@@ -170,10 +176,13 @@ void elementwise(Device& device, Random& random) {
                 near(device.download(out, wanted.size()), wanted, 1e-6, "activate_rows");
             }
         }
-        auto x = random.normal_values(rows * (width + 9)), y = random.normal_values(x.size()), bias = random.normal_values(width);
+        auto x = random.normal_values(rows * (width + 9)), y = random.normal_values(x.size()),
+             bias = random.normal_values(width);
         float* sum = device.upload(x);
-        device.launch("rows.cu", "add_elements", {u32(x.size() + 1023) / 1024, 1, 256, 0}, sum, device.upload(y), u64(x.size()));
-        device.launch("rows.cu", "add_bias", {(width + 255) / 256, rows, 256, 0}, sum, width + 9, 4u, device.upload(bias), width);
+        device.launch("rows.cu", "add_elements", {u32(x.size() + 1023) / 1024, 1, 256, 0}, sum, device.upload(y),
+                      u64(x.size()));
+        device.launch("rows.cu", "add_bias", {(width + 255) / 256, rows, 256, 0}, sum, width + 9, 4u,
+                      device.upload(bias), width);
         for (size_t i = 0; i < x.size(); i++) {
             u32 column = u32(i) % (width + 9);
             x[i] += y[i];
@@ -201,6 +210,35 @@ void elementwise(Device& device, Random& random) {
     }
 }
 
+// Products of rows of f16 on tensor cores.
+void tensor_products(Device& device, Random& random, const Packed& m, const Piece* list, u32 pieces) {
+    u32 x_stride = (m.inputs + 7) / 8 * 8;
+    std::vector<u16> x(70 * x_stride);
+    for (u32 i = 0; i < x.size(); i++) x[i] = i % x_stride < m.inputs ? half_bits(random.normal()) : 0;
+    auto bias = random.normal_values(m.outputs);
+    std::vector<float> alone;
+    for (u32 rows : {1u, 9u, 20u, 70u}) {
+        u32 stride = m.outputs + 5;
+        std::vector<float> before = random.normal_values(rows * stride), wanted = before;
+        float* y = device.upload(before);
+        device.launch("weights_tensor.cu", "linear_tensor_rows", {(m.outputs + 31) / 32, 1, 256, 0}, device.upload(x),
+                      rows, x_stride, list, pieces, m.dtype, m.inputs, m.outputs, device.upload(bias), y, stride, 2u);
+        for (u32 r = 0; r < rows; r++)
+            for (u32 o = 0; o < m.outputs; o++) {
+                double sum = bias[o];
+                for (u32 i = 0; i < m.inputs; i++)
+                    sum += double(half_value(x[r * x_stride + i])) * saturated_half(m.weights[o * m.inputs + i]);
+                wanted[r * stride + 2 + o] = float(sum);
+            }
+        auto got = device.download(y, wanted.size());
+        near(got, wanted, 2e-6, "linear_tensor_rows");
+        if (rows == 1) alone = got;
+        else
+            check(std::memcmp(&alone[2], &got[2], m.outputs * 4) == 0,
+                  "a row's product on tensor cores depends on the others");
+    }
+}
+
 void weights(Device& device, Random& random) {
     struct Case {
         u32 inputs, outputs;
@@ -215,8 +253,9 @@ void weights(Device& device, Random& random) {
                 u32 rows = std::min(panels * 16, c.outputs - first * 16), size = element_size(to);
                 u32 stride = random.below(2) ? c.inputs : (c.inputs + 63) / 64 * 64;
                 u8* out = device.room<u8>(rows * stride * size);
-                device.launch("weights.cu", "dequantize_panels", {panels, (stride + 255) / 256, 256, 0}, list, u32(pieces.size()),
-                              dtype, c.inputs, c.outputs, first, static_cast<void*>(out), stride, to);
+                device.launch("weights.cu", "dequantize_panels", {panels, (stride + 255) / 256, 256, 0}, list,
+                              u32(pieces.size()), dtype, c.inputs, c.outputs, first, static_cast<void*>(out), stride,
+                              to);
                 auto got = device.download(out, rows * stride * size);
                 for (u32 i = 0; i < rows * stride; i++) {
                     u32 output = first * 16 + i / stride, input = i % stride;
@@ -225,6 +264,7 @@ void weights(Device& device, Random& random) {
                     check(std::memcmp(&got[i * size], wanted, size) == 0, "dequantize_panels");
                 }
             }
+            if (dtype == INT8 || dtype == INT4) tensor_products(device, random, m, list, u32(pieces.size()));
             auto x = random.normal_values(19 * c.inputs), bias = random.normal_values(c.outputs);
             std::vector<float> alone;
             for (u32 rows : {1u, 2u, 3u, 8u, 19u}) {
@@ -233,11 +273,13 @@ void weights(Device& device, Random& random) {
                 float* y = device.upload(before);
                 bool biased = rows != 3;
                 device.launch("weights.cu", "linear_rows", {m.panels(), 1, 256, 0}, device.upload(x), rows, list,
-                              u32(pieces.size()), dtype, c.inputs, c.outputs, biased ? device.upload(bias) : nullptr, y, stride, 2u);
+                              u32(pieces.size()), dtype, c.inputs, c.outputs, biased ? device.upload(bias) : nullptr, y,
+                              stride, 2u);
                 for (u32 r = 0; r < rows; r++)
                     for (u32 o = 0; o < c.outputs; o++) {
                         double sum = biased ? bias[o] : 0.0;
-                        for (u32 i = 0; i < c.inputs; i++) sum += double(x[r * c.inputs + i]) * m.weights[o * c.inputs + i];
+                        for (u32 i = 0; i < c.inputs; i++)
+                            sum += double(x[r * c.inputs + i]) * m.weights[o * c.inputs + i];
                         wanted[r * stride + 2 + o] = float(sum);
                     }
                 auto got = device.download(y, wanted.size());

@@ -10,7 +10,8 @@ namespace {
 struct DrawTask {
     double uniform;
     u32 row, target, token, top, first_top;
-    u32 has_allowed, first_allowed, num_allowed, first_banned, num_banned, first_bias, num_bias, first_count, num_counts, top_k;
+    u32 has_allowed, first_allowed, num_allowed, first_banned, num_banned, first_bias, num_bias, first_count,
+        num_counts, top_k;
     float repetition_penalty, frequency_penalty, presence_penalty, temperature, min_p, top_p;
     u32 unused;
 };
@@ -120,7 +121,8 @@ void draws(Device& device, Random& random, u32 count, bool ties) {
             d.repetition_penalty = 1.3f;
             d.frequency_penalty = 0.2f;
             d.presence_penalty = -0.4f;
-            for (u32 token = random.below(7); token < count && d.num_counts < 20; token += 1 + random.below(9), d.num_counts++)
+            for (u32 token = random.below(7); token < count && d.num_counts < 20;
+                 token += 1 + random.below(9), d.num_counts++)
                 counts.push_back({token, random.below(3)});
         }
         tasks.push_back(d);
@@ -171,7 +173,8 @@ void draws(Device& device, Random& random, u32 count, bool ties) {
         std::stable_sort(order.begin(), order.end(), [&](u32 a, u32 b) { return row[a] > row[b]; });
         for (u32 j = 0; j < d.top; j++) {
             check(got_tops[d.first_top + j] == order[j], "sample_rows: the most probable");
-            check(std::fabs(got_logprobs[d.first_top + j] - logprob(order[j])) < 1e-5, "sample_rows: their log-probabilities");
+            check(std::fabs(got_logprobs[d.first_top + j] - logprob(order[j])) < 1e-5,
+                  "sample_rows: their log-probabilities");
         }
     }
     device.clear();
