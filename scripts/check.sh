@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole check: installs what it needs (into .cache/ and target/), runs every part, prints the minutes of each.
-# Needs rustup, gcc, g++, git, Python 3, and reach of the crate registry. What is heavier: scripts/check_long.sh.
+# Needs rustup, gcc, g++, git, Python 3 with pip, and reach of the crate registry and PyPI. What is heavier:
+# scripts/check_long.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/parts.sh
@@ -28,6 +29,8 @@ examples() {
 
 part "format" cargo fmt --check
 part "python" python3 -m py_compile scripts/*.py
+part "kernels" python3 scripts/compile_kernels.py
+part "emulator" tests/emulator/test.sh target/emulator
 part "clippy" clippy
 part "documentation" documentation
 part "cargo-deny install" install_cargo_deny

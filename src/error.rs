@@ -134,6 +134,20 @@ pub enum Error {
         /// What to do.
         hint: Option<String>,
     },
+    /// A device that was asked for cannot be used.
+    #[error("{what}")]
+    NoDevice {
+        /// What is missing.
+        what: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A device failed while it computed.
+    #[error("the device failed: {what}")]
+    Device {
+        /// What it was about, and what the driver says.
+        what: String,
+    },
     /// A signal asked the process to stop; everything finished is saved.
     #[error("stopped by {signal}")]
     Stopped {
@@ -177,6 +191,12 @@ impl Error {
                 }
                 _ => None,
             },
+            Error::NoDevice { hint, .. } => Some(hint.clone()),
+            Error::Device { .. } => Some(
+                "run the same command again to go on: finished work is kept (if it fails again, `tidemill doctor` and \
+                 the system's log may tell why)"
+                    .into(),
+            ),
             Error::Stopped { .. } => Some("run the same command again to go on".into()),
         }
     }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use support::jobs::{Chance, DEMO, DYNAMIC, Mix, OPT, WINDOW, file, mixed};
+use support::policies::policy;
 use support::{Scratch, generate_ok};
 
 /// The norm after each half layer, embeddings narrower than the hidden state.
@@ -18,17 +19,6 @@ const TIED: Mix = Mix { model: "tests/goldens/llama-gqa-tied", vocab: 288, conte
 
 /// Stored in bf16, as the demo model is: what comes from the disk may come as compressed planes.
 const BF16: Mix = Mix { model: "tests/goldens/llama-bf16", vocab: 288, context: 256, chat: false };
-
-/// Shares of three tiers; often some are zero.
-fn split(chance: &mut Chance) -> String {
-    let mut parts = [0, 0, 0].map(|_| if chance.below(2) == 0 { 0 } else { chance.below(8) });
-    if parts.iter().all(|&part| part == 0) {
-        parts[chance.below(3) as usize] = 1;
-    }
-    let sum: u64 = parts.iter().sum();
-    let [gpu, cpu, disk] = parts.map(|part| part as f64 / sum as f64);
-    format!("{{ gpu = {gpu}, cpu = {cpu}, disk = {disk} }}")
-}
 
 /// Numerics that are not the model's own.
 const INT4: &[&str] = &["--weights", "int4"];
@@ -42,35 +32,6 @@ const NARROW: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "sink:start=0,rec
 const PYRAMID: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "pyramid:heavy=0.25,recent=0.05,slope=1"];
 const PYRAMID_COUNT: &[&str] = &["--kv-policy", "pyramid:heavy=90,recent=5,slope=0.9"];
 const PER_HEAD: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "per-head:heavy=0.2,recent=0.05"];
-
-fn policy(chance: &mut Chance, mix: &Mix, numerics: &[&str]) -> String {
-    let sequences: u64 = [1, 2, 5, 12, 40][chance.below(5) as usize];
-    let blocks = 1 + chance.below(4);
-    let longest = mix.context.div_ceil(64) + 1;
-    let rows = [sequences, 16, 70][chance.below(3) as usize].max(sequences.div_ceil(blocks));
-    let tier = |chance: &mut Chance| ["gpu", "cpu", "disk"][chance.below(3) as usize];
-    let mut text = format!(
-        "sequences = {sequences}\nchunk-tokens = {}\nblocks = {blocks}\nblock-rows = {rows}\nweight-slots = {}\n\
-         kv-slots = {}\npages = {}\nblock-pages = {}\nweights = {}\nkv = {}\nhidden = {}\n\
-         embed = \"{}\"\nhead = \"{}\"\n",
-        [1, 7, 64, 300][chance.below(4) as usize],
-        1 + chance.below(4),
-        1 + chance.below(4),
-        longest + chance.below(60),
-        longest + chance.below(30),
-        split(chance),
-        split(chance),
-        split(chance),
-        tier(chance),
-        tier(chance),
-    );
-    // Of the others, which are not bf16, there are no planes.
-    let planes = [DEMO.model, BF16.model].contains(&mix.model) && !numerics.contains(&"--weights");
-    if planes && chance.below(2) == 0 {
-        text += "compressed = true\n";
-    }
-    text
-}
 
 fn stats(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -101,7 +62,9 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
         let mut chance = Chance::new(1000 + seed);
         let which = (seed % mixes.len() as u64) as usize;
         let (mix, numerics) = &mixes[which];
-        let text = policy(&mut chance, mix, numerics);
+        // Of the others, which are not bf16, there are no planes.
+        let planes = [DEMO.model, BF16.model].contains(&mix.model) && !numerics.contains(&"--weights");
+        let text = policy(&mut chance, mix.context, planes);
         let file = scratch.write("policy.toml", &text);
         let (output, figures) = (scratch.path(&format!("out-{seed}.jsonl")), scratch.path("stats.json"));
         let threads = (1 + seed % 2).to_string();

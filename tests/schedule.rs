@@ -7,7 +7,7 @@ use tidemill::rng::Philox;
 use tidemill::schedule::check::{Checker, check_fences};
 use tidemill::schedule::fences::Fences;
 use tidemill::schedule::lower::{Carried, lower};
-use tidemill::schedule::placement::{ModelBytes, Placement};
+use tidemill::schedule::placement::{ModelBytes, Placement, Workspace};
 use tidemill::schedule::shape::{BlockShape, Pages};
 use tidemill::schedule::step::{Op, Slot, Slots, Step};
 
@@ -23,6 +23,7 @@ fn model(layers: usize, chunks: usize) -> ModelBytes {
         embedding_row: 256,
         hidden_row: 256,
         logit_row: 4000,
+        workspace: Workspace::default(),
     }
 }
 

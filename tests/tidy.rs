@@ -28,7 +28,10 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("schedule", &["cost", "error::Tier", "hardware", "kv", "policy"]),
     ("planner", &["cost", "error", "hardware", "kv", "model::config", "model::dtype", "policy", "schedule"]),
     ("job", &["durable", "error"]),
-    ("device", &["kv", "memory::arena", "model::config", "model::dtype", "model::packed::panels"]),
+    (
+        "device",
+        &["error", "kv", "memory::arena", "memory::limits", "model::config", "model::dtype", "model::packed::panels"],
+    ),
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
     ("bench", &["cost", "executor", "schedule"]),

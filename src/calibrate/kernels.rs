@@ -28,7 +28,7 @@ use crate::model::packed::panels::packed_bytes;
 use crate::rng::Philox;
 
 /// Rows of the points of a curve.
-pub const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+pub const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048];
 
 /// Layers of the widest weights that the region holds.
 const LAYERS: usize = 2;
@@ -67,6 +67,36 @@ impl Shape {
     /// `rows` rows.
     pub fn new(halvings: u32, rows: usize) -> Self {
         Shape { hidden: 2048 >> halvings, intermediate: 5632 >> halvings, rows, kv_bytes: (160 << 20) >> halvings }
+    }
+
+    /// The shape of a layer of a model with about 7 B parameters, for devices that need as much to be busy.
+    pub fn wide(rows: usize) -> Self {
+        Shape { hidden: 4096, intermediate: 11_264, rows, kv_bytes: 320 << 20 }
+    }
+
+    /// The hidden width.
+    pub fn width(&self) -> usize {
+        self.hidden
+    }
+
+    /// Rows of products, at most, and of prompts.
+    pub fn rows(&self) -> usize {
+        self.rows.max(PROMPT)
+    }
+
+    /// Tokens that are sampled from.
+    pub fn vocab_size(&self) -> usize {
+        VOCAB_SIZE
+    }
+
+    /// The most heads of attention.
+    pub fn wide_heads(&self) -> Heads {
+        self.heads(WIDE_GROUP)
+    }
+
+    /// Bytes of the largest product's weights, as f32.
+    pub fn product_bytes(&self) -> usize {
+        self.products().iter().map(|&(inputs, outputs)| packed_bytes(inputs, outputs, DType::F32)).max().unwrap_or(0)
     }
 
     /// Heads of attention with `group` query heads to every key head.
@@ -188,19 +218,25 @@ pub struct Bench<D: Device> {
     logits: D::Buffer,
     norm: NormParameters<D::Buffer>,
     draws: Vec<Draw>,
+    /// Whether products that round activations to integers are measured.
+    integers: bool,
 }
 
 impl<D: Device> Bench<D> {
     /// Allocates [`Shape::bytes`] of `device` and fills them with random numbers.
-    pub fn new(mut device: D, shape: Shape) -> Self {
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn new(mut device: D, shape: Shape) -> Result<Self> {
         let pattern = pattern();
-        let mut buffers = shape.buffers().into_iter().map(|bytes| {
+        let buffers = shape.buffers().into_iter().map(|bytes| {
             let mut buffer = device.allocate(bytes);
             for at in (0..bytes).step_by(PATTERN_BYTES) {
-                device.copy_in(&pattern[..PATTERN_BYTES.min(bytes - at)], &mut buffer, at);
+                device.copy_in(&[(&pattern[..PATTERN_BYTES.min(bytes - at)], at)], &mut buffer)?;
             }
-            buffer
+            Ok(buffer)
         });
+        let mut buffers = buffers.collect::<Result<Vec<D::Buffer>>>()?.into_iter();
         let mut next = || buffers.next().expect("as many buffers as sizes");
         let (weights, memory) = (next(), next());
         let (hidden, normed, qkv, attended, up) = (next(), next(), next(), next(), next());
@@ -224,7 +260,7 @@ impl<D: Device> Bench<D> {
             uniform: 0.5,
         };
         let draws = (0..SAMPLED_ROWS).map(|row| Draw { row, target: Wanted::Sample(rule.clone()), top: 0 }).collect();
-        Bench {
+        Ok(Bench {
             device,
             shape,
             weights,
@@ -242,15 +278,25 @@ impl<D: Device> Bench<D> {
             logits,
             norm,
             draws,
-        }
+            integers: true,
+        })
+    }
+
+    /// The same, of a device that does not round activations to integers.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn on_card(device: D, shape: Shape) -> Result<Self> {
+        Ok(Bench { integers: false, ..Bench::new(device, shape)? })
     }
 
     /// Measures everything within `budget`; what beginning and ending a step takes is known from elsewhere.
     ///
     /// # Errors
-    /// None so far: a device that computes in main memory cannot fail.
+    /// When the device fails.
     pub fn measure(&mut self, budget: Duration, handover_secs: f64) -> Result<Kernels> {
-        let curves = curves().flat_map(|(dtype, integers)| {
+        let all = curves().filter(|(_, integers)| self.integers || !integers);
+        let curves = all.flat_map(|(dtype, integers)| {
             let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
             rows.map(move |rows| Probe::Products(dtype, integers, rows))
         });
@@ -289,6 +335,7 @@ impl<D: Device> Bench<D> {
             let index = probes.iter().position(|&probe| probe == wanted)?;
             median(&samples[index])
         };
+        self.device.finish()?;
         Ok(self.rates(&secs, handover_secs))
     }
 
@@ -305,7 +352,7 @@ impl<D: Device> Bench<D> {
         let always = |probe: Probe| secs(probe).expect("only products can be left out");
         let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
         let [mut matmul, mut integer_matmul] = [BTreeMap::new(), BTreeMap::new()];
-        for (dtype, integers) in curves() {
+        for (dtype, integers) in curves().filter(|(_, integers)| self.integers || !integers) {
             let points = ROWS.into_iter().filter_map(|rows| {
                 let secs = secs(Probe::Products(dtype, integers, rows))?;
                 Some((rows as f64, flops(rows) / secs))
@@ -411,7 +458,7 @@ impl<D: Device> Bench<D> {
         if pointwise {
             self.device.add(&mut self.hidden, &self.update, rows * width);
         }
-        settle(&self.device, &self.update);
+        settle(&self.device);
         self.frames.layout = stored;
     }
 
@@ -457,15 +504,13 @@ impl<D: Device> Bench<D> {
         let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt(), sinks: None };
         self.device.attend(kv, span, segments, &self.qkv, heads, &mut self.attended);
         self.frames_at += 1;
-        settle(&self.device, &self.attended);
+        settle(&self.device);
     }
 }
 
-/// Waits for a device: what can be read has been computed.
-fn settle<D: Device>(device: &D, buffer: &D::Buffer) {
-    let mut bytes = [0u8; 4];
-    device.copy_out(buffer, 0, &mut bytes);
-    std::hint::black_box(bytes);
+/// Waits for a device; a failure is told again when all is measured.
+fn settle<D: Device>(device: &D) {
+    let _ = device.finish();
 }
 
 /// Random bits that are numbers of a moderate size in every dtype: sign and mantissa vary.

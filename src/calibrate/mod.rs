@@ -6,6 +6,7 @@
 //! **Invariant:** the profile says what the machine is and can do, nothing of when or where it was measured: measured
 //! again, only numbers differ. Rates are medians, ceilings the best that was seen.
 
+mod card;
 mod disk;
 mod handover;
 mod kernels;
@@ -21,6 +22,7 @@ use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::{Cpu, Hardware, Raw, VERSION};
 use crate::memory::arena::Arena;
 use crate::memory::limits;
+pub use card::{CardOptions, with_card};
 use kernels::{Bench, Shape};
 use main_memory::{MainMemory, Planes};
 use measure::{median, rounds};
@@ -92,7 +94,7 @@ pub fn calibrate(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Ha
     progress("measuring kernels");
     let began = Instant::now();
     let arena = Arena::new("calibration", Tier::Cpu, shape.bytes())?;
-    let mut bench = Bench::new(Host::new(arena), shape);
+    let mut bench = Bench::new(Host::new(arena), shape)?;
     let kernels = bench.measure(budgets.kernels.saturating_sub(began.elapsed()), basics.median(Probe::Step))?;
     let disk = match &options.disk {
         Some(directory) => {

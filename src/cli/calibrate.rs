@@ -6,13 +6,15 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use super::{resources, say};
-use crate::calibrate::{Options, calibrate};
+use super::flags::DeviceChoice;
+use super::{devices, resources, say};
+use crate::calibrate::{CardOptions, Options, calibrate, with_card};
 use crate::durable;
 use crate::error::Result;
 use crate::hardware::{Curve, Hardware, Kernels};
 use crate::memory::limits;
 use crate::model::dtype::DType;
+use crate::model::packed::cache;
 
 /// The arguments of `calibrate`.
 #[derive(clap::Args, Clone, Debug)]
@@ -23,6 +25,9 @@ pub struct Arguments {
     /// Take about 3 s instead of 10.
     #[arg(long)]
     quick: bool,
+    /// Measure the first GPU too, if there is one that can be used, or must be [default: auto].
+    #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// Threads that compute [default: one per core].
     #[arg(long, env = "TIDEMILL_THREADS", value_name = "N")]
     threads: Option<usize>,
@@ -43,7 +48,15 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     resources::use_threads(arguments.threads)?;
     let disk = resources::offload_directory(arguments.offload_dir.as_deref(), arguments.cache_dir.as_deref())?;
     let options = Options { quick: arguments.quick, disk: Some(disk), memory_bytes: limits::default_cpu_memory() };
-    let hardware = calibrate(&options, &mut |what| say::line(what))?;
+    let mut hardware = calibrate(&options, &mut |what| say::line(what))?;
+    // The card's memory that may be used is what is free.
+    if let Some(card) = devices::choose(arguments.device)? {
+        say::line(&format!("measuring {}", card.facts.name));
+        let memory_bytes = devices::budget(&card, None)?;
+        drop(card);
+        let cache = cache::directory(arguments.cache_dir.as_deref())?;
+        hardware = with_card(&hardware, &CardOptions { quick: arguments.quick, memory_bytes, cache: &cache })?;
+    }
     say::line(table(&hardware).trim_end());
     match &arguments.save {
         Some(file) => durable::replace(file, hardware.to_toml().as_bytes())?,
@@ -79,7 +92,29 @@ fn table(hardware: &Hardware) -> String {
         row("disk, a step", format!("{:.0} us", 1e6 * disk.step_secs));
         row("disk, of a core", format!("{:.0} ms/GB", 1e12 * disk.core_secs_per_byte));
     }
-    let kernels = &cpu.kernels;
+    if let (Some(flops), Some(rate)) = (raw.gpu_flops, raw.gpu_memory_bytes_per_s) {
+        row("ceiling: gpu, 16-bit products", giga(flops, "GFLOP/s"));
+        row("ceiling: gpu memory", giga(rate, "GB/s"));
+    }
+    if let Some(links) = &hardware.links {
+        row("to the gpu", giga(links.h2d_bytes_per_s, "GB/s"));
+        row("from the gpu", giga(links.d2h_bytes_per_s, "GB/s"));
+        row("to the gpu, both ways", giga(links.h2d_together_bytes_per_s, "GB/s"));
+        row("from the gpu, both ways", giga(links.d2h_together_bytes_per_s, "GB/s"));
+    }
+    let text = kernels_table(text, &cpu.kernels);
+    match &hardware.gpu {
+        Some(gpu) => kernels_table(format!("{text}\n{}\n", gpu.name), &gpu.kernels),
+        None => text,
+    }
+}
+
+/// What a processor or a card computes.
+fn kernels_table(mut text: String, kernels: &Kernels) -> String {
+    let mut row = |name: &str, value: String| {
+        let _ = writeln!(text, "  {name:32} {value:>14}");
+    };
+    let giga = |rate: f64, unit: &str| format!("{:.2} {unit}", rate / 1e9);
     row("attention, many rows", giga(kernels.attention_prefill_flops, "GFLOP/s"));
     row("attention, single rows", giga(kernels.attention_decode_flops, "GFLOP/s"));
     row("attention, single rows", giga(kernels.attention_bytes_per_s, "GB/s"));

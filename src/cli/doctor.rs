@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use crate::device::cuda::report;
 use crate::device::host::isa::Isa;
 use crate::error::{Bytes, Error, Result};
 use crate::memory::{disk, limits};
@@ -27,7 +28,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     lines.extend(processor().into_iter().map(|text| ("cpu", text)));
     lines.extend(memory().into_iter().map(|text| ("memory", text)));
     lines.extend(disk_lines(arguments.cache_dir.as_deref()).into_iter().map(|text| ("disk", text)));
-    lines.push(("gpu", "none (no CUDA support in this build)".into()));
+    lines.extend(report::lines().into_iter().map(|text| ("gpu", text)));
     let text: String = lines.iter().map(|(name, text)| format!("{name:8} {text}\n")).collect();
     std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("write", "standard output"))?;
     Ok(0)

@@ -65,8 +65,10 @@ impl fmt::Display for Size {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChoice {
-    /// The best device found.
+    /// The first GPU that can be used, else the CPU.
     Auto,
+    /// The first GPU (CUDA_VISIBLE_DEVICES chooses).
+    Cuda,
     /// The CPU.
     Host,
 }

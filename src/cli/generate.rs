@@ -19,9 +19,11 @@ use super::planning::{Decision, Situation};
 use super::progress::Progress;
 use super::resources::{self, Budgets};
 use super::signals::Signals;
-use super::{estimate, pack, say, stats};
+use super::{devices, estimate, pack, say, stats};
 use crate::bench::trace;
 use crate::device::Device;
+use crate::device::cuda::Cuda;
+use crate::device::cuda::card::Card;
 use crate::device::host::Host;
 use crate::engine::{Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
@@ -113,10 +115,11 @@ pub struct Arguments {
     #[arg(long, value_name = "N", help_heading = "Sampling")]
     logprobs: Option<u32>,
 
-    /// What computes.
+    /// What computes [default: auto].
     #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE", help_heading = "Budgets and numerics")]
     device: Option<DeviceChoice>,
-    /// Device memory to use. With `--device host`, main memory that stands for it: a rehearsal of all three tiers.
+    /// Device memory to use [default: 90 % of what is free]. With `--device host`, main memory that stands for it: a
+    /// rehearsal of all three tiers.
     #[arg(long, env = "TIDEMILL_GPU_MEMORY", value_name = "SIZE", help_heading = "Budgets and numerics")]
     gpu_memory: Option<Size>,
     /// Where files for what does not fit into memory are made [default: the cache directory].
@@ -160,6 +163,8 @@ pub struct Arguments {
 
 /// What the arguments came to.
 pub struct Resolved {
+    /// What computes: `host`, or a card's name.
+    pub device: String,
     /// Bytes granted.
     pub budgets: Budgets,
     /// How much is computed together.
@@ -193,8 +198,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     arguments.check_paths()?;
     resources::use_threads(arguments.threads)?;
     let started = Instant::now();
+    let card = devices::choose(arguments.device)?;
     let mut model = Model::open(&model_spec)?;
-    let resolved = arguments.resolve(&model)?;
+    let resolved = arguments.resolve(&model, card.as_ref())?;
     let options = arguments.job_options(input, output, &model, &resolved)?;
     match job::open(options)? {
         Opening::Finished(summary) => {
@@ -208,7 +214,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Opening::Run(job) => {
             model.set_time(job.started_secs);
             let (arguments, model, resolved) = (&arguments, &model, &resolved);
-            Running { arguments, model, resolved, started, signals, standby: None }.run(job)
+            Running { arguments, model, resolved, started, signals, standby: None }.run(job, card)
         }
     }
 }
@@ -232,8 +238,9 @@ pub fn serve(arguments: Arguments, batch_wait: Duration) -> Result<u8> {
     arguments.check_paths()?;
     resources::use_threads(arguments.threads)?;
     let started = Instant::now();
+    let card = devices::choose(arguments.device)?;
     let model = Model::open(&model_spec)?;
-    let resolved = arguments.resolve(&model)?;
+    let resolved = arguments.resolve(&model, card.as_ref())?;
     let options = arguments.job_options(Input::Stdin, Output::Stdout, &model, &resolved)?;
     let job = job::worker(&options, signals.number.clone());
     let special = |name: &str| model.tokenizer.special_texts().get(name);
@@ -252,7 +259,7 @@ pub fn serve(arguments: Arguments, batch_wait: Duration) -> Result<u8> {
     let standby = Some(Standby { ready: format!("{ready}\n"), batch_wait });
     let (arguments, model, resolved) = (&arguments, &model, &resolved);
     // Failed lines have said so: a worker that answered everything has succeeded.
-    Running { arguments, model, resolved, started, signals, standby }.run(job).map(|_| 0)
+    Running { arguments, model, resolved, started, signals, standby }.run(job, card).map(|_| 0)
 }
 
 /// Flags of a job with files, which a worker does not have.
@@ -344,7 +351,7 @@ impl Arguments {
         Ok(())
     }
 
-    fn resolve(&self, model: &Model) -> Result<Resolved> {
+    fn resolve(&self, model: &Model, card: Option<&Card>) -> Result<Resolved> {
         let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
@@ -358,9 +365,12 @@ impl Arguments {
             dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
             scored: kv_policy.needs_scores(),
         };
-        let budgets = self.budgets()?;
+        let budgets = self.budgets(card)?;
         let packed = model.packed(weights.dtype())?;
-        let bytes = model_bytes(config, packed.layout(), &kv);
+        let mut bytes = model_bytes(config, packed.layout(), &kv);
+        if card.is_some() {
+            bytes.workspace = devices::workspace_of(config, packed.layout());
+        }
         let element = weights.dtype().or(converted).unwrap_or(stored);
         let plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype);
         let mut plan_model = plan_model.with_scores(kv.scored).with_bytes(bytes);
@@ -376,22 +386,25 @@ impl Arguments {
             budgets,
             throttles: &throttles,
             job: &job,
+            card: card.map(|card| &card.facts),
             cache: cache::directory(self.cache_dir.as_deref())?,
             offload: self.offload_directory()?,
         };
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
+        let arithmetic = card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
             ("kv_policy", kv_policy.to_string()),
             ("activations", choice_name(self.activations.unwrap_or(ActivationsChoice::F32))),
-            ("arithmetic", ARITHMETIC.to_owned()),
+            ("arithmetic", arithmetic.unwrap_or_else(|| ARITHMETIC.to_owned())),
         ]);
         let (weights, synthetic) = (weights.dtype(), model.config.synthetic);
         let model = plan_model;
-        Ok(Resolved { budgets, batch, decision, model, throttles, kv, kv_policy, weights, numerics, synthetic })
+        let device = card.map_or("host".to_owned(), |card| card.facts.name.clone());
+        Ok(Resolved { device, budgets, batch, decision, model, throttles, kv, kv_policy, weights, numerics, synthetic })
     }
 
     fn throttles(&self) -> Result<Throttles> {
@@ -420,13 +433,16 @@ impl Arguments {
     }
 
     /// The budgets, compared with what there is.
-    fn budgets(&self) -> Result<Budgets> {
+    fn budgets(&self, card: Option<&Card>) -> Result<Budgets> {
         let available = limits::available_memory();
         let gpu = self.gpu_memory.map(|size| size.0);
         let cpu = self.cpu_memory.map_or_else(limits::default_cpu_memory, |size| size.0);
-        let rehearsed = gpu.unwrap_or(0);
+        let (gpu, rehearsed) = match card {
+            Some(card) => (Some(devices::budget(card, gpu)?), 0),
+            None => (gpu, gpu.unwrap_or(0)),
+        };
         if cpu.saturating_add(rehearsed) > available {
-            let what = if gpu.is_some() { "--cpu-memory with the rehearsed --gpu-memory" } else { "--cpu-memory" };
+            let what = if rehearsed > 0 { "--cpu-memory with the rehearsed --gpu-memory" } else { "--cpu-memory" };
             return Err(Error::OverBudget {
                 what: what.into(),
                 tier: Tier::Cpu,
@@ -584,18 +600,33 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
-    fn run(self, job: job::Job) -> Result<u8> {
+    fn run(self, job: job::Job, card: Option<Card>) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = &self;
         say::line(&self.summary(&job));
         if let Some(said) = &resolved.decision.said {
             say::line(said);
         }
         let name = format!("model `{}`", model.name);
-        let (device_bytes, host_bytes) = resolved.decision.placement.arenas();
+        let placement = &resolved.decision.placement;
+        let (device_bytes, host_bytes) = placement.arenas();
+        let mut host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
+        if let Some(card) = card {
+            let cache = cache::directory(arguments.cache_dir.as_deref())?;
+            let compiling = || say::line("compiling kernels for this GPU, once");
+            let layout = model.packed(resolved.weights)?.layout().clone();
+            let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
+            let device = Cuda::new(card, &needs, &mut host)?;
+            return self.run_on(device, host, job);
+        }
         let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
         device.round_activations(resolved.model.cost.integer_activations);
         let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
-        let host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
+        self.run_on(device, host, job)
+    }
+
+    /// Runs the job on a device; `host` is main memory beside it.
+    fn run_on<D: Device>(self, device: D, host: Arena, job: job::Job) -> Result<u8> {
+        let Running { arguments, model, resolved, .. } = &self;
         let made;
         let packed: Box<dyn Packed> = match model.packed {
             None if resolved.decision.placement.reads_weights() => {
@@ -682,11 +713,12 @@ impl Running<'_> {
             .map(|(tier, (used, granted))| format!("{} of {} on {tier}", Bytes(used), Bytes(granted)))
             .collect();
         format!(
-            "model {}{synthetic}: {lines}{resumed}; weights {}, kv {}; host, {} threads; {}; \
+            "model {}{synthetic}: {lines}{resumed}; weights {}, kv {}; {}, {} threads; {}; \
              up to {} sequences and {} prompt tokens a pass, {} pages of KV",
             self.model.name,
             numerics["weights"],
             numerics["kv_dtype"],
+            self.resolved.device,
             rayon::current_num_threads(),
             granted.join(", "),
             batch.sequences,

@@ -5,6 +5,7 @@
 
 mod calibrate;
 mod config;
+mod devices;
 mod doctor;
 mod estimate;
 mod eval;

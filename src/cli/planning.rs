@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
 use super::say;
-use crate::calibrate::{METHOD, Options, calibrate};
+use crate::calibrate::{CardOptions, METHOD, Options, calibrate, with_card};
+use crate::device::cuda::card::Facts;
 use crate::durable;
 use crate::error::{Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
@@ -35,6 +36,8 @@ pub struct Situation<'a> {
     pub throttles: &'a Throttles,
     /// What the job is expected to take.
     pub job: &'a Job,
+    /// The card that computes; none where the CPU does.
+    pub card: Option<&'a Facts>,
     /// Where the machine's profile is kept.
     pub cache: PathBuf,
     /// Where files for what does not fit are made.
@@ -133,14 +136,43 @@ impl Situation<'_> {
         Decision { placement, prediction, bound_tokens_per_s, hardware, said }
     }
 
+    /// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
+    fn with_card(&self, machine: &Hardware, facts: &Facts, bytes: u64, measure: bool) -> Result<Option<Hardware>> {
+        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+        let name: String = facts.name.chars().map(word).collect();
+        let file = self.cache.join("calibration").join(format!("{}-{name}-{METHOD}.toml", machine_name(&self.offload)));
+        let known = std::fs::read_to_string(&file).ok();
+        let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
+        let measured = match known {
+            Some(known) => known,
+            None if !measure => return Ok(None),
+            None => {
+                say::line(&format!("measuring {}, once: up to ten seconds", facts.name));
+                let options = CardOptions { quick: false, memory_bytes: bytes, cache: &self.cache };
+                let hardware = with_card(machine, &options)?;
+                keep(&file, &hardware)?;
+                hardware
+            }
+        };
+        let mut hardware = measured;
+        if let Some(gpu) = &mut hardware.gpu {
+            gpu.memory_bytes = bytes;
+        }
+        Ok(Some(hardware))
+    }
+
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.
     fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
         let Some(measured) = this_machine(&self.cache, &self.offload, self.budgets.cpu, measure)? else {
             return Ok(None);
         };
-        let hardware = match self.budgets.gpu {
-            Some(bytes) => measured.without_gpu().rehearsed(bytes),
-            None => measured.without_gpu(),
+        let hardware = match (self.card, self.budgets.gpu) {
+            (Some(facts), Some(bytes)) => match self.with_card(&measured, facts, bytes, measure)? {
+                Some(hardware) => hardware,
+                None => return Ok(None),
+            },
+            (_, Some(bytes)) => measured.without_gpu().rehearsed(bytes),
+            (_, None) => measured.without_gpu(),
         };
         Ok(Some(hardware.throttled(self.throttles)))
     }

@@ -3,11 +3,13 @@
 //! **Invariant:** an operation's result for a row depends on that row (and, in attention, on its own sequence)
 //! alone, never on which rows share the call. A device knows no policy and no schedule.
 
+pub mod cuda;
 pub mod host;
 pub mod sampling;
 
 use std::ops::Range;
 
+use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::Segment;
 use crate::model::config::{Activation, Norm};
@@ -112,6 +114,9 @@ pub struct AttentionSpan<'a> {
 }
 
 /// A place that computes. Buffers hold f32 rows unless said otherwise; `rows` counts the leading rows in use.
+///
+/// Operations are handed over and may run later, in the order in which they were handed over; what has gone wrong is
+/// told by [`Device::finish`], and nothing is computed after it. Copies are over when they return.
 pub trait Device: Send + Sync + 'static {
     /// Memory of the device.
     type Buffer: Send + Sync + 'static;
@@ -133,11 +138,23 @@ pub trait Device: Send + Sync + 'static {
     /// As [`Device::bytes`], writable.
     fn bytes_mut<'a>(&self, buffer: &'a mut Self::Buffer) -> Option<&'a mut [u8]>;
 
-    /// Copies from main memory into a buffer, from byte `offset` on.
-    fn copy_in(&self, from: &[u8], to: &mut Self::Buffer, offset: usize);
+    /// Copies parts of main memory into a buffer, each from the byte on that stands beside it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn copy_in(&self, parts: &[(&[u8], usize)], to: &mut Self::Buffer) -> Result<()>;
 
-    /// Copies a buffer's bytes, from `offset` on, to main memory.
-    fn copy_out(&self, from: &Self::Buffer, offset: usize, to: &mut [u8]);
+    /// Copies a buffer's bytes, from the byte on that stands beside each part, to these parts of main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn copy_out(&self, from: &Self::Buffer, parts: &mut [(usize, &mut [u8])]) -> Result<()>;
+
+    /// Waits until everything that was handed over is computed.
+    ///
+    /// # Errors
+    /// The first thing that went wrong, now and every time after.
+    fn finish(&self) -> Result<()>;
 
     /// `out[r] = table row tokens[r]`; the table is packed with vocabulary as outputs, width as inputs.
     fn embed(&self, table: &Matrix<'_, Self::Buffer>, tokens: &[u32], out: &mut Self::Buffer);
@@ -208,7 +225,8 @@ pub trait Device: Send + Sync + 'static {
     /// Copies frame `from` to frame `to`.
     fn copy_frame(&self, frames: &mut Frames<Self::Buffer>, from: usize, to: usize);
 
-    /// Answers each draw from its row of `logits`, (rows, vocab_size).
+    /// Answers each draw from its row of `logits`, (rows, vocab_size). After a failure, which [`Device::finish`] tells,
+    /// the answers mean nothing.
     fn sample(&self, logits: &Self::Buffer, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn>;
 }
 

@@ -345,7 +345,7 @@ fn load<D: Device>(
     for (index, tensor) in source.packed.layout().small.iter().enumerate() {
         bounce.resize(tensor.bytes, 0);
         source.packed.small(index, &mut bounce)?;
-        device.copy_in(&bounce, own.small.get_mut(&tensor.key).expect("allocated from this list"), 0);
+        device.copy_in(&[(&bounce, 0)], own.small.get_mut(&tensor.key).expect("allocated from this list"))?;
     }
     Ok(())
 }
@@ -367,7 +367,7 @@ fn fill<D: Device>(
             None => {
                 bounce.resize(len, 0);
                 packed.chunk(id, chunk, bounce)?;
-                device.copy_in(bounce, to, offset);
+                device.copy_in(&[(bounce, offset)], to)?;
             }
         }
     }

@@ -149,7 +149,7 @@ impl<D: Device> Executor<D> {
     /// order of their rows.
     ///
     /// # Errors
-    /// What the disk gives. Nothing can be run after an error.
+    /// What the disk or the device gives. Nothing can be run after an error.
     pub fn run(&mut self, pass: &Pass, draws: &[Draw]) -> Result<Vec<Drawn>> {
         let placement = self.placement();
         assert!(pass.rows() <= placement.rows(), "{} rows in a pass of {}", pass.rows(), placement.rows());
@@ -211,7 +211,7 @@ impl<D: Device> Executor<D> {
     /// Copies a page, all layers, wherever the two live.
     ///
     /// # Errors
-    /// What the disk gives.
+    /// What the disk or the device gives.
     pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<()> {
         // What was stored must have arrived; nothing else touches pages between passes.
         self.lanes.wait(self.until(&[Lane::D2h, Lane::DiskWrite]))?;
@@ -221,7 +221,7 @@ impl<D: Device> Executor<D> {
         let resident = |page: usize| placement.page_tier(page) == placement.compute;
         if resident(from) && resident(to) {
             self.computing().copy_page(&workshop.fixed.device, placement, from, to);
-            return Ok(());
+            return workshop.fixed.device.finish();
         }
         let mut queue = DiskQueue::new(DEPTH, How::Auto)?;
         (0..placement.num_layers).try_for_each(|layer| self.copy_frame(layer, from, to, &mut queue))
@@ -244,7 +244,8 @@ impl<D: Device> Executor<D> {
         match home(from) {
             (tier, frame) if tier == placement.compute => {
                 let mut compute = self.computing();
-                fixed.device.copy_out(&compute.frames().memory, frame * bytes, &mut place.bytes_mut()[..bytes]);
+                let to = &mut place.bytes_mut()[..bytes];
+                fixed.device.copy_out(&compute.frames().memory, &mut [(frame * bytes, to)])?;
             }
             (Tier::Disk, frame) => {
                 let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
@@ -256,7 +257,7 @@ impl<D: Device> Executor<D> {
         match home(to) {
             (tier, frame) if tier == placement.compute => {
                 let mut compute = self.computing();
-                fixed.device.copy_in(&place.bytes()[..bytes], &mut compute.frames().memory, frame * bytes);
+                fixed.device.copy_in(&[(&place.bytes()[..bytes], frame * bytes)], &mut compute.frames().memory)?;
             }
             (Tier::Disk, frame) => {
                 let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");

@@ -5,9 +5,10 @@
 use crate::kv::layout::KvLayout;
 use crate::memory::arena::aligned;
 use crate::model::config::ModelConfig;
-use crate::model::packed::layout::{CHUNK_ALIGNMENT, ModelLayout, StageLayout};
-use crate::model::packed::panels::TILE_INPUTS;
-use crate::schedule::placement::ModelBytes;
+use crate::model::dtype::DType;
+use crate::model::packed::layout::{CHUNK_ALIGNMENT, ModelLayout, Small, StageLayout};
+use crate::model::packed::panels::{PANEL_OUTPUTS, TILE_INPUTS};
+use crate::schedule::placement::{ModelBytes, Workspace};
 
 /// Widths of the activation buffers of a block, in elements per row.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +51,22 @@ pub fn frame_bytes(layout: &KvLayout) -> usize {
     layout.layer_bytes().next_multiple_of(CHUNK_ALIGNMENT)
 }
 
+/// Bytes of the largest matrix as a device multiplies it: rows of 16 outputs, of elements of f32 where it is stored so,
+/// else of 16 bits.
+pub fn product_bytes(layout: &ModelLayout) -> usize {
+    let bytes = |inputs: usize, outputs: usize, dtype: DType| {
+        let element = if dtype == DType::F32 { 4 } else { 2 };
+        element * outputs.next_multiple_of(PANEL_OUTPUTS) * inputs.next_multiple_of(8)
+    };
+    let staged = layout.stages().flat_map(|(_, stage)| &stage.matrices);
+    let staged = staged.map(|matrix| bytes(matrix.source.inputs, matrix.source.outputs, matrix.dtype));
+    let small = layout.small.iter().filter_map(|tensor| match &tensor.what {
+        Small::Matrix(linear, dtype) => Some(bytes(linear.inputs, linear.outputs, *dtype)),
+        _ => None,
+    });
+    staged.chain(small).max().unwrap_or(0)
+}
+
 /// Everything that is placed.
 pub fn model_bytes(config: &ModelConfig, layout: &ModelLayout, kv: &KvLayout) -> ModelBytes {
     let chunks = |stage: &StageLayout| stage.chunks.iter().map(|chunk| chunk.padded_bytes() as u64).collect();
@@ -66,5 +83,6 @@ pub fn model_bytes(config: &ModelConfig, layout: &ModelLayout, kv: &KvLayout) ->
         embedding_row: 4 * config.embed_size.next_multiple_of(TILE_INPUTS) as u64,
         hidden_row: 4 * widths.hidden as u64,
         logit_row: 4 * config.vocab_size as u64,
+        workspace: Workspace::default(),
     }
 }

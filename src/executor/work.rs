@@ -48,15 +48,15 @@ impl<D: Device> Workshop<D> {
     /// Runs one step; gives the bytes that it moved, which are fewer than the step's where they are compressed.
     ///
     /// # Errors
-    /// What the disk gives.
+    /// What the disk or the device gives.
     pub fn run(&self, step: &Step, pass: &PassData, tools: &mut Tools) -> Result<u64> {
         match step.op {
             Op::ReadWeights { from, to } => return self.read_weights(step, from as usize..to as usize, tools),
             Op::DecodeWeights { from, to } => self.decode_weights(step, from as usize..to as usize)?,
-            Op::LoadWeights { from, to } => self.load_weights(step, from as usize..to as usize),
+            Op::LoadWeights { from, to } => self.load_weights(step, from as usize..to as usize)?,
             Op::ReadKv => self.read_kv(step, pass, tools)?,
-            Op::LoadKv => self.load_kv(step, pass),
-            Op::StoreKv => self.store_kv(step, pass),
+            Op::LoadKv => self.load_kv(step, pass)?,
+            Op::StoreKv => self.store_kv(step, pass)?,
             Op::WriteKv => self.write_kv(step, pass, tools)?,
             Op::ReadHidden | Op::LoadHidden => self.bring_hidden(step, tools)?,
             Op::StoreHidden | Op::WriteHidden => self.return_hidden(step, tools)?,
@@ -65,6 +65,10 @@ impl<D: Device> Workshop<D> {
             Op::Layer => self.computing().layer(&self.fixed, &self.shared, pass, step),
             Op::Gather => self.computing().gather(&self.fixed, &self.shared, pass, step),
             Op::Head => self.computing().head(&self.fixed, &self.shared, pass, step),
+        }
+        if matches!(step.lane, Lane::Gpu | Lane::Cpu) {
+            // A step is over when what it computed is there: fences count steps.
+            self.device().finish()?;
         }
         Ok(step.bytes)
     }
@@ -182,19 +186,19 @@ impl<D: Device> Workshop<D> {
         Ok(())
     }
 
-    fn load_weights(&self, step: &Step, chunks: std::ops::Range<usize>) {
+    fn load_weights(&self, step: &Step, chunks: std::ops::Range<usize>) -> Result<()> {
         let Slot::Weights(slot) = written(step) else { unreachable!("weights are loaded into their slots") };
         let to = self.span(step, self.slot_base(step), &chunks);
         let mut slot = write(&self.shared.weights[slot as usize]);
         match step.reads.iter().next() {
             Some(Slot::WeightsStaging(place)) => {
                 let place = read(&self.shared.weight_staging[place as usize]);
-                self.device().copy_in(&place.bytes()[..to.len()], &mut slot, to.start);
+                self.device().copy_in(&[(&place.bytes()[..to.len()], to.start)], &mut slot)
             }
             _ => {
                 let from = self.span(step, self.slot_base(step), &chunks);
                 let home = &self.shared.cpu_stages[step.stage as usize];
-                self.device().copy_in(&home.bytes()[from], &mut slot, to.start);
+                self.device().copy_in(&[(&home.bytes()[from], to.start)], &mut slot)
             }
         }
     }
@@ -283,7 +287,7 @@ impl<D: Device> Workshop<D> {
         }
     }
 
-    fn load_kv(&self, step: &Step, pass: &PassData) {
+    fn load_kv(&self, step: &Step, pass: &PassData) -> Result<()> {
         let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let Slot::Kv(slot) = written(step) else { unreachable!("pages are loaded into their slots") };
         let mut slot = write(&self.shared.kv[slot as usize]);
@@ -291,21 +295,22 @@ impl<D: Device> Workshop<D> {
         match step.reads.iter().next() {
             Some(Slot::KvStaging(place)) => {
                 let place = read(&self.shared.kv_staging[place as usize]);
-                for (order, &index) in block.loads[1].iter().enumerate() {
-                    let from = &place.bytes()[order * frame..(order + 1) * frame];
-                    self.device().copy_in(from, &mut slot.memory, index * frame);
-                }
+                let part = |(order, &index): (usize, &usize)| {
+                    (&place.bytes()[order * frame..(order + 1) * frame], index * frame)
+                };
+                let parts: Vec<_> = block.loads[1].iter().enumerate().map(part).collect();
+                self.device().copy_in(&parts, &mut slot.memory)
             }
             _ => {
-                for &index in &block.loads[0] {
-                    let home = read(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
-                    self.device().copy_in(&home.bytes()[..frame], &mut slot.memory, index * frame);
-                }
+                let home = |&index: &usize| read(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
+                let homes: Vec<_> = block.loads[0].iter().map(home).collect();
+                let parts = homes.iter().zip(&block.loads[0]).map(|(home, &index)| (&home.bytes()[..frame], index * frame));
+                self.device().copy_in(&parts.collect::<Vec<_>>(), &mut slot.memory)
             }
         }
     }
 
-    fn store_kv(&self, step: &Step, pass: &PassData) {
+    fn store_kv(&self, step: &Step, pass: &PassData) -> Result<()> {
         let block = pass.blocks[step.block as usize].streamed(step.stage as usize);
         let Some(Slot::Kv(slot)) = step.reads.iter().next() else { unreachable!("pages are stored from their slots") };
         let slot = read(&self.shared.kv[slot as usize]);
@@ -313,16 +318,15 @@ impl<D: Device> Workshop<D> {
         match written(step) {
             Slot::KvStaging(place) => {
                 let mut place = write(&self.shared.kv_staging[place as usize]);
-                for (order, &index) in block.stores[1].iter().enumerate() {
-                    let to = &mut place.bytes_mut()[order * frame..(order + 1) * frame];
-                    self.device().copy_out(&slot.memory, index * frame, to);
-                }
+                let parts = block.stores[1].iter().map(|&index| index * frame).zip(place.bytes_mut().chunks_exact_mut(frame));
+                self.device().copy_out(&slot.memory, &mut parts.collect::<Vec<_>>())
             }
             _ => {
-                for &index in &block.stores[0] {
-                    let mut home = write(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
-                    self.device().copy_out(&slot.memory, index * frame, &mut home.bytes_mut()[..frame]);
-                }
+                let home = |&index: &usize| write(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
+                let mut homes: Vec<_> = block.stores[0].iter().map(home).collect();
+                let parts = block.stores[0].iter().zip(&mut homes);
+                let parts = parts.map(|(&index, home)| (index * frame, &mut home.bytes_mut()[..frame]));
+                self.device().copy_out(&slot.memory, &mut parts.collect::<Vec<_>>())
             }
         }
     }
@@ -364,14 +368,14 @@ impl<D: Device> Workshop<D> {
         let mut slot = write(&self.shared.hidden[slot as usize]);
         match source {
             Slot::HiddenStaging(place) => {
-                device.copy_in(&read(&self.shared.hidden_staging[place as usize]).bytes()[..len], &mut slot, 0);
+                let place = read(&self.shared.hidden_staging[place as usize]);
+                device.copy_in(&[(&place.bytes()[..len], 0)], &mut slot)
             }
             _ => {
                 let home = read(&self.shared.hidden_cpu[&(step.block as usize)]);
-                device.copy_in(&home.bytes()[..len], &mut slot, 0);
+                device.copy_in(&[(&home.bytes()[..len], 0)], &mut slot)
             }
         }
-        Ok(())
     }
 
     fn return_hidden(&self, step: &Step, tools: &mut Tools) -> Result<()> {
@@ -398,14 +402,13 @@ impl<D: Device> Workshop<D> {
         match written(step) {
             Slot::HiddenStaging(place) => {
                 let mut place = write(&self.shared.hidden_staging[place as usize]);
-                device.copy_out(&slot, 0, &mut place.bytes_mut()[..len]);
+                device.copy_out(&slot, &mut [(0, &mut place.bytes_mut()[..len])])
             }
             _ => {
                 let mut home = write(&self.shared.hidden_cpu[&(step.block as usize)]);
-                device.copy_out(&slot, 0, &mut home.bytes_mut()[..len]);
+                device.copy_out(&slot, &mut [(0, &mut home.bytes_mut()[..len])])
             }
         }
-        Ok(())
     }
 
     // Embeddings
@@ -418,7 +421,7 @@ impl<D: Device> Workshop<D> {
         let size = panel_bytes(config.embed_size, dtype);
         let place = self.shared.embeddings.as_ref().expect("a table that lies elsewhere has a place for its rows");
         let mut place = write(place);
-        let mut row_bytes = vec![0f32; config.embed_size];
+        let mut rows = vec![0f32; EMBEDDING_PANELS * config.embed_size];
         for (group, tokens) in tokens.chunks(EMBEDDING_PANELS).enumerate() {
             let panels: Vec<(usize, usize, usize)> = tokens.iter().map(|&token| self.panel(token as usize)).collect();
             let mut panel_region = None;
@@ -438,11 +441,11 @@ impl<D: Device> Workshop<D> {
                     }
                     None => &self.table_part(part)[at..at + size],
                 };
-                panel_lane(panel, dtype, token as usize % PANEL_OUTPUTS, &mut row_bytes);
-                let row = group * EMBEDDING_PANELS + order;
-                let bytes: &[u8] = bytemuck::cast_slice(&row_bytes);
-                self.device().copy_in(bytes, &mut place, row * bytes.len());
+                let row = &mut rows[order * config.embed_size..][..config.embed_size];
+                panel_lane(panel, dtype, token as usize % PANEL_OUTPUTS, row);
             }
+            let bytes: &[u8] = bytemuck::cast_slice(&rows[..tokens.len() * config.embed_size]);
+            self.device().copy_in(&[(bytes, group * EMBEDDING_PANELS * 4 * config.embed_size)], &mut place)?;
         }
         Ok(())
     }

@@ -34,6 +34,21 @@ pub struct Region {
     _mapping: Arc<Mapping>,
 }
 
+/// Keeps an arena's memory where it is.
+pub struct Hold(Arc<Mapping>);
+
+impl Hold {
+    /// The address of the first byte.
+    pub fn start(&self) -> *mut u8 {
+        self.0.start.as_ptr()
+    }
+
+    /// Bytes in all.
+    pub fn bytes(&self) -> usize {
+        self.0.len
+    }
+}
+
 struct Mapping {
     start: NonNull<u8>,
     len: usize,
@@ -78,6 +93,11 @@ impl Arena {
         // SAFETY: start <= end <= len, so the pointer stays inside the mapping.
         let start = unsafe { self.mapping.start.add(start) };
         Region { start, len: bytes, _mapping: self.mapping.clone() }
+    }
+
+    /// Where the whole arena lies, for as long as the result is kept.
+    pub fn hold(&self) -> Hold {
+        Hold(self.mapping.clone())
     }
 
     /// Bytes handed out so far.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::kv::layout::NOTE_BYTES;
 use crate::model::config::{ModelConfig, Norm, Positions};
 use crate::model::dtype::DType;
-use crate::schedule::placement::ModelBytes;
+use crate::schedule::placement::{ModelBytes, Workspace};
 
 /// Outputs of a panel of weights; see `model::packed::panels`.
 const PANEL_OUTPUTS: usize = 16;
@@ -214,6 +214,7 @@ fn model_bytes(config: &ModelConfig, experts: Option<Experts>, cost: &ModelCost)
         embedding_row: f32s(config.embed_size.next_multiple_of(TILE_INPUTS)),
         hidden_row: f32s(hidden),
         logit_row: f32s(config.vocab_size),
+        workspace: Workspace::default(),
     }
 }
 

@@ -42,6 +42,26 @@ pub struct ModelBytes {
     pub hidden_row: u64,
     /// Bytes of a row's logits.
     pub logit_row: u64,
+    /// What the device works in, besides.
+    pub workspace: Workspace,
+}
+
+/// What a device works in, besides what is placed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Workspace {
+    /// Bytes of its own memory.
+    pub device: u64,
+    /// Bytes of lists that it is handed: as many of its memory as of main memory beside it.
+    pub lists: u64,
+    /// The same for every row of a block.
+    pub lists_row: u64,
+}
+
+impl Workspace {
+    /// The workspace of blocks of `rows`, in bytes: of the device's memory alone, and of lists.
+    pub fn bytes(&self, rows: usize) -> (u64, u64) {
+        (large(self.device), large(self.lists + rows as u64 * self.lists_row))
+    }
 }
 
 impl ModelBytes {
@@ -161,6 +181,8 @@ pub struct Placement {
     pub hidden_slots: Ring,
     /// Hidden states in main memory between disk and device.
     pub hidden_staging: Ring,
+    /// Bytes that the device works in: of its memory alone, and of lists, of which main memory has as many.
+    pub workspace: (u64, u64),
     /// What it takes, by tier: gpu, cpu, disk (scratch alone; packed weights are not counted).
     pub bytes: [u64; 3],
 }
@@ -216,6 +238,7 @@ impl Placement {
             kv_staging: Ring::default(),
             hidden_slots: Ring::default(),
             hidden_staging: Ring::default(),
+            workspace: model.workspace.bytes(policy.block_rows),
             bytes: [0; 3],
         };
         placement.make_rings(model);
@@ -281,6 +304,8 @@ impl Placement {
             }
             bytes += self.weight_slots.total() + self.kv_slots.total() + self.hidden_slots.total();
             bytes += model.small + self.activation_bytes(model);
+            let (workspace, lists) = self.workspace;
+            bytes += workspace + lists;
         }
         if tier == Tier::Cpu {
             bytes += self.transit();
@@ -293,7 +318,8 @@ impl Placement {
         let staging = self.weight_staging.total() + self.kv_staging.total() + self.hidden_staging.total();
         let frame = if self.kv_slots.count > 0 { self.frame } else { 0 };
         let panels = if self.embed == Tier::Disk { EMBEDDING_PANELS as u64 * self.panel_room } else { 0 };
-        staging + self.planes.total() + frame + panels
+        let lists = if self.compute == Tier::Gpu { self.workspace.1 } else { 0 };
+        lists + staging + self.planes.total() + frame + panels
     }
 
     /// Bytes of the arena of the device, and of main memory beside it. Where the CPU computes both are main memory.

@@ -46,6 +46,12 @@ impl<'a> From<&'a [BlockShape]> for Layers<'a> {
     }
 }
 
+impl<'a, const N: usize> From<&'a [BlockShape; N]> for Layers<'a> {
+    fn from(blocks: &'a [BlockShape; N]) -> Self {
+        Layers::Same(blocks)
+    }
+}
+
 impl<'a> From<&'a Vec<BlockShape>> for Layers<'a> {
     fn from(blocks: &'a Vec<BlockShape>) -> Self {
         Layers::Same(blocks)

@@ -1,7 +1,9 @@
 //! What several integration tests share: running the binary in a directory of its own.
 #![allow(dead_code, missing_docs)]
 
+pub mod cuda;
 pub mod jobs;
+pub mod policies;
 pub mod process;
 
 use std::fs;
@@ -44,6 +46,8 @@ pub fn tidemill(arguments: &[&str]) -> Command {
     }
     // What is measured or packed on the way is the tests' own.
     command.env("TIDEMILL_CACHE_DIR", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"));
+    // A card that this machine may have is for the tests that ask for one.
+    command.env("TIDEMILL_DEVICE", "host");
     command.args(arguments);
     command
 }

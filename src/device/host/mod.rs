@@ -23,6 +23,7 @@ use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
 use super::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Target};
+use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
 use crate::memory::arena::{Arena, Region};
@@ -140,12 +141,22 @@ impl Device for Host {
         (!self.rehearses).then(|| buffer.bytes_mut())
     }
 
-    fn copy_in(&self, from: &[u8], to: &mut Region, offset: usize) {
-        to.bytes_mut()[offset..offset + from.len()].copy_from_slice(from);
+    fn copy_in(&self, parts: &[(&[u8], usize)], to: &mut Region) -> Result<()> {
+        for &(part, offset) in parts {
+            to.bytes_mut()[offset..offset + part.len()].copy_from_slice(part);
+        }
+        Ok(())
     }
 
-    fn copy_out(&self, from: &Region, offset: usize, to: &mut [u8]) {
-        to.copy_from_slice(&from.bytes()[offset..offset + to.len()]);
+    fn copy_out(&self, from: &Region, parts: &mut [(usize, &mut [u8])]) -> Result<()> {
+        for (offset, part) in parts {
+            part.copy_from_slice(&from.bytes()[*offset..*offset + part.len()]);
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<()> {
+        Ok(())
     }
 
     fn embed(&self, table: &Matrix<'_, Region>, tokens: &[u32], out: &mut Region) {
