@@ -26,9 +26,10 @@ impl<D: Device> Engine<'_, D> {
         let work = match work {
             Ok(work) => work,
             Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),
-            Err(Unfit::Pages(pages)) => {
+            Err(Unfit::Pages { cache, block }) => {
                 self.postponed += 1;
-                self.pages_wanted = self.pages_wanted.max(pages);
+                let [most_cache, most_block] = &mut self.pages_wanted;
+                (*most_cache, *most_block) = (cache.max(*most_cache), block.max(*most_block));
                 return Ok(());
             }
         };

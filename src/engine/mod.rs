@@ -103,8 +103,8 @@ pub struct Engine<'m, D: Device> {
     counts: Counts,
     /// Lines that need a larger cache than there is.
     postponed: u64,
-    /// Pages that the most demanding of them needs.
-    pages_wanted: usize,
+    /// Pages that the most demanding of them need of the cache, and of a block.
+    pages_wanted: [usize; 2],
     journalled: Instant,
     /// How long an idle engine waits for its first batch to fill.
     batch_wait: Duration,
@@ -135,7 +135,7 @@ impl<'m, D: Device> Engine<'m, D> {
             pass: Pass::default(),
             counts: Counts::default(),
             postponed: 0,
-            pages_wanted: 0,
+            pages_wanted: [0; 2],
             journalled: Instant::now(),
             batch_wait: Duration::ZERO,
             hold_until: None,
@@ -172,7 +172,14 @@ impl<'m, D: Device> Engine<'m, D> {
         let (pages, block_pages) = (self.longest(), self.block_pages());
         let context_len = config.sequence_len(self.kv_policy.outgrows_context());
         let kv_policy = self.kv_policy.clone();
-        let room = Room { context_len, vocab_size: config.vocab_size, pages, block_pages, kv_policy };
+        let room = Room {
+            context_len,
+            vocab_size: config.vocab_size,
+            pages,
+            block_pages,
+            num_layers: config.num_layers,
+            kv_policy,
+        };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
@@ -248,8 +255,14 @@ impl<'m, D: Device> Engine<'m, D> {
         }
         let placement = self.executor.placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
-        let (wanted, longest) = (self.pages_wanted, self.longest());
-        let (need, have) = (wanted as u64 * page_bytes, longest as u64 * page_bytes);
+        let ([cache, block], longest) = (self.pages_wanted, self.longest());
+        // What a block holds counts where pages are brought in.
+        let block = if self.block_pages() == usize::MAX { 0 } else { block.max(cache) };
+        let (need, have) = (cache.max(block) as u64 * page_bytes, longest as u64 * page_bytes);
+        let policy = match block {
+            0 => format!("`pages` are {cache} or more"),
+            _ => format!("`pages` and `block-pages` are {cache} and {block} or more"),
+        };
         Err(Error::OverBudget {
             what: format!("the KV cache for the longest of {} postponed lines", self.postponed),
             tier: placement.compute,
@@ -257,7 +270,7 @@ impl<'m, D: Device> Engine<'m, D> {
             have: Bytes(have),
             hint: Some(format!(
                 "all other lines are done; run the same command with {}MiB more of --{}-memory or fewer sequences, or \
-                 with a policy whose `pages` and `block-pages` are {wanted} or more",
+                 with a policy whose {policy}",
                 (need - have).div_ceil(1 << 20),
                 placement.compute,
             )),

@@ -174,7 +174,8 @@ impl<D: Device> Engine<'_, D> {
                 continue;
             }
             let sequence = self.active.remove(index);
-            self.counts.evicted_tokens += sequence.kept.evicted(sequence.computed) as u64;
+            let num_layers = self.model.config.num_layers;
+            self.counts.evicted_tokens += sequence.kept.evicted_of_layers(sequence.computed, num_layers) as u64;
             self.release(&sequence);
             self.put_away(sequence, writer)?;
         }
