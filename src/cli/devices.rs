@@ -14,6 +14,9 @@ use crate::model::dtype::DType;
 use crate::model::packed::layout::ModelLayout;
 use crate::schedule::placement::{Placement, Workspace};
 
+/// The widest head that kernels take.
+const MOST_HEAD_DIM: usize = 256;
+
 /// The version of the arithmetic on cards: a change that alters bits raises it, so that no job mixes two.
 const ARITHMETIC: &str = "cuda-1";
 
@@ -74,7 +77,12 @@ pub fn numerics(
     weights: DType,
     activations: Option<ActivationsChoice>,
     kv_policy: &dyn KvPolicy,
+    config: &ModelConfig,
 ) -> Result<String> {
+    if config.head_dim > MOST_HEAD_DIM {
+        let what = format!("heads of {} are too wide for the GPU's kernels, which take {MOST_HEAD_DIM}", config.head_dim);
+        return Err(Error::usage(what, "add --device host"));
+    }
     let long = 1 << 30;
     if matches!(kv_policy.kept(long, long), Kept::Heavy { spread: Spread::Heads { .. }, .. }) {
         let what = format!("--kv-policy {kv_policy}: per-head is not on GPUs yet");

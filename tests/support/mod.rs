@@ -40,12 +40,12 @@ impl Scratch {
 
 /// `tidemill` with these arguments, in an environment without its variables.
 pub fn tidemill(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+    let mut command = Command::new(place("TIDEMILL_TEST_BINARY", env!("CARGO_BIN_EXE_tidemill")));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEMILL_")) {
         command.env_remove(name);
     }
     // What is measured or packed on the way is the tests' own.
-    command.env("TIDEMILL_CACHE_DIR", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"));
+    command.env("TIDEMILL_CACHE_DIR", scratch_root().join("cache"));
     // A card that this machine may have is for the tests that ask for one.
     command.env("TIDEMILL_DEVICE", "host");
     command.args(arguments);
@@ -75,7 +75,17 @@ pub fn read_jsonl(path: &Path) -> Vec<Value> {
 
 /// A directory below tests/goldens.
 pub fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+    place("TIDEMILL_TEST_ROOT", env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// Where tests may keep files from run to run.
+pub fn scratch_root() -> PathBuf {
+    place("TIDEMILL_TEST_SCRATCH", env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// A place that was known when the tests were built, unless they run elsewhere (scripts/gpu_check.sh).
+fn place(variable: &str, built: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| built.into(), PathBuf::from)
 }
 
 /// A copy of a golden model that a test may damage.

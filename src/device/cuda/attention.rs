@@ -2,6 +2,7 @@
 //!
 //! A task takes up to 16 rows (queries, head by head of a group) over all tiles of 64 keys that they see. Where there
 //! are too few tasks for the card, the tiles of each are cut into parts, whose partial results are folded in order.
+//! Prompts over pages of 16 bits go to the tensor cores, up to 64 rows a task.
 //!
 //! **Invariant:** a list names frames that segments touch and no others; segments go to the card as many together as
 //! the lists have room for.
@@ -21,6 +22,10 @@ use crate::kv::policy::Kept;
 const PART_TILES: usize = 2;
 /// Blocks that a multiprocessor works on at the same time, about.
 const BLOCKS_PER_PROCESSOR: usize = 4;
+/// Rows of a task on tensor cores.
+const TENSOR_ROWS: usize = 64;
+/// Rows that a segment has at least to go there.
+const TENSOR_LEAST: usize = 32;
 /// The number of a partial result where there is none.
 const WHOLE: u32 = u32::MAX;
 
@@ -227,7 +232,10 @@ impl Call<'_> {
         let workspace = &turn.device().workspace;
         let blocks = BLOCKS_PER_PROCESSOR * turn.device().facts().processors;
         let wanted = blocks.div_ceil(num_kv_heads);
-        let (tasks, folds) = self.tasks(group, wanted, workspace.num_partials);
+        let on_tensors = self.tensor_kernel(turn.device().facts().has_bf16());
+        let prompts = |segment: &Segment| on_tensors.is_some() && self.is_prompt(segment);
+        let tensor_tasks = self.tasks(group, TENSOR_ROWS, &prompts);
+        let (tasks, folds) = cut(self.tasks(group, TASK_ROWS, &|s| !prompts(s)), wanted, workspace.num_partials);
         let is_heavy = |segment: &Segment| matches!(segment.kept, Kept::Heavy { .. });
         let heavy = group.segments.iter().enumerate().filter(|(_, segment)| is_heavy(segment));
         let heavy: Vec<u32> = heavy.map(|(index, _)| index as u32).collect();
@@ -239,17 +247,18 @@ impl Call<'_> {
         };
         let cos = rotated.map_or(Vec::new(), |rotation| angles(rotation.cos, rotation.rotary_dim));
         let sin = rotated.map_or(Vec::new(), |rotation| angles(rotation.sin, rotation.rotary_dim));
-        let parts: [&[u8]; 7] = [
+        let parts: [&[u8]; 8] = [
             bytemuck::cast_slice(&listed),
             bytemuck::cast_slice(&pages),
             bytemuck::cast_slice(&tasks),
+            bytemuck::cast_slice(&tensor_tasks),
             bytemuck::cast_slice(&folds),
             bytemuck::cast_slice(&heavy),
             bytemuck::cast_slice(&cos),
             bytemuck::cast_slice(&sin),
         ];
         assert!(list_bytes(&parts.map(<[u8]>::len)) <= turn.capacity());
-        let [listed_at, pages_at, tasks_at, folds_at, heavy_at, cos_at, sin_at] = turn.upload(parts)?;
+        let [listed_at, pages_at, tasks_at, tensor_tasks_at, folds_at, heavy_at, cos_at, sin_at] = turn.upload(parts)?;
         let (cos_at, sin_at) = if rotated.is_some() { (cos_at, sin_at) } else { (0, 0) };
         let qkv = self.qkv.at(4 * group.first_row * width, 4 * group.rows * width);
         let out = self.out.at(4 * group.first_row * out_width, 4 * group.rows * out_width);
@@ -291,6 +300,28 @@ impl Call<'_> {
             128,
             0,
             &mut words![listed_at, folds_at, num_heads, num_kv_heads, head_dim, partials, out],
+        )?;
+        turn.launch(
+            on_tensors.unwrap_or(name),
+            (tensor_tasks.len(), num_kv_heads),
+            128,
+            0,
+            &mut words![
+                resident,
+                num_resident,
+                streamed,
+                stride,
+                notes,
+                listed_at,
+                pages_at,
+                tensor_tasks_at,
+                qkv,
+                num_heads,
+                num_kv_heads,
+                self.span.window.unwrap_or(0),
+                self.span.scale,
+                out,
+            ],
         )?;
         let names =
             ["attend_heavy_f32", "attend_heavy_bf16", "attend_heavy_f16", "attend_heavy_int8", "attend_heavy_int4"];
@@ -341,17 +372,35 @@ impl Call<'_> {
         pages_for(self.sinks(segment)).min(oldest) + last / PAGE_POSITIONS + 1 - oldest
     }
 
-    /// The tasks of segments that evict nothing by attention, cut into parts where they are fewer than `wanted`.
-    fn tasks(&self, group: &Group<'_>, wanted: usize, num_partials: usize) -> (Vec<Task>, Vec<Fold>) {
+    /// The kernel that takes prompts to the tensor cores, if there is one for these pages and heads.
+    fn tensor_kernel(&self, has_bf16: bool) -> Option<&'static str> {
+        match (self.kv.resident.layout.dtype, self.heads.head_dim) {
+            (DType::F16, 64) => Some("attend_tensor_f16_64"),
+            (DType::F16, 96) => Some("attend_tensor_f16_96"),
+            (DType::F16, 128) => Some("attend_tensor_f16_128"),
+            (DType::Bf16, 64) if has_bf16 => Some("attend_tensor_bf16_64"),
+            (DType::Bf16, 96) if has_bf16 => Some("attend_tensor_bf16_96"),
+            (DType::Bf16, 128) if has_bf16 => Some("attend_tensor_bf16_128"),
+            _ => None,
+        }
+    }
+
+    /// Whether a segment has rows enough for tensor cores, and nothing that they do not do.
+    fn is_prompt(&self, segment: &Segment) -> bool {
+        segment.len >= TENSOR_LEAST && self.sinks(segment) == 0
+    }
+
+    /// The tasks, of up to `task_rows`, of the segments that `takes` wants and that evict nothing by attention.
+    fn tasks(&self, group: &Group<'_>, task_rows: usize, takes: &dyn Fn(&Segment) -> bool) -> Vec<Task> {
         let per_query = self.heads.num_heads / self.heads.num_kv_heads;
         let mut whole: Vec<Task> = Vec::new();
         for (index, segment) in group.segments.iter().enumerate() {
-            if matches!(segment.kept, Kept::Heavy { .. }) {
+            if matches!(segment.kept, Kept::Heavy { .. }) || !takes(segment) {
                 continue;
             }
             let rows = segment.len * per_query;
-            for first_row in (0..rows).step_by(TASK_ROWS) {
-                let count = TASK_ROWS.min(rows - first_row);
+            for first_row in (0..rows).step_by(task_rows) {
+                let count = task_rows.min(rows - first_row);
                 let (first, last) = (first_row / per_query, (first_row + count - 1) / per_query);
                 whole.push(Task {
                     segment: index as u32,
@@ -363,7 +412,7 @@ impl Call<'_> {
                 });
             }
         }
-        cut(whole, wanted, num_partials)
+        whole
     }
 }
 

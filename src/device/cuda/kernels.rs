@@ -37,7 +37,7 @@ macro_rules! program {
 }
 
 /// All programs.
-pub const PROGRAMS: [Program; 5] = [
+pub const PROGRAMS: [Program; 7] = [
     program!(
         "rows.cu",
         [
@@ -54,6 +54,7 @@ pub const PROGRAMS: [Program; 5] = [
         ]
     ),
     program!("weights.cu", ["dequantize_panels", "linear_rows"]),
+    program!("weights_tensor.cu", ["linear_tensor_rows"]),
     program!("cache.cu", ["append_kv"]),
     program!(
         "attention.cu",
@@ -69,6 +70,17 @@ pub const PROGRAMS: [Program; 5] = [
             "attend_heavy_f16",
             "attend_heavy_int8",
             "attend_heavy_int4",
+        ]
+    ),
+    program!(
+        "attention_tensor.cu",
+        [
+            "attend_tensor_f16_64",
+            "attend_tensor_f16_96",
+            "attend_tensor_f16_128",
+            "attend_tensor_bf16_64",
+            "attend_tensor_bf16_96",
+            "attend_tensor_bf16_128",
         ]
     ),
     program!("sample.cu", ["sample_rows"]),

@@ -51,6 +51,8 @@ use workspace::Workspace;
 
 /// Products of up to so many rows take activations as they are.
 const FEW_ROWS: usize = 8;
+/// Products of up to so many rows with weights of small integers widen them on the way.
+const SOME_ROWS: usize = 64;
 /// Rows of one launch, at most: the grid's second dimension is 16 bits wide.
 const LAUNCH_ROWS: usize = 32_768;
 
@@ -285,30 +287,56 @@ impl Linear<'_> {
         )
     }
 
-    fn many_rows(&self, turn: &mut Turn<'_>, element: Element, width: usize) -> Result<(), String> {
-        let Linear { x, rows, w, bias, scratch, y } = self;
+    /// The rows as products take them, rounded and padded to `width`.
+    fn operand(&self, turn: &Turn<'_>, element: Element, width: usize) -> Result<u64, String> {
+        let Linear { x, rows, w, scratch, .. } = self;
+        let from = x.first(4 * rows * w.inputs);
+        if element == Element::F32 {
+            return Ok(from);
+        }
+        let operand = scratch.first(element.size() * rows * width);
+        for first in (0..*rows).step_by(LAUNCH_ROWS) {
+            let from = from + 4 * (first * w.inputs) as u64;
+            let to = operand + (element.size() * first * width) as u64;
+            let grid = (width.div_ceil(256), LAUNCH_ROWS.min(rows - first));
+            turn.launch("convert_rows", grid, 256, 0, &mut words![from, w.inputs, to, width, element_code(element)])?;
+        }
+        Ok(operand)
+    }
+
+    fn some_rows(&self, turn: &mut Turn<'_>, width: usize) -> Result<(), String> {
+        let Linear { rows, w, bias, y, .. } = self;
         let list = pieces(w);
         let [pieces] = turn.upload([bytemuck::cast_slice(&list)])?;
-        let x_from = x.first(4 * rows * w.inputs);
-        let operand = if element == Element::F32 { x_from } else { scratch.first(element.size() * rows * width) };
-        if element != Element::F32 {
-            for first in (0..*rows).step_by(LAUNCH_ROWS) {
-                let count = LAUNCH_ROWS.min(rows - first);
-                turn.launch(
-                    "convert_rows",
-                    (width.div_ceil(256), count),
-                    256,
-                    0,
-                    &mut words![
-                        x_from + 4 * (first * w.inputs) as u64,
-                        w.inputs,
-                        operand + (element.size() * first * width) as u64,
-                        width,
-                        element_code(element),
-                    ],
-                )?;
-            }
-        }
+        let operand = self.operand(turn, Element::F16, width)?;
+        let bias = bias.map_or(0, |bias| bias.first(4 * w.outputs));
+        turn.launch(
+            "linear_tensor_rows",
+            (w.outputs.div_ceil(32), 1),
+            256,
+            0,
+            &mut words![
+                operand,
+                *rows,
+                width,
+                pieces,
+                list.len(),
+                dtype_code(w.dtype),
+                w.inputs,
+                w.outputs,
+                bias,
+                self.target() - 4 * y.column as u64,
+                y.stride,
+                y.column,
+            ],
+        )
+    }
+
+    fn many_rows(&self, turn: &mut Turn<'_>, element: Element, width: usize) -> Result<(), String> {
+        let Linear { rows, w, bias, y, .. } = self;
+        let list = pieces(w);
+        let [pieces] = turn.upload([bytemuck::cast_slice(&list)])?;
+        let operand = self.operand(turn, element, width)?;
         let panels = w.outputs.div_ceil(PANEL_OUTPUTS);
         let together = turn.device().workspace.widened / (PANEL_OUTPUTS * width * element.size());
         assert!(together > 0, "the workspace holds a panel");
@@ -498,7 +526,12 @@ impl Device for Cuda {
         let linear = Linear { x, rows, w, bias, scratch, y };
         // Very narrow rows would not fit into the scratch when they are padded.
         let few = rows <= FEW_ROWS || width * element.size() > 4 * w.inputs;
-        self.turn(|turn| if few { linear.few_rows(turn) } else { linear.many_rows(turn, element, width) });
+        let integers = matches!(w.dtype, DType::Int8 | DType::Int4);
+        self.turn(|turn| match rows {
+            _ if few => linear.few_rows(turn),
+            _ if rows <= SOME_ROWS && integers => linear.some_rows(turn, width),
+            _ => linear.many_rows(turn, element, width),
+        });
     }
 
     fn norm_heads(&self, qkv: &mut DeviceBuffer, rows: usize, heads: Heads, norms: &HeadNorms<DeviceBuffer>) {

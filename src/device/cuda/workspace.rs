@@ -54,7 +54,7 @@ impl Workspace {
     pub fn of(heads: Heads, vocab_size: usize, widened: usize) -> Self {
         let group = heads.num_heads / heads.num_kv_heads;
         // Rotation twice, the row's number and segment, that segment, and tasks of attention.
-        let lists_row = 8 * heads.head_dim + 16 + 48 + 44 * (group / TASK_ROWS + 2);
+        let lists_row = 8 * heads.head_dim + 16 + 48 + 44 * (group / TASK_ROWS + 3);
         Workspace {
             products: PRODUCT_BYTES,
             widened: widened.clamp(1, WIDENED_BYTES),
