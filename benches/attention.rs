@@ -14,7 +14,7 @@ use tidemill::device::{AttentionSpan, Device as _, Frames, Heads, KvViewMut};
 use tidemill::error::Tier;
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::kv::pages::Segment;
-use tidemill::kv::policy::Kept;
+use tidemill::kv::policy::{Kept, Spread};
 use tidemill::memory::arena::Arena;
 use tidemill::model::dtype::DType;
 
@@ -62,7 +62,8 @@ struct Limits {
 
 impl Limits {
     fn measure() -> Self {
-        let flops = (0..5).map(|_| rayon::broadcast(|_| raw_fma_gflops(Isa::detect())).iter().sum()).fold(0.0, f64::max);
+        let flops =
+            (0..5).map(|_| rayon::broadcast(|_| raw_fma_gflops(Isa::detect())).iter().sum()).fold(0.0, f64::max);
         Limits { bytes: read_rate(), flops: 1e9 * flops }
     }
 
@@ -152,7 +153,7 @@ fn main() {
     println!("| kv | decode, 8 queries a key | decode, 1 query a key | prompt | prompt, keys scored |");
     println!("|---|---|---|---|---|");
     // Nothing is evicted: the whole prompt fits, what would come after it does not.
-    let scored = Kept::Heavy { heavy: PROMPT / 2, recent: PROMPT / 2, prompt_len: PROMPT };
+    let scored = Kept::Heavy { heavy: PROMPT / 2, recent: PROMPT / 2, prompt_len: PROMPT, spread: Spread::Even };
     for dtype in DType::ALL {
         let mut grouped = Bench::new(dtype, NUM_HEADS / 8, false);
         let (decode, prompt) = (grouped.decode(&limits), grouped.prompt(&limits, Kept::All));
