@@ -102,8 +102,8 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     assert!(decoded * 20 > count, "{decoded} of {count} runs read from disk under policies with compressed planes");
 }
 
-/// Rows are full with samples, so the other sequence sits out a pass in which no page of its kind is stored: what it had
-/// stored before must have arrived when it goes on.
+/// Rows are full with samples, so the other sequence sits out a pass in which no page of its kind is stored: what it
+/// had stored before must have arrived when it goes on.
 #[test]
 fn a_sequence_that_sits_out_a_pass_finds_what_it_stored() {
     let scratch = Scratch::new();

@@ -1,12 +1,12 @@
 //! Beginnings that prompts have in common: a tree over their tokens, a page each.
 //!
-//! A prompt enters the tree when it arrives, as a path of whole pages. What a sequence has computed of its path is there
-//! for all whose paths go the same way, at once or later: who comes while it is being computed waits for it. Pages stay
-//! for as long as a prompt that has not begun needs them; they are given up earlier where their room is needed, and
-//! computed again.
+//! A prompt enters the tree when it arrives, as a path of whole pages. What a sequence has computed of its path is
+//! there for all whose paths go the same way, at once or later: who comes while it is being computed waits for it.
+//! Pages stay for as long as a prompt that has not begun needs them; they are given up earlier where their room is
+//! needed, and computed again.
 //!
-//! **Invariant:** a node is in the tree while a prompt that waits or runs goes through it. A ready node's page holds the
-//! keys and values of its tokens after those of its ancestors, is held by the tree, and is never written.
+//! **Invariant:** a node is in the tree while a prompt that waits or runs goes through it. A ready node's page holds
+//! the keys and values of its tokens after those of its ancestors, is held by the tree, and is never written.
 
 use std::collections::HashMap;
 
@@ -112,8 +112,8 @@ impl Prefixes {
         Found::Pages(ready)
     }
 
-    /// A prompt begins as the sequence of this number: gives the pages that it takes from others, which it holds from now
-    /// on. What nobody computes it will.
+    /// A prompt begins as the sequence of this number: gives the pages that it takes from others, which it holds from
+    /// now on. What nobody computes it will.
     pub fn begin(&mut self, path: &mut Path, sequence: u64, pool: &mut PagePool) -> Vec<PageId> {
         let Found::Pages(taken) = self.look(path) else { panic!("the prompt waits for its beginning") };
         let mut pages = Vec::with_capacity(taken);
@@ -237,8 +237,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever prompts do, a page that is taken holds the tokens that its taker has there, and in the end every page
-        /// is free.
+        /// Whatever prompts do, a page that is taken holds the tokens that its taker has there, and in the end every
+        /// page is free.
         #[test]
         fn pages_hold_what_their_takers_have(
             prompts in prop::collection::vec((prop::collection::vec(0u32..3, 0..5), 1usize..64, 0usize..400), 1..24),

@@ -44,8 +44,8 @@ pub struct Prepared {
 pub enum Unfit {
     /// It never will: the answer is this error.
     Line(LineError),
-    /// It needs a cache of this many pages, and blocks of this many. What a budget holds must not decide an answer, so it
-    /// waits for another run with more memory.
+    /// It needs a cache of this many pages, and blocks of this many. What a budget holds must not decide an answer, so
+    /// it waits for another run with more memory.
     Pages { cache: usize, block: usize },
 }
 

@@ -32,8 +32,8 @@ pub struct Carried {
     pub kv_staged: u64,
     /// Transfers of hidden states between disk and device.
     pub hidden_staged: u64,
-    /// Of every layer, which of the two places that stand for its pages in main memory, and on disk, was not stored into
-    /// last.
+    /// Of every layer, which of the two places that stand for its pages in main memory, and on disk, was not stored
+    /// into last.
     kv_homes: Vec<[u32; 2]>,
 }
 
@@ -253,8 +253,8 @@ impl Lowering<'_> {
         ((self.carried.items + item as u64) % self.kv_slots() as u64) as u32
     }
 
-    /// The pages of a layer in a tier as the last pass left them that stored any. A pass that stores none changes nothing:
-    /// what an earlier one stored must still be waited for.
+    /// The pages of a layer in a tier as the last pass left them that stored any. A pass that stores none changes
+    /// nothing: what an earlier one stored must still be waited for.
     fn kv_home(&self, tier: Tier, stage: usize) -> Slot {
         Slot::KvHome(tier, stage as u32, 1 - self.carried.kv_homes[stage][usize::from(tier == Tier::Disk)])
     }
