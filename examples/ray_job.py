@@ -22,5 +22,5 @@ def row(line):
 dataset = ray.data.read_json(source).filter(lambda line: line.get("prompt") is not None).map(row)
 answers = dataset.map_batches(
     TidemillActor, fn_constructor_kwargs={"model": "demo", "cpu_memory": "1GiB", "threads": 1}, batch_size=256,
-    num_cpus=1, concurrency=actors)
+    num_cpus=0.5, concurrency=actors)
 answers.write_json(output)

@@ -12,7 +12,7 @@ from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.common.codec import from_json
 
 ENTRIES = [
-    "tidemill_fact:seed=1", "tidemill_fact:seed=2", "tidemill_joint:seed=1", "tidemill_joint:seed=2",
+    "tidemill_fact:seed=1", "tidemill_fact:seed=2", "tidemill_sum:outputs=3", "tidemill_joint:seed=1", "tidemill_joint:seed=2",
     "tidemill_pattern:mode=pattern_match", "tidemill_natural:difficulty=easy", "tidemill_summary:seed=1",
     "tidemill_separate:method=original", "tidemill_separate:method=calibrated", "tidemill_text:",
 ]

@@ -72,7 +72,7 @@ def main():
         dataset = ray.data.read_json(str(folder / "rows.jsonl"))
         dataset = dataset.map_batches(
             Watched, fn_constructor_kwargs={"folder": str(folder / "seen"), **FLAGS}, batch_size=BATCH, concurrency=2,
-            num_cpus=1)
+            num_cpus=0.5)
         answers = dataset.take_all()
         seconds = time.time() - started
         actors = {path.name.split("-")[0] for path in (folder / "seen").iterdir()}

@@ -1,5 +1,7 @@
 """Run specs for HELM in the shapes of FlexGen's seven sub-scenarios and of the adapters beside them, on made-up data."""
 
+import json
+import pathlib
 import random
 
 from helm.benchmark.adaptation.adapter_spec import AdapterSpec
@@ -15,6 +17,7 @@ from helm.benchmark.scenarios.scenario import (
 
 NAMES = ["Mia", "Leo", "Anna", "Otto", "Hope", "Vera", "Ruth", "Mark"]
 PLACES = ["mill", "harbour", "castle", "forest", "market", "tower"]
+TASKS = pathlib.Path("examples/tasks/arithmetic.jsonl").resolve()
 KINDS = "helm.benchmark.scenarios"
 # Their metrics of harm ask services on the network, so the specs here name the others alone.
 OWN = "helm_plugin.Invented"
@@ -33,6 +36,11 @@ class Invented(Scenario):
         self.seed = int(seed)
 
     def get_instances(self, output_path):
+        if self.kind == "sum":
+            # What the demo model was trained on, so that some answers are right.
+            rows = [json.loads(line) for line in TASKS.read_text().splitlines()[:30]]
+            answers = [[Reference(Output(row["references"][0].strip()), [CORRECT_TAG])] for row in rows]
+            return [Instance(Input(text=row["prompt"]), right, TEST_SPLIT) for row, right in zip(rows, answers)]
         chance = random.Random(f"{self.kind}-{self.seed}")
         return [self.instance(chance, TRAIN_SPLIT if index < 6 else TEST_SPLIT) for index in range(30)]
 
@@ -65,13 +73,25 @@ def fact(seed):
     return RunSpec(f"tidemill_fact:seed={seed}", invented("fact", seed=seed), adapter, get_exact_match_metric_specs())
 
 
+@run_spec_function("tidemill_sum")
+def sums(outputs):
+    adapter = AdapterSpec(
+        method="generation", instructions="", input_prefix="", input_suffix="", output_prefix="", max_train_instances=0,
+        num_outputs=int(outputs), max_tokens=8, temperature=1.0, stop_sequences=[";"])
+    names = ["exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score"]
+    return RunSpec(f"tidemill_sum:outputs={outputs}", invented("sum"), adapter, get_basic_metric_specs(names))
+
+
 @run_spec_function("tidemill_joint")
 def joint(seed):
     adapter = get_multiple_choice_adapter_spec(
         method="multiple_choice_joint", instructions="Answer.", input_noun="Question", output_noun="Answer",
         max_train_instances=2)
     lower = "helm.benchmark.augmentations.lowercase_perturbation.LowerCasePerturbation"
-    augmenter = DataAugmenterSpec(perturbation_specs=[PerturbationSpec(class_name=lower, args={})])
+    augmenter = DataAugmenterSpec(
+        perturbation_specs=[PerturbationSpec(class_name=lower, args={})], should_augment_train_instances=False,
+        should_include_original_train=True, should_augment_eval_instances=True, should_include_original_eval=True,
+        seeds_per_instance=1)
     return RunSpec(f"tidemill_joint:seed={seed}", invented("choice", seed=seed), adapter,
                    get_exact_match_metric_specs(), data_augmenter_spec=augmenter)
 

@@ -123,7 +123,7 @@ impl ScenarioState {
     /// # Errors
     /// [`crate::error::Error::Input`] naming the path of what is wrong.
     pub fn read(document: &Value, file: &Path) -> Result<ScenarioState> {
-        let root = Node::root(document, file);
+        let root = Node::root(document, file, "the file must be as `helm-run --dry-run` writes it");
         let adapter = Adapter::read(&root.need("adapter_spec")?)?;
         let list = root.need("request_states")?;
         let items = list.items()?;

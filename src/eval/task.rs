@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 /// Tokens of an answer that does not say how many.
 const MAX_TOKENS: u64 = 32;
 
+const HINT: &str = "give each line `prompt` and `references`, `prompt`, `choices` and `answer`, or `text`";
+
 /// What an answer is compared by.
 const SCORES: [&str; 6] =
     ["exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l"];
@@ -65,7 +67,7 @@ impl Task {
             let named = file
                 .with_file_name(format!("{}, line {number}", file.file_name().unwrap_or_default().to_string_lossy()));
             let value = parse(line, &named)?;
-            items.push(Item::read(&Node::root(&value, &named), number)?);
+            items.push(Item::read(&Node::root(&value, &named, HINT), number)?);
         }
         let mut ids: Vec<&str> = items.iter().map(|item| item.id.as_str()).collect();
         ids.sort_unstable();

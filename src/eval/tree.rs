@@ -19,6 +19,8 @@ pub struct Node<'a> {
     pub value: &'a Value,
     file: &'a Path,
     path: String,
+    /// What to do when something is wrong.
+    hint: &'static str,
 }
 
 /// Parses a file's text.
@@ -98,8 +100,8 @@ impl fmt::Debug for Node<'_> {
 
 impl<'a> Node<'a> {
     /// A file's whole content.
-    pub fn root(value: &'a Value, file: &'a Path) -> Self {
-        Node { value, file, path: String::new() }
+    pub fn root(value: &'a Value, file: &'a Path, hint: &'static str) -> Self {
+        Node { value, file, path: String::new(), hint }
     }
 
     /// The error that this value is not what it must be.
@@ -109,14 +111,13 @@ impl<'a> Node<'a> {
             Value::Object(map) => format!("an object of {} keys", map.len()),
             value => shortened(&value.to_string()),
         };
-        let hint = "the file must be as `helm-run --dry-run` writes it";
-        wrong(self.file, &self.path, &format!("must be {expected}, got {found}"), hint)
+        wrong(self.file, &self.path, &format!("must be {expected}, got {found}"), self.hint)
     }
 
     /// The error that a key is missing.
     pub fn missing(&self, key: &str) -> Error {
         let path = self.step(key);
-        wrong(self.file, &path, "is missing", "the file must be as `helm-run --dry-run` writes it")
+        wrong(self.file, &path, "is missing", self.hint)
     }
 
     fn step(&self, key: &str) -> String {
@@ -127,7 +128,7 @@ impl<'a> Node<'a> {
     pub fn get(&self, key: &str) -> Result<Option<Node<'a>>> {
         let Value::Object(map) = self.value else { return Err(self.wrong("an object")) };
         let value = map.get(key).filter(|value| !value.is_null());
-        Ok(value.map(|value| Node { value, file: self.file, path: self.step(key) }))
+        Ok(value.map(|value| Node { value, file: self.file, path: self.step(key), hint: self.hint }))
     }
 
     /// A member that must be there.
@@ -138,15 +139,17 @@ impl<'a> Node<'a> {
     /// The items of a list.
     pub fn items(&self) -> Result<Vec<Node<'a>>> {
         let Value::Array(list) = self.value else { return Err(self.wrong("a list")) };
-        let node = |(index, value)| Node { value, file: self.file, path: format!("{}[{index}]", self.path) };
+        let (file, hint) = (self.file, self.hint);
+        let node = |(index, value)| Node { value, file, path: format!("{}[{index}]", self.path), hint };
         Ok(list.iter().enumerate().map(node).collect())
     }
 
     /// The members of an object.
     pub fn members(&self) -> Result<Vec<(&'a str, Node<'a>)>> {
         let Value::Object(map) = self.value else { return Err(self.wrong("an object")) };
-        let node =
-            |(key, value): (&'a String, _)| (key.as_str(), Node { value, file: self.file, path: self.step(key) });
+        let node = |(key, value): (&'a String, _)| {
+            (key.as_str(), Node { value, file: self.file, path: self.step(key), hint: self.hint })
+        };
         Ok(map.iter().map(node).collect())
     }
 
@@ -202,7 +205,7 @@ mod tests {
     #[test]
     fn values_are_named_by_their_path() {
         let value = serde_json::json!({"a": [{"b": "x".repeat(100)}]});
-        let root = Node::root(&value, Path::new("s.json"));
+        let root = Node::root(&value, Path::new("s.json"), "");
         let item = &root.need("a").unwrap().items().unwrap()[0];
         let error = item.need("b").unwrap().integer(0, 9).unwrap_err().to_string();
         assert!(error.starts_with("s.json: a[0].b must be a whole number from 0 to 9, got \"xxx"), "{error}");
