@@ -393,7 +393,8 @@ impl Arguments {
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
-        let arithmetic = card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
+        let arithmetic =
+            card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
