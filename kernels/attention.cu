@@ -129,7 +129,7 @@ DEVICE void multiply_keys(const Block& block, const u8* head, const float* queri
         UNROLL_NOT
         for (u32 line = quarter; line < depth; line += 4) {
             uint2 two = *reinterpret_cast<const uint2*>(words + line * PANEL);
-            UNROLL_FOUR
+            UNROLL_TWO
             for (u32 i = 0; i < P::codes; i++) {
                 u32 dim = line * P::codes + i;
                 if (dim >= dims) break;
@@ -199,6 +199,8 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
     u32 dims = block.head_dim, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane % 8,
         quarter = lane / 8;
     const u8* values = head + P::part_bytes(dims, true);
+    // Of a task's tiles some lie past what these rows see.
+    if (start > room.last[R - 1]) return;
     score_tile<dtype, R>(block, room, head, start);
     if constexpr (P::integers) {
         if (threadIdx.x < PAGE) {
