@@ -26,8 +26,9 @@ def generate(binary, lines, flags):
     with tempfile.TemporaryDirectory() as folder:
         source, output = pathlib.Path(folder, "in.jsonl"), pathlib.Path(folder, "out.jsonl")
         source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        command = [binary, "generate", "--model", "demo", "--input", source, "--output", output, "--progress", "none"]
-        subprocess.run(command + flags, check=True, stderr=subprocess.DEVNULL)
+        model = [] if "--model" in flags else ["--model", "demo"]
+        command = [binary, "generate", "--input", source, "--output", output, "--progress", "none"]
+        subprocess.run(command + model + flags, check=True, stderr=subprocess.DEVNULL)
         return read(output)
 
 

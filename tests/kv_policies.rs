@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use tidemill::device::host::Host;
 use tidemill::device::{AttentionSpan, Device, Frames, Heads, KvViewMut, Rotation};
 use tidemill::error::Tier;
-use tidemill::kv::layout::{KvLayout, PAGE_POSITIONS};
+use tidemill::kv::layout::{KvLayout, Owner, PAGE_POSITIONS, POSITION_BITS};
 use tidemill::kv::pages::Segment;
 use tidemill::kv::policy::{Kept, Spread};
 use tidemill::memory::arena::{Arena, Region};
@@ -189,9 +189,10 @@ impl Cache {
                     .chunks(4)
                     .map(|bytes| u32::from_le_bytes(bytes.try_into().unwrap()))
                     .collect();
-                let (owner, taken) = (notes[2 * PAGE_POSITIONS], notes[2 * PAGE_POSITIONS + 2]);
-                if owner as usize == head + 1 {
-                    positions.extend(notes[..taken as usize].iter().map(|&position| position as usize));
+                let owner = Owner::read(&notes);
+                if usize::from(owner.head) == head + 1 {
+                    let taken = &notes[..usize::from(owner.taken)];
+                    positions.extend(taken.iter().map(|&note| (note & POSITION_BITS) as usize));
                 }
             }
         }

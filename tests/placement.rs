@@ -7,7 +7,7 @@ mod support;
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::jobs::{Chance, DEMO, DYNAMIC, Mix, OPT, WINDOW, file, mixed};
 use support::policies::policy;
 use support::{Scratch, generate_ok};
@@ -100,4 +100,44 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     }
     assert!(streamed.iter().all(|&runs| runs * 5 > count), "lanes that moved bytes, of {count} runs: {streamed:?}");
     assert!(decoded * 20 > count, "{decoded} of {count} runs read from disk under policies with compressed planes");
+}
+
+/// Rows are full with samples, so the other sequence sits out a pass in which no page of its kind is stored: what it had
+/// stored before must have arrived when it goes on.
+#[test]
+fn a_sequence_that_sits_out_a_pass_finds_what_it_stored() {
+    let scratch = Scratch::new();
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 272,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    });
+    let model = format!("synth:{}#1", scratch.write("config.json", config.to_string()).display());
+    let prompt = |seed: u64, len: u64| (0..len).map(|i| 10 + (i * i * 7 + seed * 31) % 250).collect::<Vec<u64>>();
+    let input: String = [
+        json!({"id": "X", "prompt": prompt(1, 64), "max_tokens": 2, "n": 5, "ignore_eos": true}),
+        json!({"id": "B", "prompt": prompt(2, 320), "max_tokens": 8, "ignore_eos": true, "temperature": 0}),
+    ]
+    .map(|line| format!("{line}\n"))
+    .concat();
+    let input = scratch.write("in.jsonl", input);
+    let cache = scratch.path("cache");
+    for (index, kv_policy) in ["full", "h2o:heavy=60,recent=10", "sink:start=4,recent=80"].into_iter().enumerate() {
+        let output = scratch.path(&format!("expected-{index}.jsonl"));
+        generate_ok(&model, &input, &output, &["--progress", "none", "--kv-policy", kv_policy], 0);
+        let expected = std::fs::read(output).unwrap();
+        for kv_slots in [4, 64] {
+            let policy = format!(
+                "sequences = 8\nchunk-tokens = 5\nblocks = 1\nblock-rows = 5\nkv-slots = {kv_slots}\npages = 100\n\
+                 block-pages = 40\nkv = {{ cpu = 0.95, disk = 0.05 }}\n"
+            );
+            let policy = scratch.write("policy.toml", policy);
+            let output = scratch.path(&format!("out-{index}-{kv_slots}.jsonl"));
+            let mut extra = vec!["--progress", "none", "--kv-policy", kv_policy, "--policy", policy.to_str().unwrap()];
+            extra.extend(["--cache-dir", cache.to_str().unwrap(), "--throttle", "disk_write=1MB/s"]);
+            generate_ok(&model, &input, &output, &extra, 0);
+            assert!(std::fs::read(output).unwrap() == expected, "{kv_policy}, {kv_slots} slots");
+        }
+    }
 }

@@ -157,7 +157,7 @@ fn random(dice: &mut Dice) -> (Placement, Vec<Vec<BlockShape>>) {
     let compute = if dice.below(2) == 0 { Tier::Gpu } else { Tier::Cpu };
     let placement = Placement::new(&model, &policy, compute);
     let has = |tier: Tier| placement.pages[tier as usize] > 0 && tier != compute;
-    let passes = (0..3)
+    let passes = (0..5)
         .map(|_| {
             let mut pages = |least: usize| Pages {
                 cpu: if has(Tier::Cpu) { least + dice.below(3) } else { 0 },

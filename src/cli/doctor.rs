@@ -43,6 +43,7 @@ fn processor() -> Vec<String> {
         Isa::Portable => "portable",
         Isa::Avx2 => "AVX2",
         Isa::Avx512 => "AVX-512",
+        Isa::Amx => "AVX-512 and AMX",
     };
     let features = features();
     let features = if features.is_empty() { "none known".to_owned() } else { features.join(" ") };

@@ -148,7 +148,7 @@ pub fn kv_policy(text: Option<&str>, config: &ModelConfig) -> Result<Arc<dyn KvP
     let policy = policy::parse(text).map_err(|what| Error::usage(format!("--kv-policy {text}: {what}"), hint))?;
     if policy.outgrows_context() && config.positions.depend_on_length() {
         let what = format!("--kv-policy {text}: this model's rotation depends on the length of the whole sequence");
-        return Err(Error::usage(what, "use full or h2o, which leave positions as they are"));
+        return Err(Error::usage(what, "use full, h2o, pyramid or per-head, which leave positions as they are"));
     }
     let narrow = |window: &Option<usize>| window.is_some_and(|window| window < config.context_len);
     if policy.needs_scores() && config.sliding_window.iter().any(narrow) {

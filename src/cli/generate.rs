@@ -146,8 +146,8 @@ pub struct Arguments {
     /// Dtype that weights are computed from [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<WeightsChoice>,
-    /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in positions or as shares of a
-    /// request's length [default: full].
+    /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in positions
+    /// or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
     /// Precision of activations in products [default: f32].

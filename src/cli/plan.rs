@@ -84,8 +84,8 @@ pub struct Arguments {
     /// Dtype of the KV cache: auto, f32, bf16, f16, int8, int4 [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<String>,
-    /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in positions or as shares of a
-    /// request's length [default: full].
+    /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in positions
+    /// or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
     /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.

@@ -7,14 +7,16 @@
 
 use std::collections::HashMap;
 
-use super::Engine;
+use super::prefix::{Found, Path};
 use super::prepare::{Prepared, Reservation, Unfit, Work};
 use super::sample::{Rules, Sample};
 use super::sequence::{Begin, Job, PromptState, Sequence};
+use super::{AHEAD_PROMPTS, Engine};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::FinishReason;
+use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::Kept;
 
 impl<D: Device> Engine<'_, D> {
@@ -24,9 +26,10 @@ impl<D: Device> Engine<'_, D> {
         let work = match work {
             Ok(work) => work,
             Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),
-            Err(Unfit::Pages(pages)) => {
+            Err(Unfit::Pages { cache, block }) => {
                 self.postponed += 1;
-                self.pages_wanted = self.pages_wanted.max(pages);
+                let [most_cache, most_block] = &mut self.pages_wanted;
+                (*most_cache, *most_block) = (cache.max(*most_cache), block.max(*most_block));
                 return Ok(());
             }
         };
@@ -36,6 +39,7 @@ impl<D: Device> Engine<'_, D> {
         let mut known: HashMap<(u32, u32), _> =
             partial.into_iter().map(|sample| ((sample.prompt, sample.sample), sample.tokens)).collect();
         let mut job = Job { header, rules, prompts: Vec::new(), open: 0, error: None };
+        let shares_beginnings = self.shares_beginnings();
         for (prompt_index, prompt) in prompts.into_iter().enumerate() {
             let n = request.sampling.n;
             let mut samples: Vec<Option<Sample>> = (0..n).map(|_| None).collect();
@@ -62,6 +66,7 @@ impl<D: Device> Engine<'_, D> {
             job.open += begin.len() + usize::from(scored.is_some());
             let scores = scored.map_or(0, |scored| prompt.tokens.len() + usize::from(scored.after.is_some()));
             let scores = vec![None; scores];
+            let shares = shares_beginnings && prompt.kept == Kept::All;
             job.prompts.push(PromptState { prompt, scores, samples });
             let mut groups: Vec<Vec<Sample>> =
                 if self.batch.share_prompts { vec![begin] } else { begin.into_iter().map(|one| vec![one]).collect() };
@@ -71,7 +76,12 @@ impl<D: Device> Engine<'_, D> {
             for (group, samples) in groups.into_iter().enumerate() {
                 let scored = scored.filter(|_| group == 0);
                 if scored.is_some() || !samples.is_empty() {
-                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scored });
+                    let tokens = &job.prompts[prompt_index].prompt.tokens;
+                    // The row before the first token that is scored predicts it.
+                    let from = scored.map_or(usize::MAX, |scored| scored.from - 1);
+                    let path = if shares { self.prefixes.enter(tokens, from) } else { Path::default() };
+                    self.pending_tokens += tokens.len();
+                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scored, path });
                 }
             }
         }
@@ -82,7 +92,7 @@ impl<D: Device> Engine<'_, D> {
         Ok(())
     }
 
-    /// Begins what there is room for, in order.
+    /// Begins what there is room for.
     pub(super) fn admit(&mut self) {
         while let Some(sequence) = self.waiting.front() {
             if self.places() == 0 || self.free_pages() < sequence.reserved {
@@ -96,42 +106,68 @@ impl<D: Device> Engine<'_, D> {
         if self.active.iter().any(|sequence| !sequence.siblings.is_empty() && sequence.sibling_pages.is_none()) {
             return;
         }
-        while let Some(begin) = self.pending.front() {
+        while let Some((index, taken)) = self.next_prompt() {
+            let begin = &self.pending[index];
             let job = &self.jobs[&begin.job];
             let prompt = &job.prompts[begin.prompt].prompt;
             let siblings = begin.samples.len().saturating_sub(1);
             let Reservation { alone, sibling, .. } = Reservation::of(prompt, begin.samples.len());
+            let (all, alone) = (alone - taken + sibling * siblings, alone - taken);
+            let lacks = all.saturating_sub(self.free_pages());
+            if lacks > 0 && self.prefixes.idle_pages() > 0 {
+                self.prefixes.give_up(lacks, &begin.path, &mut self.pool);
+            }
             let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
-            let sibling_pages = if fits(alone + sibling * siblings, siblings + 1) {
+            let sibling_pages = if fits(all, siblings + 1) {
                 Some(sibling)
             } else if siblings > 0 && self.active.is_empty() && prompt.kept != Kept::All {
-                self.part_samples();
+                self.part_samples(index);
                 continue;
             } else if siblings > 0 && self.active.is_empty() && fits(alone, 1) {
                 None
             } else {
                 return;
             };
-            let begin = self.pending.pop_front().expect("front exists");
+            self.passed_over = if index == 0 { 0 } else { self.passed_over + 1 };
+            let begin = self.pending.remove(index).expect("it was looked at");
             self.begin(begin, sibling_pages, alone);
         }
     }
 
-    /// Lets every sample of the first prompt in line compute it for itself.
-    fn part_samples(&mut self) {
-        let Begin { job, prompt, samples, scored } = self.pending.pop_front().expect("it was looked at");
-        for (index, sample) in samples.into_iter().enumerate().rev() {
-            self.pending.push_front(Begin {
-                job,
-                prompt,
-                samples: vec![sample],
-                scored: scored.filter(|_| index == 0),
+    /// The prompt that is to begin next, and how many pages of its beginning are ready: the first in line, unless its
+    /// beginning is being computed or a later one finds more ready.
+    fn next_prompt(&self) -> Option<(usize, usize)> {
+        if self.places() == 0 {
+            return None;
+        }
+        let found =
+            self.pending.iter().enumerate().filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
+                Found::Pages(pages) => Some((index, pages)),
+                Found::Soon => None,
             });
+        // Nobody is passed over for ever.
+        let mut found = found.take(if self.passed_over < AHEAD_PROMPTS { usize::MAX } else { 1 });
+        let first = found.next()?;
+        if first.1 > 0 { Some(first) } else { found.find(|&(_, pages)| pages > 0).or(Some(first)) }
+    }
+
+    /// Lets every sample of a prompt in line compute it for itself.
+    fn part_samples(&mut self, place: usize) {
+        let Begin { job, prompt, samples, scored, .. } = self.pending.remove(place).expect("it was looked at");
+        let tokens = self.jobs[&job].prompts[prompt].prompt.tokens.len();
+        self.pending_tokens += tokens * (samples.len() - 1);
+        for (index, sample) in samples.into_iter().enumerate().rev() {
+            // Caches that evict share no beginnings.
+            let (samples, scored, path) = (vec![sample], scored.filter(|_| index == 0), Path::default());
+            self.pending.insert(place, Begin { job, prompt, samples, scored, path });
         }
     }
 
     fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
-        let Begin { job, prompt, samples, scored } = begin;
+        let Begin { job, prompt, samples, scored, mut path } = begin;
+        self.begun += 1;
+        let pages = self.prefixes.begin(&mut path, self.begun, &mut self.pool);
+        let taken = pages.len() * PAGE_POSITIONS;
         let prepared = &self.jobs[&job].prompts[prompt].prompt;
         let (prompt_tokens, kept) = (&prepared.tokens, prepared.kept);
         let mut samples = samples.into_iter();
@@ -140,6 +176,8 @@ impl<D: Device> Engine<'_, D> {
         tokens.extend(sample.iter().flat_map(|sample| &sample.tokens).map(|token| token.id));
         let siblings: Vec<Sample> = samples.collect();
         self.counts.prompt_tokens += prompt_tokens.len() as u64;
+        self.counts.shared_tokens += taken as u64;
+        self.pending_tokens -= prompt_tokens.len();
         self.reserved += reserved + sibling_pages.unwrap_or(0) * siblings.len();
         self.promised_places += if sibling_pages.is_some() { siblings.len() } else { 0 };
         self.active.push(Sequence {
@@ -147,10 +185,12 @@ impl<D: Device> Engine<'_, D> {
             prompt,
             prompt_len: prompt_tokens.len(),
             tokens,
-            computed: 0,
+            computed: taken,
             kept,
-            pages: Vec::new(),
+            pages,
             reserved,
+            number: self.begun,
+            path,
             scored,
             sample,
             siblings,
@@ -176,6 +216,8 @@ impl<D: Device> Engine<'_, D> {
                 kept: leader.kept,
                 reserved: Reservation::of(prompt, 2).sibling,
                 pages,
+                number: leader.number,
+                path: Path::default(),
                 scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),
@@ -214,6 +256,7 @@ impl<D: Device> Engine<'_, D> {
 
     /// Gives back everything that a sequence holds.
     pub(super) fn release(&mut self, sequence: &Sequence) {
+        self.prefixes.end(&sequence.path, sequence.number, &mut self.pool);
         sequence.pages.iter().for_each(|&page| self.pool.release(page));
         self.reserved -= sequence.reserved;
         // Siblings that never began, because the request failed.

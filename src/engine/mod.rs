@@ -4,6 +4,7 @@
 //! its own tokens.
 
 mod admission;
+mod prefix;
 mod prepare;
 mod sample;
 mod score;
@@ -25,8 +26,13 @@ use crate::kv::pages::PagePool;
 use crate::kv::policy::KvPolicy;
 use crate::model::Model;
 use crate::schedule::Pass;
+use prefix::Prefixes;
 use prepare::{Arrival, Room};
 use sequence::{Begin, Job, Sequence};
+
+/// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.
+const AHEAD_PROMPTS: usize = 1024;
+const AHEAD_TOKENS: usize = 1 << 20;
 
 /// How much is computed together: placement, so it changes no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +41,7 @@ pub struct Batch {
     pub sequences: usize,
     /// Prompt tokens in a pass.
     pub chunk_tokens: usize,
-    /// Samples of a prompt share its computation and its pages.
+    /// Samples of a prompt share its computation and its pages, and so do prompts that begin alike.
     pub share_prompts: bool,
 }
 
@@ -48,7 +54,7 @@ pub struct Counts {
     pub failed: u64,
     /// Tokens of prompts whose computation began, each sample's prompt counted once.
     pub prompt_tokens: u64,
-    /// Prompt tokens that further samples took from the first.
+    /// Prompt tokens that were taken from other samples and prompts.
     pub shared_tokens: u64,
     /// Rows computed.
     pub computed_tokens: u64,
@@ -80,6 +86,14 @@ pub struct Engine<'m, D: Device> {
     waiting: VecDeque<Sequence>,
     /// Prompts of accepted requests, not begun.
     pending: VecDeque<Begin>,
+    /// Tokens that they have.
+    pending_tokens: usize,
+    /// Prompts that began before the first of them did.
+    passed_over: usize,
+    /// Beginnings that prompts have in common.
+    prefixes: Prefixes,
+    /// Sequences that have begun.
+    begun: u64,
     jobs: HashMap<u64, Job>,
     /// Pages promised to active sequences and not taken yet.
     reserved: usize,
@@ -89,8 +103,8 @@ pub struct Engine<'m, D: Device> {
     counts: Counts,
     /// Lines that need a larger cache than there is.
     postponed: u64,
-    /// Pages that the most demanding of them needs.
-    pages_wanted: usize,
+    /// Pages that the most demanding of them need of the cache, and of a block.
+    pages_wanted: [usize; 2],
     journalled: Instant,
     /// How long an idle engine waits for its first batch to fill.
     batch_wait: Duration,
@@ -111,13 +125,17 @@ impl<'m, D: Device> Engine<'m, D> {
             active: Vec::new(),
             waiting: VecDeque::new(),
             pending: VecDeque::new(),
+            pending_tokens: 0,
+            passed_over: 0,
+            prefixes: Prefixes::default(),
+            begun: 0,
             jobs: HashMap::new(),
             reserved: 0,
             promised_places: 0,
             pass: Pass::default(),
             counts: Counts::default(),
             postponed: 0,
-            pages_wanted: 0,
+            pages_wanted: [0; 2],
             journalled: Instant::now(),
             batch_wait: Duration::ZERO,
             hold_until: None,
@@ -154,7 +172,14 @@ impl<'m, D: Device> Engine<'m, D> {
         let (pages, block_pages) = (self.longest(), self.block_pages());
         let context_len = config.sequence_len(self.kv_policy.outgrows_context());
         let kv_policy = self.kv_policy.clone();
-        let room = Room { context_len, vocab_size: config.vocab_size, pages, block_pages, kv_policy };
+        let room = Room {
+            context_len,
+            vocab_size: config.vocab_size,
+            pages,
+            block_pages,
+            num_layers: config.num_layers,
+            kv_policy,
+        };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
             let result = self.work(&lines, writer, signal, observe);
@@ -230,8 +255,14 @@ impl<'m, D: Device> Engine<'m, D> {
         }
         let placement = self.executor.placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
-        let (wanted, longest) = (self.pages_wanted, self.longest());
-        let (need, have) = (wanted as u64 * page_bytes, longest as u64 * page_bytes);
+        let ([cache, block], longest) = (self.pages_wanted, self.longest());
+        // What a block holds counts where pages are brought in.
+        let block = if self.block_pages() == usize::MAX { 0 } else { block.max(cache) };
+        let (need, have) = (cache.max(block) as u64 * page_bytes, longest as u64 * page_bytes);
+        let policy = match block {
+            0 => format!("`pages` are {cache} or more"),
+            _ => format!("`pages` and `block-pages` are {cache} and {block} or more"),
+        };
         Err(Error::OverBudget {
             what: format!("the KV cache for the longest of {} postponed lines", self.postponed),
             tier: placement.compute,
@@ -239,16 +270,25 @@ impl<'m, D: Device> Engine<'m, D> {
             have: Bytes(have),
             hint: Some(format!(
                 "all other lines are done; run the same command with {}MiB more of --{}-memory or fewer sequences, or \
-                 with a policy whose `pages` and `block-pages` are {wanted} or more",
+                 with a policy whose {policy}",
                 (need - have).div_ceil(1 << 20),
                 placement.compute,
             )),
         })
     }
 
-    /// Whether new prompts could be admitted if there were any.
+    /// Whether prompts share their beginnings; not where keys are rotated by the length of the whole prompt.
+    fn shares_beginnings(&self) -> bool {
+        self.batch.share_prompts && !self.model.config.positions.depend_on_length()
+    }
+
+    /// Whether new prompts could be admitted if there were any, or are to be looked at ahead.
     fn wants_lines(&self) -> bool {
-        self.pending.is_empty() && self.waiting.is_empty() && self.places() > 0
+        let ahead = self.pending.len() < AHEAD_PROMPTS && self.pending_tokens < AHEAD_TOKENS;
+        match self.shares_beginnings() {
+            true => ahead,
+            false => self.pending.is_empty() && self.waiting.is_empty() && self.places() > 0,
+        }
     }
 
     /// The next line. While sequences run, it waits just long enough for a tokenizer that is keeping up.
@@ -257,6 +297,8 @@ impl<'m, D: Device> Engine<'m, D> {
         // Long waits are short too: a slow input must not keep a signal waiting.
         let patience = match self.active.is_empty() {
             true => Duration::from_millis(100),
+            // Looking ahead is worth no wait.
+            false if !self.pending.is_empty() || self.places() == 0 => left.min(Duration::from_millis(100)),
             false => left.clamp(Duration::from_millis(2), Duration::from_millis(100)),
         };
         match lines.recv_timeout(patience) {

@@ -44,9 +44,9 @@ pub struct Prepared {
 pub enum Unfit {
     /// It never will: the answer is this error.
     Line(LineError),
-    /// It needs a cache of this many pages. What a budget holds must not decide an answer, so it waits for another
-    /// run with more memory.
-    Pages(usize),
+    /// It needs a cache of this many pages, and blocks of this many. What a budget holds must not decide an answer, so it
+    /// waits for another run with more memory.
+    Pages { cache: usize, block: usize },
 }
 
 /// The prompts of a request as tokens.
@@ -95,6 +95,8 @@ pub struct Room {
     pub pages: usize,
     /// Pages that can be brought in for a layer.
     pub block_pages: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
     /// What of a sequence is kept in it.
     pub kv_policy: Arc<dyn KvPolicy>,
 }
@@ -214,9 +216,9 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
     let pages = Reservation::of(&prompt, request.sampling.n as usize).least;
-    let widest = prompt.kept.widest_layer(positions(len, prompt.max_tokens));
-    if pages > room.pages || widest > room.block_pages {
-        return Err(Unfit::Pages(pages.max(widest)));
+    let block = prompt.kept.widest_layer(positions(len, prompt.max_tokens), room.num_layers);
+    if pages > room.pages || block > room.block_pages {
+        return Err(Unfit::Pages { cache: pages, block });
     }
     Ok(prompt)
 }

@@ -9,6 +9,7 @@ use crate::kv::pages::PageId;
 use crate::kv::policy::Kept;
 use crate::model::Model;
 
+use super::prefix::Path;
 use super::prepare::{PreparedPrompt, Scored};
 use super::sample::{Rules, Sample};
 
@@ -54,6 +55,10 @@ pub struct Sequence {
     pub pages: Vec<PageId>,
     /// Pages that it may still take.
     pub reserved: usize,
+    /// Counts sequences.
+    pub number: u64,
+    /// The way of its prompt through the tree of beginnings.
+    pub path: Path,
     /// Which of the prompt's tokens it scores.
     pub scored: Option<Scored>,
     /// The sample that it generates; none when only the prompt is scored.
@@ -74,6 +79,8 @@ pub struct Begin {
     pub samples: Vec<Sample>,
     /// Which of the prompt's tokens are scored on the way.
     pub scored: Option<Scored>,
+    /// The prompt's way through the tree of beginnings.
+    pub path: Path,
 }
 
 impl Sequence {

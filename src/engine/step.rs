@@ -63,6 +63,10 @@ impl<D: Device> Engine<'_, D> {
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
         self.take_in(askers, drawn)?;
+        for sequence in &mut self.active {
+            let Sequence { path, number, computed, pages, .. } = sequence;
+            self.prefixes.publish(path, *number, *computed, pages, &mut self.pool);
+        }
         self.start_finished_prompts();
         self.retire(writer)
     }
@@ -170,7 +174,8 @@ impl<D: Device> Engine<'_, D> {
                 continue;
             }
             let sequence = self.active.remove(index);
-            self.counts.evicted_tokens += sequence.kept.evicted(sequence.computed) as u64;
+            let num_layers = self.model.config.num_layers;
+            self.counts.evicted_tokens += sequence.kept.evicted_of_layers(sequence.computed, num_layers) as u64;
             self.release(&sequence);
             self.put_away(sequence, writer)?;
         }

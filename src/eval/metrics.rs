@@ -90,10 +90,13 @@ impl Plan {
                         }
                     }
                     plan.metrics.push(match method {
-                        Method::Separate | Method::Calibrated => Metric::Reference,
                         Method::LanguageModeling => Metric::LanguageModeling,
-                        Method::Generation | Method::Joint => Metric::Generation(scores),
+                        _ => Metric::Generation(scores),
                     });
+                    // Older versions have one name for both kinds.
+                    if class.ends_with(".BasicMetric") && matches!(method, Method::Separate | Method::Calibrated) {
+                        plan.metrics.push(Metric::Reference);
+                    }
                 }
                 "BasicReferenceMetric" => plan.metrics.push(Metric::Reference),
                 "LanguageModelingMetric" => plan.metrics.push(Metric::LanguageModeling),
@@ -212,7 +215,9 @@ impl Evaluation<'_> {
                 failed.push(identity);
                 continue;
             };
-            if state.trial != trial && !alone {
+            // Requests about references are for the metric of references, and the others are not.
+            let fits = alone || state.reference.is_some() == (*metric == Metric::Reference);
+            if !fits || (state.trial != trial && !alone) {
                 continue;
             }
             match places.get(identity).filter(|_| !alone) {

@@ -18,7 +18,7 @@ pub mod results;
 pub mod rouge;
 pub mod stat;
 pub mod state;
-mod stem;
+pub mod stem;
 pub mod task;
 pub mod text;
 pub mod tree;

@@ -55,7 +55,7 @@ const TAILS: [&str; 19] = [
 ];
 
 /// The stem of a word of lower-case ASCII letters and digits.
-pub(super) fn stem(word: &str) -> String {
+pub fn stem(word: &str) -> String {
     if let Some((_, stem)) = IRREGULAR.iter().find(|(irregular, _)| *irregular == word) {
         return (*stem).to_owned();
     }

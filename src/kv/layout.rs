@@ -23,10 +23,42 @@ const PANEL: usize = 16;
 /// Bytes of scales and offsets of the keys, or values, of a head.
 const GRID_BYTES: usize = 2 * 2 * PAGE_POSITIONS;
 
-/// Bytes of a head's notes, where there are any: 64 positions as u32, 64 scores as f32, then whose slots these are
-/// where heads share them ([`Spread::Heads`](super::policy::Spread::Heads)): head + 1 (0 is nobody's), which of that
-/// head's pages, and how many of its slots are taken, as u32.
-pub const NOTE_BYTES: usize = PAGE_POSITIONS * 8 + 16;
+/// Bytes of a head's notes, where there are any: 64 positions as u32, then 64 scores as f32.
+///
+/// Positions take 24 bits. Where heads share slots ([`Spread::Heads`](super::policy::Spread::Heads)) the upper bytes of
+/// the first positions say whose these are, see [`Owner`].
+pub const NOTE_BYTES: usize = PAGE_POSITIONS * 8;
+
+/// The bits of a note that are the position.
+pub const POSITION_BITS: u32 = (1 << 24) - 1;
+
+/// Whose a page's slots of a head are, where heads share them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// Head + 1; 0 is nobody.
+    pub head: u16,
+    /// Which of that head's pages it is.
+    pub order: u32,
+    /// Slots that are taken.
+    pub taken: u8,
+}
+
+impl Owner {
+    /// What the notes of 64 positions say.
+    pub fn read(positions: &[u32]) -> Owner {
+        let bytes: [u8; 8] = std::array::from_fn(|index| (positions[index] >> 24) as u8);
+        let [h0, h1, taken, order @ .., _] = bytes;
+        Owner { head: u16::from_le_bytes([h0, h1]), order: u32::from_le_bytes(order), taken }
+    }
+
+    /// Notes it.
+    pub fn write(self, positions: &mut [u32]) {
+        let ([h0, h1], [o0, o1, o2, o3]) = (self.head.to_le_bytes(), self.order.to_le_bytes());
+        for (position, byte) in positions.iter_mut().zip([h0, h1, self.taken, o0, o1, o2, o3, 0]) {
+            *position = *position & POSITION_BITS | u32::from(byte) << 24;
+        }
+    }
+}
 
 /// What the layout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +190,18 @@ mod tests {
         let scored = KvLayout { scored: true, ..layout };
         assert_eq!((layout.notes().len(), scored.notes().len()), (0, NOTE_BYTES));
         assert_eq!(scored.layer_bytes(), layout.layer_bytes() + 2 * NOTE_BYTES);
+    }
+
+    #[test]
+    fn owners_and_positions_share_the_notes() {
+        let mut positions: [u32; PAGE_POSITIONS] = std::array::from_fn(|slot| (slot as u32 * 99_991) & POSITION_BITS);
+        let before = positions;
+        for owner in [Owner { head: 513, order: 70_001, taken: 64 }, Owner::default()] {
+            owner.write(&mut positions);
+            assert_eq!(Owner::read(&positions), owner);
+            assert_eq!(positions.map(|position| position & POSITION_BITS), before);
+        }
+        assert_eq!(positions, before);
     }
 
     #[test]

@@ -152,9 +152,9 @@ impl Kept {
     }
 
     /// Pages that a single layer of such a sequence works with, at most.
-    pub fn widest_layer(self, positions: usize) -> usize {
+    pub fn widest_layer(self, positions: usize, num_layers: usize) -> usize {
         // The first layer has the most.
-        self.at(0, 2).pages(positions).max(self.pages(positions))
+        self.at(0, num_layers).pages(positions).max(self.pages(positions))
     }
 
     /// Which of the sequence's pages holds tile `tile`: 64 positions, or 64 slots where positions have no fixed place.
@@ -256,6 +256,16 @@ impl Kept {
         self.reads(range).chain(later.map(move |tile| self.page(tile)))
     }
 
+    /// Positions of the first `positions` that are gone, on average over the layers.
+    pub fn evicted_of_layers(self, positions: usize, num_layers: usize) -> usize {
+        match self.depends_on_layer() {
+            true => {
+                (0..num_layers).map(|layer| self.at(layer, num_layers).evicted(positions)).sum::<usize>() / num_layers
+            }
+            false => self.evicted(positions),
+        }
+    }
+
     /// Positions of the first `positions` that are gone.
     pub fn evicted(self, positions: usize) -> usize {
         match self {
@@ -270,6 +280,9 @@ impl Kept {
 fn ring(recent: usize) -> usize {
     pages_for(recent - 1) + 1
 }
+
+/// No context has as many positions; notes of pages count on it.
+pub const MAX_POSITIONS: usize = 1 << 24;
 
 /// A number of positions, or a share of a request's prompt length + max_tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -303,7 +316,8 @@ impl FromStr for Amount {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is neither a number of positions nor a share such as 0.2");
         if let Ok(count) = text.parse() {
-            return Ok(Amount::Count(count));
+            let most = || format!("`{text}` positions are more than any context has");
+            return if count < MAX_POSITIONS { Ok(Amount::Count(count)) } else { Err(most()) };
         }
         let share: f64 = text.parse().map_err(|_| wrong())?;
         if (0.0..=1.0).contains(&share) { Ok(Amount::Share(share)) } else { Err(wrong()) }
@@ -365,8 +379,8 @@ struct HeavyHitters {
 enum Shape {
     /// `h2o`
     Even,
-    /// `pyramid:...,slope=S`
-    Pyramid { slope: f64 },
+    /// `pyramid:...,slope=S`, in thousandths.
+    Pyramid { slope: u16 },
     /// `per-head:...,least=L`, a share of the heavy hitters.
     PerHead { least: f64 },
 }
@@ -375,7 +389,8 @@ impl Shape {
     fn spread(self, heavy: usize) -> Spread {
         match self {
             Shape::Even => Spread::Even,
-            Shape::Pyramid { slope } => Spread::Depth { slope: (slope * 1000.0).round() as u16 },
+            Shape::Pyramid { slope: 0 } => Spread::Even,
+            Shape::Pyramid { slope } => Spread::Depth { slope },
             Shape::PerHead { least } => Spread::Heads { least: (least * heavy as f64).round() as usize },
         }
     }
@@ -385,10 +400,10 @@ impl KvPolicy for HeavyHitters {
     fn kept(&self, prompt_len: usize, max_tokens: usize) -> Kept {
         let len = prompt_len + max_tokens;
         let (heavy, recent) = (self.heavy.of(len), self.recent.of(len).max(1));
-        match positions(prompt_len, max_tokens) <= heavy + recent {
-            true => Kept::All,
-            false => Kept::Heavy { heavy, recent, prompt_len, spread: self.shape.spread(heavy) },
-        }
+        let kept = Kept::Heavy { heavy, recent, prompt_len, spread: self.shape.spread(heavy) };
+        // The last layer has least.
+        let fits = kept.at(1, 2).capacity() >= Some(positions(prompt_len, max_tokens));
+        if fits { Kept::All } else { kept }
     }
 
     fn needs_scores(&self) -> bool {
@@ -401,7 +416,9 @@ impl fmt::Display for HeavyHitters {
         let HeavyHitters { heavy, recent, shape } = self;
         match shape {
             Shape::Even => write!(f, "h2o:heavy={heavy},recent={recent}"),
-            Shape::Pyramid { slope } => write!(f, "pyramid:heavy={heavy},recent={recent},slope={slope:?}"),
+            Shape::Pyramid { slope } => {
+                write!(f, "pyramid:heavy={heavy},recent={recent},slope={:?}", f64::from(*slope) / 1000.0)
+            }
             Shape::PerHead { least } => write!(f, "per-head:heavy={heavy},recent={recent},least={least:?}"),
         }
     }
@@ -425,7 +442,7 @@ pub fn full() -> Arc<dyn KvPolicy> {
 pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
     let (name, rest) = text.split_once(':').unwrap_or((text, ""));
     let mut settings: Vec<(&str, Amount)> = Vec::new();
-    for part in rest.split(',').filter(|part| !part.is_empty()) {
+    for part in rest.split(',').filter(|_| !rest.is_empty()) {
         let (key, value) = part.split_once('=').ok_or_else(|| format!("`{part}` is not KEY=VALUE"))?;
         if settings.iter().any(|(known, _)| *known == key) {
             return Err(format!("`{key}` is there twice"));
@@ -462,7 +479,7 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
             recent: setting("recent", Some(Amount::Count(1020)))?,
         }),
         "h2o" => heavy_hitters(Shape::Even)?,
-        "pyramid" => heavy_hitters(Shape::Pyramid { slope: share("slope", 0.5)? })?,
+        "pyramid" => heavy_hitters(Shape::Pyramid { slope: (share("slope", 0.5)? * 1000.0).round() as u16 })?,
         "per-head" => heavy_hitters(Shape::PerHead { least: share("least", 0.2)? })?,
         _ => full(),
     })
@@ -559,7 +576,7 @@ mod tests {
             for layer in 0..num_layers {
                 let here = kept.at(layer, num_layers);
                 total += here.capacity().unwrap();
-                prop_assert!(here.pages(len) <= kept.widest_layer(len));
+                prop_assert!(here.pages(len) <= kept.widest_layer(len, num_layers));
                 let mut touched: Vec<usize> = here.touches(&(0..len)).collect();
                 touched.sort_unstable();
                 prop_assert!(touched.into_iter().eq(0..here.pages(len)));
@@ -621,6 +638,8 @@ mod tests {
             ("sink:start", "KEY=VALUE"),
             ("pyramid:heavy=3,recent=3,slope=2", "from 0 to 1"),
             ("per-head:heavy=3,recent=3,slope=0.2", "has no `slope`"),
+            ("h2o:heavy=18446744073709551615,recent=1", "more than any context"),
+            ("h2o:heavy=5,,recent=5", "KEY=VALUE"),
             ("lru", "no policy"),
         ] {
             let error = parse(text).unwrap_err();
@@ -637,6 +656,10 @@ mod tests {
         assert_eq!(pyramid, heavy(102, Spread::Depth { slope: 500 }));
         assert_eq!([0, 1, 2, 3].map(|layer| pyramid.at(layer, 4)), [153, 119, 85, 51].map(|h| heavy(h, Spread::Even)));
         assert_eq!(pyramid.at(0, 1), heavy(102, Spread::Even));
+        let slope = |slope: &str| parse(&format!("pyramid:heavy=200,recent=20,slope={slope}")).unwrap();
+        assert!(matches!(slope("0").kept(300, 20), Kept::Heavy { spread: Spread::Even, .. }));
+        // All is kept where the last layer could, so that no answer depends on how long it may become.
+        assert_eq!([20, 21, 22].map(|max| slope("1").kept(0, max)).map(|kept| kept == Kept::All), [true, true, false]);
         let per_head = parse("per-head:heavy=0.1,recent=0.1").unwrap().kept(512, 512);
         assert_eq!(per_head, heavy(102, Spread::Heads { least: 20 }));
         assert_eq!(parse("h2o:heavy=0.5,recent=0.5").unwrap().kept(10, 10), Kept::All);

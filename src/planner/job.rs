@@ -68,9 +68,9 @@ impl Request {
         self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
     }
 
-    /// Pages that a single layer of it works with, at most.
+    /// Pages that a single layer of it works with, at most, in a model with more than one.
     fn widest_layer(&self) -> usize {
-        self.kept.widest_layer(positions(self.prompt_len, self.max_tokens)).max(1)
+        self.kept.widest_layer(positions(self.prompt_len, self.max_tokens), 2).max(1)
     }
 
     /// Keys that a decoding query sees at most.

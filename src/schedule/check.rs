@@ -28,6 +28,9 @@ pub struct Checker {
     slots: BTreeMap<Slot, Content>,
     /// Bytes of pages and hidden states in a slot, from each source.
     brought: BTreeMap<Slot, u64>,
+    /// Where pages of a tier and a layer were stored last, and before this pass.
+    homes: BTreeMap<(Tier, u32), Slot>,
+    homes_before: BTreeMap<(Tier, u32), Slot>,
 }
 
 /// A step that is wrong.
@@ -59,6 +62,7 @@ impl Checker {
         // Only weights come ahead of the pass that needs them.
         self.slots.retain(|slot, _| !matches!(slot, Slot::Kv(_) | Slot::Hidden(_) | Slot::Embeddings));
         self.brought.clear();
+        self.homes_before = self.homes.clone();
         for (index, step) in steps.iter().enumerate() {
             self.step(placement, blocks, step).map_err(|what| Fault { index, what: format!("{what} in `{step}`") })?;
             layers += usize::from(step.op == Op::Layer);
@@ -98,7 +102,9 @@ impl Checker {
                         Slot::HiddenHome(_) => Content::After(step.stage - 1, step.block),
                         _ => content.clone(),
                     };
-                    if !home && self.slots.get(&source) != Some(&expected) {
+                    if home {
+                        self.settled(source)?;
+                    } else if self.slots.get(&source) != Some(&expected) {
                         return Err(format!("{source} holds {:?}", self.slots.get(&source)));
                     }
                 }
@@ -129,10 +135,25 @@ impl Checker {
                 }
                 for target in step.writes.iter() {
                     self.slots.insert(target, Content::After(step.stage, step.block));
+                    if let Slot::KvHome(tier, stage, _) = target {
+                        if self.homes_before.get(&(tier, stage)) == Some(&target) {
+                            return Err(format!("loads of the same pass wait for {target}"));
+                        }
+                        self.homes.insert((tier, stage), target);
+                    }
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whoever waits for `home` waits for all that earlier passes stored there.
+    fn settled(&self, home: Slot) -> Result<(), String> {
+        let Slot::KvHome(tier, stage, _) = home else { return Err(format!("pages do not live in {home}")) };
+        match self.homes_before.get(&(tier, stage)) {
+            Some(&last) if last != home => Err(format!("pages were stored into {last} since {home}")),
+            _ => Ok(()),
+        }
     }
 
     fn layer(&mut self, placement: &Placement, block: &BlockShape, step: &Step) -> Result<(), String> {

@@ -32,8 +32,9 @@ pub struct Carried {
     pub kv_staged: u64,
     /// Transfers of hidden states between disk and device.
     pub hidden_staged: u64,
-    /// Passes.
-    pub passes: u32,
+    /// Of every layer, which of the two places that stand for its pages in main memory, and on disk, was not stored into
+    /// last.
+    kv_homes: Vec<[u32; 2]>,
 }
 
 /// Lowers one pass of `blocks`.
@@ -41,7 +42,9 @@ pub fn lower<'a>(placement: &'a Placement, blocks: impl Into<Layers<'a>>, carrie
     let blocks = blocks.into();
     let stages = placement.stages.iter().enumerate();
     let streamed = stages.filter(|(_, stage)| !stage.streamed().is_empty()).map(|(index, _)| index).collect();
-    let mut lowering = Lowering { placement, blocks, streamed, carried, steps: Vec::new() };
+    carried.kv_homes.resize(placement.num_layers, [0; 2]);
+    let stored = vec![[false; 2]; placement.num_layers];
+    let mut lowering = Lowering { placement, blocks, streamed, carried, stored, steps: Vec::new() };
     lowering.pass();
     lowering.steps
 }
@@ -52,6 +55,8 @@ struct Lowering<'a> {
     /// Stages with streamed chunks, in order.
     streamed: Vec<usize>,
     carried: &'a mut Carried,
+    /// Into which tiers pages of a layer were stored in this pass.
+    stored: Vec<[bool; 2]>,
     steps: Vec<Step>,
 }
 
@@ -97,7 +102,9 @@ impl Lowering<'_> {
         }
         self.head();
         self.carried.items += items as u64;
-        self.carried.passes += 1;
+        for (homes, stored) in self.carried.kv_homes.iter_mut().zip(&self.stored) {
+            homes.iter_mut().zip(stored).for_each(|(home, &stored)| *home ^= u32::from(stored));
+        }
     }
 
     /// Logits, part by part where the head is streamed.
@@ -246,10 +253,17 @@ impl Lowering<'_> {
         ((self.carried.items + item as u64) % self.kv_slots() as u64) as u32
     }
 
-    /// The pages of a layer in a tier as the pass before left them (`written_now` false), or as this one writes them.
-    fn kv_home(&self, tier: Tier, stage: usize, written_now: bool) -> Slot {
-        let parity = (self.carried.passes + u32::from(!written_now)) % 2;
-        Slot::KvHome(tier, stage as u32, parity)
+    /// The pages of a layer in a tier as the last pass left them that stored any. A pass that stores none changes nothing:
+    /// what an earlier one stored must still be waited for.
+    fn kv_home(&self, tier: Tier, stage: usize) -> Slot {
+        Slot::KvHome(tier, stage as u32, 1 - self.carried.kv_homes[stage][usize::from(tier == Tier::Disk)])
+    }
+
+    /// The pages of a layer in a tier as this pass leaves them.
+    fn new_kv_home(&mut self, tier: Tier, stage: usize) -> Slot {
+        let tier_index = usize::from(tier == Tier::Disk);
+        self.stored[stage][tier_index] = true;
+        Slot::KvHome(tier, stage as u32, self.carried.kv_homes[stage][tier_index])
     }
 
     fn kv_staging(&mut self) -> Slot {
@@ -262,11 +276,11 @@ impl Lowering<'_> {
         let bytes = |pages: usize| pages as u64 * self.placement.frame;
         let (cpu, disk) = (bytes(loads.cpu), bytes(loads.disk));
         if cpu > 0 {
-            let home = self.kv_home(Tier::Cpu, place.stage, false);
+            let home = self.kv_home(Tier::Cpu, place.stage);
             self.step(Lane::H2d, Op::LoadKv, place, home.into(), slot.into(), cpu);
         }
         if disk > 0 {
-            let home = self.kv_home(Tier::Disk, place.stage, false);
+            let home = self.kv_home(Tier::Disk, place.stage);
             let staging = self.has_device().then(|| self.kv_staging());
             self.bring((Op::ReadKv, Op::LoadKv), place, [home, slot], staging, disk);
         }
@@ -278,11 +292,11 @@ impl Lowering<'_> {
         let bytes = |pages: usize| pages as u64 * self.placement.frame;
         let (cpu, disk) = (bytes(stores.cpu), bytes(stores.disk));
         if cpu > 0 {
-            let home = self.kv_home(Tier::Cpu, place.stage, true);
+            let home = self.new_kv_home(Tier::Cpu, place.stage);
             self.step(Lane::D2h, Op::StoreKv, place, slot.into(), home.into(), cpu);
         }
         if disk > 0 {
-            let home = self.kv_home(Tier::Disk, place.stage, true);
+            let home = self.new_kv_home(Tier::Disk, place.stage);
             let staging = self.has_device().then(|| self.kv_staging());
             self.put_away((Op::StoreKv, Op::WriteKv), place, [slot, home], staging, disk);
         }

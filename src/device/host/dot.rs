@@ -8,8 +8,11 @@
 //! depend on its row of x and its column of w alone, on every instruction set.
 //!
 //! Limit: 2 * rows * inputs * outputs operations at the rate of byte dot products. With 512-bit ones, each 16 come with
-//! 3 multiplications of f32 on the same units, which leaves 84 %; `cargo bench --bench products` prints the fraction
-//! that is reached.
+//! 3 multiplications of f32 and a conversion on the same units, which leaves 80 %; for tiles see `amx.rs`. What is
+//! reached is printed by `cargo bench --bench products`.
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
 
 use std::ops::Range;
 
@@ -27,18 +30,29 @@ use crate::model::packed::panels::{TILE_INPUTS, code_bytes, tile_bytes};
 const BLOCK_GROUPS: usize = 32;
 
 /// Rows whose codes lie together: those that are computed together at most.
-const TILE_ROWS: usize = 12;
+fn tile_rows(isa: Isa, rows: usize) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx if rows >= AMX_ROWS => amx::ROWS,
+        _ => 12,
+    }
+}
+
+/// Fewer rows do not fill a tile: vectors are as fast then.
+#[cfg(target_arch = "x86_64")]
+const AMX_ROWS: usize = amx::ROWS;
 
 /// Groups with nothing above it count as zeros.
 const LEAST: f32 = 1e-30;
 
-/// Rows of activations as small integers, in tiles of 12 rows (the last may have fewer).
+/// Rows of activations as small integers, in tiles of some rows (the last may have fewer).
 pub struct IntegerRows<'a> {
     /// Codes, each tile (groups, rows of the tile, 64).
     codes: &'a [i8],
     /// What a step is worth, and the sum of the codes, each tile (groups, rows of the tile).
     scales: &'a [[f32; 2]],
     rows: usize,
+    tile_rows: usize,
     groups: usize,
 }
 
@@ -49,19 +63,20 @@ impl<'a> IntegerRows<'a> {
         let (scales, rest) = scratch.split_at_mut(rows * groups * 2);
         let scales: &mut [[f32; 2]] = bytemuck::cast_slice_mut(scales);
         let codes: &mut [i8] = &mut bytemuck::cast_slice_mut(rest)[..rows * groups * TILE_INPUTS];
-        let tile = TILE_ROWS * groups;
+        let tile_rows = tile_rows(isa, rows);
+        let tile = tile_rows * groups;
         let round =
             |codes: &mut [i8], scales: &mut [[f32; 2]], x: &[f32]| isa.run(RoundTile { x, inputs, codes, scales });
         let x = &x[..rows * inputs];
         if rows * inputs < PARALLEL_WORK {
             let all =
-                codes.chunks_mut(tile * TILE_INPUTS).zip(scales.chunks_mut(tile)).zip(x.chunks(TILE_ROWS * inputs));
+                codes.chunks_mut(tile * TILE_INPUTS).zip(scales.chunks_mut(tile)).zip(x.chunks(tile_rows * inputs));
             all.for_each(|((codes, scales), x)| round(codes, scales, x));
         } else {
             let all = codes.par_chunks_mut(tile * TILE_INPUTS).zip(scales.par_chunks_mut(tile));
-            all.zip(x.par_chunks(TILE_ROWS * inputs)).for_each(|((codes, scales), x)| round(codes, scales, x));
+            all.zip(x.par_chunks(tile_rows * inputs)).for_each(|((codes, scales), x)| round(codes, scales, x));
         }
-        IntegerRows { codes, scales, rows, groups }
+        IntegerRows { codes, scales, rows, tile_rows, groups }
     }
 }
 
@@ -191,8 +206,8 @@ impl Task<'_> {
         let panels = std::array::from_fn(|n| self.w.panel(panel + n).as_ptr());
         for start in (0..self.x.groups).step_by(BLOCK_GROUPS) {
             let groups = start..self.x.groups.min(start + BLOCK_GROUPS);
-            for first in (0..self.x.rows).step_by(TILE_ROWS) {
-                let count = TILE_ROWS.min(self.x.rows - first);
+            for first in (0..self.x.rows).step_by(self.x.tile_rows) {
+                let count = self.x.tile_rows.min(self.x.rows - first);
                 let mut row = 0;
                 while row < count {
                     let tile = Tile { first, count, row, panel, groups: groups.clone() };
@@ -328,15 +343,24 @@ impl Dots for Plain {
     }
 }
 
+/// Whether the processor multiplies bytes in vectors of 512 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_vnni() -> bool {
+    Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
+}
+
 /// Runs a task with the best that `isa` and the processor have.
 fn run(isa: Isa, task: Task<'_>) {
     match isa {
         #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor and the system were asked; rows were laid out for tiles.
+        Isa::Amx if isa.is_available() && task.x.tile_rows == amx::ROWS => unsafe { amx::run(&task) },
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor was asked.
-        Isa::Avx512 if x86::has_vnni() => unsafe { x86::run_vnni(task) },
+        Isa::Amx | Isa::Avx512 if has_vnni() => unsafe { x86::run_vnni(task) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: who has AVX-512 has AVX2, and `isa` was chosen among those that the processor has.
-        Isa::Avx512 | Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(task) },
+        Isa::Amx | Isa::Avx512 | Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(task) },
         // SAFETY: plain code runs everywhere.
         _ => unsafe { task.run::<Plain>() },
     }
@@ -349,10 +373,6 @@ mod x86 {
 
     use super::super::lanes::{Avx2, Avx512};
     use super::{Dots, TILE_INPUTS, Task};
-
-    pub fn has_vnni() -> bool {
-        super::Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
-    }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     pub unsafe fn run_vnni(task: Task<'_>) {
@@ -559,7 +579,7 @@ mod tests {
     fn every_set_gives_the_bits_of_the_definition() {
         for (inputs, outputs) in [(20, 17), (64, 16), (130, 48), (2100, 33)] {
             for dtype in [DType::Int8, DType::Int4] {
-                let rows = 31;
+                let rows = 150;
                 let (mut x, mut w) = (normals(1, rows * inputs), normals(2, outputs * inputs));
                 // An outlier, a row of zeros, one of nearly nothing, weights all alike.
                 x[5] = 4000.0;
@@ -571,7 +591,7 @@ mod tests {
                 let expected = expected(&x, (&data, dtype), &bias, inputs, outputs);
                 assert!(expected.iter().all(|y| y.is_finite()));
                 for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
-                    for some in [1, 2, 4, 5, 11, 12, 13, 31] {
+                    for some in [1, 2, 4, 5, 11, 12, 13, 16, 31, 150] {
                         let mut scratch = vec![0.0; some * (inputs + TILE_INPUTS)];
                         let integers = IntegerRows::round(isa, &x[..some * inputs], some, inputs, &mut scratch);
                         let mut y = vec![f32::NAN; some * outputs];

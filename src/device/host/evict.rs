@@ -17,7 +17,7 @@ use super::attention::{Block, Call, QUERY_BLOCK};
 use super::cache::{key_and_value, put_slot, store_slot, take_slot};
 use super::isa::Isa;
 use super::shared::SharedMut;
-use crate::kv::layout::{PAGE_POSITIONS, pages_for};
+use crate::kv::layout::{Owner, PAGE_POSITIONS, POSITION_BITS, pages_for};
 use crate::kv::pages::{PageId, Segment};
 use crate::kv::policy::{Kept, Spread};
 
@@ -41,16 +41,6 @@ struct Note {
     slot: usize,
     position: u32,
     score: f32,
-}
-
-/// Whose a part's slots are, as its notes say where heads share them.
-struct Owner<'a> {
-    /// Head + 1; 0 is nobody.
-    head: &'a mut u32,
-    /// Which of the head's parts it is.
-    order: &'a mut u32,
-    /// Slots that are taken.
-    taken: &'a mut u32,
 }
 
 /// Positions of a segment between two evictions.
@@ -131,11 +121,12 @@ impl<'a> Heads<'a> {
         for (index, &page) in segment.pages[..now].iter().enumerate() {
             for head in 0..count {
                 let part = Part { page, head };
-                let owner = all.heads[head].owner(part);
-                match *owner.head {
-                    1.. if index < before => {
-                        owned[*owner.head as usize - 1].push((*owner.order, part));
-                        all.taken[*owner.head as usize - 1] += *owner.taken as usize;
+                let Owner { head: owner, order, taken } =
+                    Owner::read(all.heads[head].notes(all.heads[head].bytes(part)).0);
+                match usize::from(owner).checked_sub(1) {
+                    Some(owner) if index < before => {
+                        owned[owner].push((order, part));
+                        all.taken[owner] += usize::from(taken);
                     }
                     _ => all.free.push(part),
                 }
@@ -186,14 +177,12 @@ impl<'a> Heads<'a> {
     fn close(self) {
         let Heads { heads, taken, free } = self;
         for part in free {
-            *heads[0].owner(part).head = 0;
+            heads[0].owned(part, Owner::default());
         }
         for (head, taken) in heads.iter().zip(taken) {
             for (order, &part) in head.parts.iter().enumerate() {
-                let owner = head.owner(part);
-                *owner.head = head.head as u32 + 1;
-                *owner.order = order as u32;
-                *owner.taken = taken.saturating_sub(order * PAGE_POSITIONS).min(PAGE_POSITIONS) as u32;
+                let taken = taken.saturating_sub(order * PAGE_POSITIONS).min(PAGE_POSITIONS) as u8;
+                head.owned(part, Owner { head: head.head as u16 + 1, order: order as u32, taken });
             }
         }
     }
@@ -222,16 +211,13 @@ impl Head<'_> {
 
     /// Positions and scores of a part's slots.
     fn notes<'a>(&self, part: &'a mut [u8]) -> (&'a mut [u32], &'a mut [f32]) {
-        let (positions, rest) = part[self.call.frames.layout.notes()].split_at_mut(4 * PAGE_POSITIONS);
-        (bytemuck::cast_slice_mut(positions), bytemuck::cast_slice_mut(&mut rest[..4 * PAGE_POSITIONS]))
+        let (positions, scores) = part[self.call.frames.layout.notes()].split_at_mut(4 * PAGE_POSITIONS);
+        (bytemuck::cast_slice_mut(positions), bytemuck::cast_slice_mut(scores))
     }
 
-    fn owner(&self, part: Part) -> Owner<'_> {
-        let notes = &mut self.bytes(part)[self.call.frames.layout.notes()];
-        let [head, order, taken, _] = bytemuck::cast_slice_mut(&mut notes[8 * PAGE_POSITIONS..]) else {
-            unreachable!("notes end with four numbers")
-        };
-        Owner { head, order, taken }
+    /// Notes whose a part is.
+    fn owned(&self, part: Part, owner: Owner) {
+        owner.write(self.notes(self.bytes(part)).0);
     }
 
     /// Stores the rows of a stretch behind the slots that are taken, and answers its queries.
@@ -289,7 +275,11 @@ impl Head<'_> {
             let (positions, scores) = self.notes(self.bytes(part));
             let first = page * PAGE_POSITIONS;
             let here = positions.iter().zip(scores).enumerate().take(count - first);
-            let notes = here.map(|(within, (&position, &mut score))| Note { slot: first + within, position, score });
+            let notes = here.map(|(within, (&position, &mut score))| Note {
+                slot: first + within,
+                position: position & POSITION_BITS,
+                score,
+            });
             older.extend(notes.filter(|note| (note.position as usize) < latest));
         }
         older

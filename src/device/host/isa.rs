@@ -2,6 +2,8 @@
 //!
 //! **Invariant:** a kernel body runs for an instruction set only after the processor said that it has it.
 #[cfg(target_arch = "x86_64")]
+use super::dot;
+#[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Lanes, Portable};
 
@@ -14,6 +16,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
+    /// The same with VNNI, and AMX for products of bytes.
+    Amx,
 }
 
 /// A kernel body, generic over the vector type.
@@ -65,8 +69,8 @@ impl Isa {
     }
 
     /// All sets, slowest first.
-    pub fn all() -> [Isa; 3] {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512]
+    pub fn all() -> [Isa; 4] {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx]
     }
 
     /// Whether this processor has it.
@@ -85,6 +89,8 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => dot::has_vnni() && dot::amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -93,7 +99,7 @@ impl Isa {
     /// Rows of a full register tile.
     pub fn tile_rows(self) -> usize {
         match self {
-            Isa::Avx512 => Wide::ROWS,
+            Isa::Amx | Isa::Avx512 => Wide::ROWS,
             Isa::Avx2 => Narrow::ROWS,
             Isa::Portable => Single::ROWS,
         }
@@ -110,7 +116,7 @@ impl Isa {
             Isa::Avx2 => unsafe { run_avx2(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: availability was asserted above.
-            Isa::Avx512 => unsafe { run_avx512(kernel) },
+            Isa::Amx | Isa::Avx512 => unsafe { run_avx512(kernel) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("not available"),
         }

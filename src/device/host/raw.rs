@@ -4,6 +4,8 @@
 
 use std::time::Instant;
 
+#[cfg(target_arch = "x86_64")]
+use super::dot::amx;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold};
 
@@ -52,20 +54,28 @@ impl Kernel for Chains {
 #[cfg(target_arch = "x86_64")]
 pub fn raw_int8_gops(isa: Isa) -> Option<f64> {
     let started = Instant::now();
-    let bytes = match isa {
+    let chains = CHAINS * INT8_ROUNDS;
+    let products = match isa {
+        Isa::Amx if isa.is_available() => {
+            // A product of tiles is 256 of vectors: as many rounds would take long.
+            let rounds = INT8_ROUNDS / 32;
+            // SAFETY: the processor and the system were asked.
+            unsafe { amx::repeat_products(rounds) };
+            amx::PRODUCTS * rounds * 16 * 16 * 64
+        }
         Isa::Avx512 if isa.is_available() && is_x86_feature_detected!("avx512vnni") => {
             // SAFETY: the instructions exist, as was asked above; no memory is touched.
             std::hint::black_box(unsafe { vnni_chains() });
-            64
+            chains * 64
         }
         Isa::Avx2 if isa.is_available() => {
             // SAFETY: as above.
             std::hint::black_box(unsafe { maddubs_chains() });
-            32
+            chains * 32
         }
         _ => return None,
     };
-    Some(2.0 * (CHAINS * INT8_ROUNDS * bytes) as f64 / started.elapsed().as_secs_f64() / 1e9)
+    Some(2.0 * products as f64 / started.elapsed().as_secs_f64() / 1e9)
 }
 
 /// 8-bit multiply-adds of one core; none where the processor has no instruction for them.

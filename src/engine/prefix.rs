@@ -1,0 +1,312 @@
+//! Beginnings that prompts have in common: a tree over their tokens, a page each.
+//!
+//! A prompt enters the tree when it arrives, as a path of whole pages. What a sequence has computed of its path is there
+//! for all whose paths go the same way, at once or later: who comes while it is being computed waits for it. Pages stay
+//! for as long as a prompt that has not begun needs them; they are given up earlier where their room is needed, and
+//! computed again.
+//!
+//! **Invariant:** a node is in the tree while a prompt that waits or runs goes through it. A ready node's page holds the
+//! keys and values of its tokens after those of its ancestors, is held by the tree, and is never written.
+
+use std::collections::HashMap;
+
+use crate::kv::layout::PAGE_POSITIONS;
+use crate::kv::pages::{PageId, PagePool};
+
+type NodeId = u32;
+type Tile = Box<[u32]>;
+
+/// The way of a prompt through the tree.
+#[derive(Debug, Default)]
+pub struct Path {
+    nodes: Vec<NodeId>,
+    /// How many of its pages it may take from others: it must compute what it is asked about.
+    takes: usize,
+    /// How many are ready, or left to another sequence.
+    published: usize,
+}
+
+/// The tree.
+#[derive(Debug, Default)]
+pub struct Prefixes {
+    nodes: Vec<Node>,
+    /// Numbers of nodes that are gone.
+    free: Vec<NodeId>,
+    children: HashMap<(Option<NodeId>, Tile), NodeId>,
+    /// Ready nodes that no sequence goes through.
+    idle: usize,
+}
+
+#[derive(Debug)]
+struct Node {
+    parent: Option<NodeId>,
+    tokens: Tile,
+    /// Prompts that have not begun.
+    waiting: usize,
+    /// Sequences.
+    running: usize,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Absent,
+    /// By the sequence of this number.
+    Computing(u64),
+    Ready(PageId),
+}
+
+/// What a prompt finds of its beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// So many pages that it can take.
+    Pages(usize),
+    /// A page that is being computed.
+    Soon,
+}
+
+impl Prefixes {
+    /// A prompt that waits. It takes no page that holds its last token or one from `from` on.
+    pub fn enter(&mut self, tokens: &[u32], from: usize) -> Path {
+        let mut path = Path { takes: from.min(tokens.len() - 1) / PAGE_POSITIONS, ..Path::default() };
+        for tile in tokens.chunks_exact(PAGE_POSITIONS) {
+            let parent = path.nodes.last().copied();
+            let key = (parent, Tile::from(tile));
+            let node = match self.children.get(&key) {
+                Some(&node) => node,
+                None => self.add(key),
+            };
+            self.nodes[node as usize].waiting += 1;
+            path.nodes.push(node);
+        }
+        path
+    }
+
+    fn add(&mut self, key: (Option<NodeId>, Tile)) -> NodeId {
+        let node = Node { parent: key.0, tokens: key.1.clone(), waiting: 0, running: 0, state: State::Absent };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.nodes[id as usize] = node;
+                id
+            }
+            None => {
+                self.nodes.push(node);
+                NodeId::try_from(self.nodes.len() - 1).expect("node numbers are 32 bits wide")
+            }
+        };
+        self.children.insert(key, id);
+        id
+    }
+
+    /// What there is of a prompt's beginning.
+    pub fn look(&self, path: &Path) -> Found {
+        let states = path.nodes[..path.takes].iter().map(|&node| self.nodes[node as usize].state);
+        let mut ready = 0;
+        for state in states {
+            match state {
+                State::Ready(_) => ready += 1,
+                State::Computing(_) => return Found::Soon,
+                State::Absent => break,
+            }
+        }
+        Found::Pages(ready)
+    }
+
+    /// A prompt begins as the sequence of this number: gives the pages that it takes from others, which it holds from now
+    /// on. What nobody computes it will.
+    pub fn begin(&mut self, path: &mut Path, sequence: u64, pool: &mut PagePool) -> Vec<PageId> {
+        let Found::Pages(taken) = self.look(path) else { panic!("the prompt waits for its beginning") };
+        let mut pages = Vec::with_capacity(taken);
+        for (index, &node) in path.nodes.iter().enumerate() {
+            let node = &mut self.nodes[node as usize];
+            self.idle -= usize::from(node.is_idle());
+            (node.waiting, node.running) = (node.waiting - 1, node.running + 1);
+            match node.state {
+                State::Ready(page) if index < taken => {
+                    pool.share(page);
+                    pages.push(page);
+                }
+                State::Absent => node.state = State::Computing(sequence),
+                State::Ready(_) | State::Computing(_) => {}
+            }
+        }
+        path.published = taken;
+        pages
+    }
+
+    /// What the sequence has computed by now, so many positions in `pages`, is ready.
+    pub fn publish(&mut self, path: &mut Path, sequence: u64, computed: usize, pages: &[PageId], pool: &mut PagePool) {
+        let upto = path.nodes.len().min(computed / PAGE_POSITIONS);
+        while path.published < upto {
+            let node = &mut self.nodes[path.nodes[path.published] as usize];
+            if node.state == State::Computing(sequence) {
+                let page = pages[path.published];
+                pool.share(page);
+                node.state = State::Ready(page);
+            }
+            path.published += 1;
+        }
+    }
+
+    /// The sequence has ended; what it has not computed somebody else must.
+    pub fn end(&mut self, path: &Path, sequence: u64, pool: &mut PagePool) {
+        for &id in path.nodes.iter().rev() {
+            let node = &mut self.nodes[id as usize];
+            node.running -= 1;
+            if node.state == State::Computing(sequence) {
+                node.state = State::Absent;
+            }
+            self.idle += usize::from(node.is_idle());
+            self.drop_unneeded(id, pool);
+        }
+    }
+
+    fn drop_unneeded(&mut self, id: NodeId, pool: &mut PagePool) {
+        let node = &mut self.nodes[id as usize];
+        if node.waiting + node.running > 0 {
+            return;
+        }
+        self.idle -= usize::from(node.is_idle());
+        if let State::Ready(page) = node.state {
+            pool.release(page);
+        }
+        node.state = State::Absent;
+        let key = (node.parent, std::mem::take(&mut node.tokens));
+        self.children.remove(&key);
+        self.free.push(id);
+    }
+
+    /// Pages that the tree alone holds.
+    pub fn idle_pages(&self) -> usize {
+        self.idle
+    }
+
+    /// Gives up `count` pages that the tree alone holds, but not those that `path` takes: the ends of beginnings first.
+    pub fn give_up(&mut self, count: usize, path: &Path, pool: &mut PagePool) {
+        let taken = &path.nodes[..path.takes];
+        let mut idle: Vec<(usize, NodeId)> = Vec::new();
+        for id in 0..self.nodes.len() as NodeId {
+            if self.nodes[id as usize].is_idle() && !taken.contains(&id) {
+                idle.push((self.depth(id), id));
+            }
+        }
+        // A page is of no use without those before it.
+        idle.sort_unstable_by(|a, b| b.cmp(a));
+        for (_, id) in idle.into_iter().take(count) {
+            let node = &mut self.nodes[id as usize];
+            if let State::Ready(page) = std::mem::replace(&mut node.state, State::Absent) {
+                pool.release(page);
+                self.idle -= 1;
+            }
+        }
+    }
+
+    fn depth(&self, mut id: NodeId) -> usize {
+        let mut depth = 0;
+        while let Some(parent) = self.nodes[id as usize].parent {
+            (id, depth) = (parent, depth + 1);
+        }
+        depth
+    }
+}
+
+impl Node {
+    fn is_idle(&self) -> bool {
+        self.running == 0 && matches!(self.state, State::Ready(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A sequence of the model below.
+    struct Running {
+        tokens: Vec<u32>,
+        path: Path,
+        number: u64,
+        computed: usize,
+        pages: Vec<PageId>,
+    }
+
+    /// Tokens whose pages are all of one kind.
+    fn prompt(kinds: &[u32], tail: usize) -> Vec<u32> {
+        kinds.iter().flat_map(|&kind| [kind; PAGE_POSITIONS]).chain((0..tail as u32).map(|token| 100 + token)).collect()
+    }
+
+    proptest! {
+        /// Whatever prompts do, a page that is taken holds the tokens that its taker has there, and in the end every page
+        /// is free.
+        #[test]
+        fn pages_hold_what_their_takers_have(
+            prompts in prop::collection::vec((prop::collection::vec(0u32..3, 0..5), 1usize..64, 0usize..400), 1..24),
+            turns in prop::collection::vec((0u8..6, 0usize..24), 0..200),
+        ) {
+            let mut pool = PagePool::new([200, 0, 0]);
+            let mut tree = Prefixes::default();
+            // What every page holds: all tokens up to its end.
+            let mut contents: HashMap<PageId, Vec<u32>> = HashMap::new();
+            let mut waiting: Vec<(Vec<u32>, Path)> = Vec::new();
+            let mut running: Vec<Running> = Vec::new();
+            for (kinds, tail, from) in &prompts {
+                let tokens = prompt(kinds, *tail);
+                let path = tree.enter(&tokens, *from);
+                prop_assert!(path.takes * PAGE_POSITIONS < tokens.len() && path.takes * PAGE_POSITIONS <= *from);
+                waiting.push((tokens, path));
+            }
+            let rest = (0..1200u32).map(|turn| ((turn % 3) as u8, 0));
+            for (number, (turn, which)) in turns.into_iter().chain(rest).enumerate() {
+                match turn {
+                    0 | 3 if !waiting.is_empty() => {
+                        let which = which % waiting.len();
+                        if tree.look(&waiting[which].1) == Found::Soon {
+                            prop_assert!(running.iter().any(|one| one.computed < one.tokens.len()));
+                            continue;
+                        }
+                        let (tokens, mut path) = waiting.remove(which);
+                        let pages = tree.begin(&mut path, number as u64, &mut pool);
+                        for (index, page) in pages.iter().enumerate() {
+                            prop_assert_eq!(&contents[page][..], &tokens[..(index + 1) * PAGE_POSITIONS]);
+                        }
+                        let computed = pages.len() * PAGE_POSITIONS;
+                        running.push(Running { tokens, path, number: number as u64, computed, pages });
+                    }
+                    1 | 4 if !running.is_empty() => {
+                        let which = which % running.len();
+                        let one = &mut running[which];
+                        one.computed = one.tokens.len().min(one.computed + 50);
+                        while one.pages.len() * PAGE_POSITIONS < one.computed {
+                            let page = pool.take();
+                            let end = one.tokens.len().min((one.pages.len() + 1) * PAGE_POSITIONS);
+                            contents.insert(page, one.tokens[..end].to_vec());
+                            one.pages.push(page);
+                        }
+                        tree.publish(&mut one.path, one.number, one.computed, &one.pages, &mut pool);
+                    }
+                    2 if !running.is_empty() && (number > 200 || which % 4 == 0) => {
+                        let which = which % running.len();
+                        // Some end before they are done.
+                        if number < 200 || running[which].computed == running[which].tokens.len() {
+                            let one = running.remove(which);
+                            tree.end(&one.path, one.number, &mut pool);
+                            one.pages.iter().for_each(|&page| pool.release(page));
+                        }
+                    }
+                    5 => {
+                        let (free, idle) = (pool.free(), tree.idle_pages());
+                        tree.give_up(which, &Path::default(), &mut pool);
+                        prop_assert_eq!(pool.free() - free, which.min(idle));
+                    }
+                    _ => {}
+                }
+                let idle = tree.nodes.iter().filter(|node| node.is_idle()).count();
+                prop_assert_eq!(idle, tree.idle_pages());
+            }
+            prop_assert!(waiting.is_empty() && running.is_empty(), "{} wait, {} run", waiting.len(), running.len());
+            prop_assert_eq!(pool.free(), 200);
+            prop_assert!(tree.children.is_empty());
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Prompts that begin alike share what they begin with, and nobody can tell from the answers.
+#![allow(missing_docs)]
+
+mod support;
+
+use serde_json::{Value, json};
+use support::jobs::{Chance, file};
+use support::{Scratch, generate_ok};
+
+/// Few-shot headers of several pages, questions behind them, some with an example of their own in between: nested
+/// beginnings. In order of subjects, or mixed up.
+fn questions(seed: u64, subjects: u64, each: u64, mixed: bool) -> Vec<Vec<u32>> {
+    let mut chance = Chance::new(seed);
+    let tokens =
+        |count: u64, chance: &mut Chance| -> Vec<u32> { (0..count).map(|_| 20 + chance.below(600) as u32).collect() };
+    let mut prompts = Vec::new();
+    for _ in 0..subjects {
+        let count = 150 + chance.below(250);
+        let header = tokens(count, &mut chance);
+        let documents: Vec<Vec<u32>> = (0..2).map(|_| tokens(100, &mut chance)).collect();
+        for question in 0..each {
+            let document: &[u32] = if question % 3 == 0 { &[] } else { &documents[(question % 2) as usize] };
+            let count = 5 + chance.below(60);
+            prompts.push([&header[..], document, &tokens(count, &mut chance)].concat());
+        }
+    }
+    if mixed {
+        for index in (1..prompts.len()).rev() {
+            prompts.swap(index, chance.below(index as u64 + 1) as usize);
+        }
+    }
+    prompts
+}
+
+/// Tokens of whole pages that some earlier prompt has computed, if nothing is ever forgotten.
+fn could_be_saved(prompts: &[Vec<u32>]) -> usize {
+    let mut known: std::collections::HashSet<&[u32]> = std::collections::HashSet::new();
+    let mut saved = 0;
+    for prompt in prompts {
+        let pages = (1..=prompt.len() / 64).map(|page| &prompt[..64 * page]);
+        // The last token is always computed.
+        saved += pages.clone().filter(|page| page.len() < prompt.len() && known.contains(page)).count() * 64;
+        known.extend(pages);
+    }
+    saved
+}
+
+fn lines(prompts: &[Vec<u32>]) -> Vec<Value> {
+    let mut chance = Chance::new(5);
+    let line = |prompt: &Vec<u32>| match chance.below(8) {
+        0 => json!({"prompt": prompt, "max_tokens": 5, "n": 3}),
+        1 => json!({"prompt": prompt, "max_tokens": 3, "prompt_logprobs": 1}),
+        2 => json!({"context": &prompt[..prompt.len() - 3], "continuation": &prompt[prompt.len() - 3..]}),
+        3 => json!({"prompt": prompt, "max_tokens": 20, "temperature": 0}),
+        _ => json!({"prompt": prompt, "max_tokens": 1 + chance.below(6)}),
+    };
+    prompts.iter().map(line).collect()
+}
+
+struct Outcome {
+    bytes: Vec<u8>,
+    stats: Value,
+}
+
+fn run(scratch: &Scratch, lines: &[Value], extra: &[&str]) -> Outcome {
+    let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
+    let input = scratch.write("in.jsonl", file(&lines));
+    let (output, stats) = (scratch.path("out.jsonl"), scratch.path("stats.json"));
+    let fixed = ["--progress", "none", "--stats", stats.to_str().unwrap()];
+    generate_ok("demo", &input, &output, &[&fixed, extra].concat(), 0);
+    let outcome = Outcome {
+        bytes: std::fs::read(&output).unwrap(),
+        stats: serde_json::from_slice(&std::fs::read(&stats).unwrap()).unwrap(),
+    };
+    for path in std::fs::read_dir(scratch.path("")).unwrap().flatten() {
+        if path.file_name().to_string_lossy().starts_with("out.jsonl") {
+            std::fs::remove_file(path.path()).unwrap();
+        }
+    }
+    outcome
+}
+
+#[test]
+fn nearly_all_that_could_be_saved_is_saved() {
+    let scratch = Scratch::new();
+    for mixed in [false, true] {
+        let prompts = questions(1, 8, 15, mixed);
+        let lines: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt": prompt, "max_tokens": 2})).collect();
+        let shared = run(&scratch, &lines, &[]);
+        let own = run(&scratch, &lines, &["--prefix-sharing", "off"]);
+        assert!(shared.bytes == own.bytes, "mixed: {mixed}");
+        let tokens = |outcome: &Outcome, key: &str| outcome.stats[key].as_u64().unwrap() as usize;
+        let (could, saved) = (could_be_saved(&prompts), tokens(&shared, "prefix_shared_tokens"));
+        assert!(saved * 100 >= could * 95 && saved <= could, "mixed: {mixed}, saved {saved} of {could}");
+        assert_eq!(tokens(&own, "prefix_shared_tokens"), 0);
+        assert_eq!(tokens(&own, "computed_tokens") - tokens(&shared, "computed_tokens"), saved);
+        assert_eq!(tokens(&shared, "prompt_tokens"), prompts.iter().map(Vec::len).sum::<usize>());
+    }
+}
+
+#[test]
+fn sharing_changes_no_byte_wherever_pages_are_and_however_few() {
+    let scratch = Scratch::new();
+    let lines = lines(&questions(2, 6, 7, true));
+    let expected = run(&scratch, &lines, &["--prefix-sharing", "off"]).bytes;
+    let policies = [
+        "sequences = 1\nchunk-tokens = 7\npages = 18\n",
+        "sequences = 5\nchunk-tokens = 64\npages = 20\n",
+        "sequences = 40\nchunk-tokens = 300\npages = 60\n",
+        "sequences = 12\nchunk-tokens = 100\nblocks = 3\npages = 50\nkv = { gpu = 0.3, cpu = 0.4, disk = 0.3 }\n",
+    ];
+    for (index, policy) in policies.iter().enumerate() {
+        let policy = scratch.write("policy.toml", policy);
+        let mut extra = vec!["--policy", policy.to_str().unwrap()];
+        let cache = scratch.path("cache");
+        if index == 3 {
+            extra.extend(["--device", "host", "--gpu-memory", "200MiB", "--cache-dir", cache.to_str().unwrap()]);
+        }
+        let outcome = run(&scratch, &lines, &extra);
+        assert!(outcome.bytes == expected, "policy {index}");
+        assert!(outcome.stats["prefix_shared_tokens"].as_u64() > Some(0), "policy {index}");
+    }
+    // Caches that evict, and numerics of integers.
+    for numerics in [&["--kv-policy", "h2o:heavy=0.1,recent=0.1"][..], &["--kv-dtype", "int4", "--weights", "int8"]] {
+        let own = run(&scratch, &lines, &[numerics, &["--prefix-sharing", "off"]].concat());
+        assert!(run(&scratch, &lines, numerics).bytes == own.bytes, "{numerics:?}");
+    }
+}
