@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What is too heavy for scripts/check.sh: the tests marked `#[ignore]`, optimised, and the dependencies once more.
 # A thousand random placements over three tiers (tests/placement.rs draws 40 in the check).
+# Jobs on the card or its emulator (tests/cuda.rs draws 20 in the check).
 # Ignored tests: tests/long.rs (100,000 lines in bounded memory, 50 kills) and model::synth::tests::speed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,4 +13,5 @@ part "advisories" advisories
 part "long tests" cargo test --locked --release -- --ignored
 part "address sanitizer" scripts/sanitize.sh
 part "a thousand placements" env PLACEMENTS=1000 cargo test --locked --release --test placement
+part "two thousand jobs on the card" env CUDA_SEEDS=2000 OPS=50 cargo test --locked --release --test cuda --test ops
 summary

@@ -220,7 +220,8 @@ fn jobs_agree_with_the_host() {
         let case = Case::draw(seed);
         let worst = case.compare(&directory);
         let numerics = case.numerics.join(" ");
-        writeln!(std::io::stderr(), "seed {seed:4} {:16} {numerics}: {worst:.1e}", case.model.name).unwrap();
+        writeln!(std::io::stderr(), "seed {seed:4} {:16} {numerics}: {worst:.1e}", case.model.name)
+            .expect("standard error");
     }
 }
 

@@ -186,7 +186,7 @@ impl Table {
     fn print(&self) {
         use std::io::Write;
         let text: String = self.0.iter().map(|(what, error)| format!("{what:24} NMSE {error:.1e}\n")).collect();
-        write!(std::io::stderr(), "{text}").unwrap();
+        write!(std::io::stderr(), "{text}").expect("standard error");
     }
 }
 
@@ -490,7 +490,8 @@ fn sampling() {
                 assert_eq!(host.token, card.token, "{what}");
                 assert!((host.logprob - card.logprob).abs() < 1e-5, "{what}");
                 assert_eq!(host.top.len(), card.top.len(), "{what}");
-                let close = |(host, card): (&(u32, f32), &(u32, f32))| host.0 == card.0 && (host.1 - card.1).abs() < 1e-5;
+                let close =
+                    |(host, card): (&(u32, f32), &(u32, f32))| host.0 == card.0 && (host.1 - card.1).abs() < 1e-5;
                 assert!(host.top.iter().zip(&card.top).all(close), "{what}");
             }
         }

@@ -8,7 +8,7 @@ use crate::device::cuda::card::{Card, Problem};
 use crate::device::cuda::{Needs, arithmetic, workspace};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::size::product_bytes;
-use crate::kv::policy::{KvPolicy, Kept, Spread};
+use crate::kv::policy::{Kept, KvPolicy, Spread};
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
 use crate::model::packed::layout::ModelLayout;
@@ -61,11 +61,7 @@ pub fn budget(card: &Card, given: Option<u64>) -> Result<u64> {
 /// What a card works in for a model.
 pub fn workspace_of(config: &ModelConfig, layout: &ModelLayout) -> Workspace {
     let workspace = workspace::Workspace::new(config, product_bytes(layout));
-    Workspace {
-        device: workspace.bytes() as u64,
-        lists: workspace.lists as u64,
-        lists_row: workspace.lists_row as u64,
-    }
+    Workspace { device: workspace.bytes() as u64, lists: workspace.lists as u64, lists_row: workspace.lists_row as u64 }
 }
 
 /// What a card's results depend on: part of a run's fingerprint, so that no run goes on with another arithmetic.
@@ -80,7 +76,8 @@ pub fn numerics(
     config: &ModelConfig,
 ) -> Result<String> {
     if config.head_dim > MOST_HEAD_DIM {
-        let what = format!("heads of {} are too wide for the GPU's kernels, which take {MOST_HEAD_DIM}", config.head_dim);
+        let what =
+            format!("heads of {} are too wide for the GPU's kernels, which take {MOST_HEAD_DIM}", config.head_dim);
         return Err(Error::usage(what, "add --device host"));
     }
     let long = 1 << 30;

@@ -304,7 +304,8 @@ impl<D: Device> Workshop<D> {
             _ => {
                 let home = |&index: &usize| read(&self.shared.kv_cpu[self.home(step, block.frames[index])]);
                 let homes: Vec<_> = block.loads[0].iter().map(home).collect();
-                let parts = homes.iter().zip(&block.loads[0]).map(|(home, &index)| (&home.bytes()[..frame], index * frame));
+                let parts =
+                    homes.iter().zip(&block.loads[0]).map(|(home, &index)| (&home.bytes()[..frame], index * frame));
                 self.device().copy_in(&parts.collect::<Vec<_>>(), &mut slot.memory)
             }
         }
@@ -318,7 +319,8 @@ impl<D: Device> Workshop<D> {
         match written(step) {
             Slot::KvStaging(place) => {
                 let mut place = write(&self.shared.kv_staging[place as usize]);
-                let parts = block.stores[1].iter().map(|&index| index * frame).zip(place.bytes_mut().chunks_exact_mut(frame));
+                let parts =
+                    block.stores[1].iter().map(|&index| index * frame).zip(place.bytes_mut().chunks_exact_mut(frame));
                 self.device().copy_out(&slot.memory, &mut parts.collect::<Vec<_>>())
             }
             _ => {

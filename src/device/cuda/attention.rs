@@ -258,7 +258,8 @@ impl Call<'_> {
             bytemuck::cast_slice(&sin),
         ];
         assert!(list_bytes(&parts.map(<[u8]>::len)) <= turn.capacity());
-        let [listed_at, pages_at, tasks_at, tensor_tasks_at, folds_at, heavy_at, cos_at, sin_at] = turn.upload(parts)?;
+        let [listed_at, pages_at, tasks_at, tensor_tasks_at, folds_at, heavy_at, cos_at, sin_at] =
+            turn.upload(parts)?;
         let (cos_at, sin_at) = if rotated.is_some() { (cos_at, sin_at) } else { (0, 0) };
         let qkv = self.qkv.at(4 * group.first_row * width, 4 * group.rows * width);
         let out = self.out.at(4 * group.first_row * out_width, 4 * group.rows * out_width);
@@ -478,13 +479,8 @@ mod tests {
 
     #[test]
     fn groups_keep_within_the_lists() {
-        let segment = |index: usize| Segment {
-            first_row: 3 * index,
-            len: 3,
-            start: 0,
-            pages: vec![7; 10],
-            kept: Kept::All,
-        };
+        let segment =
+            |index: usize| Segment { first_row: 3 * index, len: 3, start: 0, pages: vec![7; 10], kept: Kept::All };
         let segments: Vec<Segment> = (0..10).map(segment).collect();
         let groups = groups(&segments, 4, 100, 700);
         assert!(groups.len() > 1);

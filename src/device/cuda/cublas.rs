@@ -110,8 +110,7 @@ impl Cublas {
         // SAFETY: the types are those of cublas_api.h, which have not changed since CUDA 11.
         let cublas = unsafe {
             (|| -> Result<Cublas, String> {
-                let property: unsafe extern "C" fn(c_int, *mut c_int) -> Status =
-                    symbol(library, "cublasGetProperty")?;
+                let property: unsafe extern "C" fn(c_int, *mut c_int) -> Status = symbol(library, "cublasGetProperty")?;
                 let (mut major, mut minor) = (0, 0);
                 property(0, &mut major);
                 property(1, &mut minor);

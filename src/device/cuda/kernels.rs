@@ -186,7 +186,9 @@ impl Kernels {
                 // Whatever was kept is not what it should be.
                 Err(_) if was_kept => {
                     let image = make.compile(program)?;
-                    kernels.add(program, &image).map_err(|error| failed(&format!("loading {}", program.file), error))?;
+                    kernels
+                        .add(program, &image)
+                        .map_err(|error| failed(&format!("loading {}", program.file), error))?;
                     make.keep(program, &image, false);
                 }
                 Err(error) => return Err(failed(&format!("loading {}", program.file), error)),
@@ -235,9 +237,7 @@ impl Kernels {
             arguments.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
         // SAFETY: passed on from the caller; the driver reads as many bytes behind every pointer as the kernel's
         // argument has, eight at most.
-        unsafe {
-            result::launch_kernel(self.functions[name], grid, (block, 1, 1), shared, stream, &mut pointers)
-        }
+        unsafe { result::launch_kernel(self.functions[name], grid, (block, 1, 1), shared, stream, &mut pointers) }
     }
 }
 

@@ -158,7 +158,8 @@ impl Places {
         for prefix in &self.prefixes {
             directories.push(prefix.join("lib"));
             let pythons = entries(&prefix.join("lib"));
-            let named = |path: &&PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));
+            let named =
+                |path: &&PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));
             for python in pythons.iter().filter(named) {
                 for packages in ["site-packages", "dist-packages"] {
                     let wheels = entries(&python.join(packages).join("nvidia"));

@@ -122,7 +122,13 @@ impl Cuda {
         let host_lists = host.carve_aligned(lists_bytes, 4096);
         let pinned = Pinned::new(&context, host).map_err(|error| {
             let bytes = host.hold().bytes() as u64;
-            no_memory(error, "main memory that copies go from", Tier::Cpu, bytes, crate::memory::limits::available_memory())
+            no_memory(
+                error,
+                "main memory that copies go from",
+                Tier::Cpu,
+                bytes,
+                crate::memory::limits::available_memory(),
+            )
         })?;
         let queue = || Queue::new(&context).map_err(|error| failed("making a stream", error));
         let (compute, h2d, d2h) = (queue()?, queue()?, queue()?);
@@ -176,6 +182,14 @@ impl Cuda {
         // SAFETY: the default stream always exists.
         let all_waited = unsafe { result::stream::synchronize(result::stream::null()) };
         copied.and(waited).and(all_waited).map_err(|error| failed(doing, error))
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // What is dropped next needs the context on this thread, and nothing under way. Nobody is left to tell.
+        let _ = self.context.bind_to_thread();
+        let _ = self.compute.wait();
     }
 }
 
@@ -456,15 +470,7 @@ impl Device for Cuda {
                 (tokens.len(), 1),
                 256,
                 0,
-                &mut words![
-                    pieces,
-                    list.len(),
-                    dtype_code(table.dtype),
-                    table.inputs,
-                    table.outputs,
-                    tokens_at,
-                    out
-                ],
+                &mut words![pieces, list.len(), dtype_code(table.dtype), table.inputs, table.outputs, tokens_at, out],
             )
         });
     }
@@ -616,7 +622,9 @@ impl Device for Cuda {
 
     fn copy_frame(&self, frames: &mut Frames<DeviceBuffer>, from: usize, to: usize) {
         let stride = frames.stride;
-        self.turn(|turn| turn.copy(frames.memory.at(from * stride, stride), frames.memory.at(to * stride, stride), stride));
+        self.turn(|turn| {
+            turn.copy(frames.memory.at(from * stride, stride), frames.memory.at(to * stride, stride), stride)
+        });
     }
 
     fn sample(&self, logits: &DeviceBuffer, vocab_size: usize, draws: &[(usize, &Draw)]) -> Vec<Drawn> {

@@ -42,11 +42,7 @@ pub struct Workspace {
 impl Workspace {
     /// The workspace of a model whose largest matrix takes `widened` bytes as it is multiplied.
     pub fn new(config: &ModelConfig, widened: usize) -> Self {
-        let heads = Heads {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        };
+        let heads = Heads { num_heads: config.num_heads, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
         Workspace::of(heads, config.vocab_size, widened)
     }
 
