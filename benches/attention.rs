@@ -62,7 +62,8 @@ struct Limits {
 
 impl Limits {
     fn measure() -> Self {
-        let flops = (0..5).map(|_| rayon::broadcast(|_| raw_fma_gflops(Isa::detect())).iter().sum()).fold(0.0, f64::max);
+        let flops =
+            (0..5).map(|_| rayon::broadcast(|_| raw_fma_gflops(Isa::detect())).iter().sum()).fold(0.0, f64::max);
         Limits { bytes: read_rate(), flops: 1e9 * flops }
     }
 
