@@ -5,7 +5,8 @@
 Both complete the same prompts with random weights of 4 bits on the same threads: llama.cpp through llama-cpp-python
 (Q4_0, all sequences in one context, greedy tokens chosen with numpy), tidemill through `generate`. Runs alternate, so
 that what else the machine does hits both; ratios are of neighbouring runs. Loading is reported beside, never counted.
-Needs numpy and, from PyPI, llama-cpp-python and gguf.
+Needs numpy and, from PyPI, llama-cpp-python and gguf. Its AMX code crashes when gcc 12 compiled it (that compiler drops
+the stores of the tile configuration): CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" pip install helps.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import datetime
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "policies" / "models" / "llama-1.1b.json"
 KV_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
+EXTRA = "llama.cpp Q4_0"
 OURS = ["--weights", "int4", "--kv-dtype", "int4", "--activations", "int8"]
 
 
@@ -133,8 +136,8 @@ def run_peer(options):
     together = options.batch // length
     wanted = numpy.tile(numpy.arange(length) == length - 1, together)
     facts = llama_cpp.llama_print_system_info().decode()
-    buffers = sorted({line.split("CPU", 1)[-1].split()[0] for line in log if "model buffer size" in line})
-    print(json.dumps({"info": facts, "buffers": ["CPU" + name for name in buffers]}), flush=True)
+    buffers = [text.split(":", 1)[1].split("model")[0].strip() for text in log if "model buffer size" in text]
+    print(json.dumps({"info": facts, "buffers": buffers}), flush=True)
     for _ in sys.stdin:
         llama_cpp.llama_memory_clear(memory, True)
         started, used = time.perf_counter(), time.process_time()
@@ -178,8 +181,14 @@ class Peer:
         self.process.wait()
 
 
+def pack(arguments, folder):
+    """Our model, packed once, so that loading is short."""
+    command = [arguments.bin, "pack", "--model", f"synth:{CONFIG}#1", "--output", folder / "packed", "--weights", "int4"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 def run_ours(arguments, folder):
-    """Seconds of the job, without loading."""
+    """Seconds of the job without loading, and those of all cores with it."""
     vocab = json.loads(CONFIG.read_text())["vocab_size"]
     source, stats = folder / "in.jsonl", folder / "stats.json"
     with open(source, "w", encoding="utf-8") as file:
@@ -190,36 +199,47 @@ def run_ours(arguments, folder):
     output = folder / "out.jsonl"
     for old in folder.glob("out.jsonl*"):
         old.unlink()
-    command = [arguments.bin, "generate", "--model", f"synth:{CONFIG}#1", "--input", source, "--output", output,
+    command = [arguments.bin, "generate", "--model", folder / "packed", "--input", source, "--output", output,
                "--stats", stats, "--progress", "none", "--threads", str(arguments.threads)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command + OURS, check=True, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = json.loads(stats.read_text())
     assert result["generated_tokens"] == arguments.prompts * arguments.generated
-    return result["wall_s"]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"whole": result["wall_s"], "cpu": cpu}
 
 
-def report(arguments, rows, ratios):
+def seconds(run):
+    return sum(value for key, value in run.items() if key != "cpu")
+
+
+def report(arguments, rows):
     """The table, as text."""
     total = arguments.prompts * (arguments.prompt_len + arguments.generated)
     yield "# Whole job beside llama.cpp\n"
     yield (f"`python3 scripts/compare_peers.py`, {datetime.date.today()}: the 1.1 B Llama shape with random weights, "
            f"{arguments.prompts} prompts of\n{arguments.prompt_len} tokens, {arguments.generated} generated each, "
-           f"{arguments.threads} threads, {arguments.rounds} alternating rounds, medians. Prompts count, loading does "
-           "not.\n")
-    yield "| run | whole job, tokens/s | prefill, tokens/s | decode, tokens/s | seconds of each round |"
-    yield "|---|---|---|---|---|"
+           f"{arguments.threads} threads, alternating rounds, medians. Prompts count, loading does not (but\nfor "
+           "tidemill's own core seconds, which contain it). Core seconds are what the processes used: where others use\n"
+           "the machine too, they say more than the clock.\n")
+    yield "| run | whole job, tokens/s | prefill, tokens/s | decode, tokens/s | core seconds | seconds of each round |"
+    yield "|---|---|---|---|---|---|"
     for name, runs in rows.items():
-        whole = [sum(run.values()) for run in runs]
-        rate = lambda key, count: (
-            f"{count / statistics.median(run[key] for run in runs):.1f}" if key in runs[0] else "")
+        middle = lambda of: statistics.median(of(run) for run in runs)
+        rate = lambda key, count: f"{count / middle(lambda run: run[key]):.1f}" if key in runs[0] else ""
         prefill = rate("prefill", arguments.prompts * arguments.prompt_len)
         decode = rate("decode", arguments.prompts * (arguments.generated - 1))
-        each = ", ".join(f"{seconds:.1f}" for seconds in whole)
-        yield f"| {name} | {total / statistics.median(whole):.1f} | {prefill} | {decode} | {each} |"
+        each = ", ".join(f"{seconds(run):.1f}" for run in runs)
+        cores = middle(lambda run: run["cpu"])
+        yield f"| {name} | {total / middle(seconds):.1f} | {prefill} | {decode} | {cores:.1f} | {each} |"
     yield ""
-    for name, values in ratios.items():
-        each = ", ".join(f"{value:.2f}" for value in values)
-        yield f"tidemill over {name}: **{statistics.median(values):.2f}** (median of {each})\n"
+    *peers, ours = rows
+    for name in peers:
+        for what, of in (("clock", seconds), ("core seconds", lambda run: run["cpu"])):
+            values = [of(peer) / of(own) for peer, own in zip(rows[name], rows[ours])]
+            each = ", ".join(f"{value:.2f}" for value in values)
+            yield f"tidemill over {name}, by {what}: **{statistics.median(values):.2f}** (median of {each})\n"
 
 
 def main():
@@ -237,7 +257,7 @@ def main():
     parser.add_argument("--unified", action="store_true", help="kv_unified: one buffer of keys for all sequences")
     parser.add_argument("--peer", choices=("all", "extra", "plain"), default="all",
                         help="llama.cpp with its rearranged weights (AMX where it has it), without, or both")
-    parser.add_argument("--no-ours", action="store_true", help="the peer alone, to find its best settings")
+    parser.add_argument("--plain-rounds", type=int, default=1, help="rounds of the peer without them")
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     parser.add_argument("--gguf", help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
@@ -251,25 +271,26 @@ def main():
         make_gguf(path, json.loads(CONFIG.read_text()))
         peers = {}
         if arguments.peer != "plain":
-            peers["llama.cpp Q4_0"] = Peer(arguments, path, plain=False)
+            peers[EXTRA] = Peer(arguments, path, plain=False)
         if arguments.peer != "extra":
             peers["llama.cpp Q4_0, weights not rearranged"] = Peer(arguments, path, plain=True)
-        rows, ratios = {name: [] for name in peers}, {name: [] for name in peers}
-        ours = "tidemill " + " ".join(OURS)
-        for _ in range(arguments.rounds):
+        rows = {name: [] for name in peers}
+        rows["tidemill " + " ".join(OURS)] = own = []
+        pack(arguments, folder)
+        for turn in range(arguments.rounds):
             for name, peer in peers.items():
-                rows[name].append(peer.run())
-            if not arguments.no_ours:
-                seconds = run_ours(arguments, folder)
-                rows.setdefault(ours, []).append({"whole": seconds})
-                for name in peers:
-                    ratios[name].append(sum(rows[name][-1].values()) / seconds)
+                # Without its rearranged weights it takes long: fewer rounds tell enough.
+                if turn < arguments.plain_rounds or name == EXTRA:
+                    rows[name].append(peer.run())
+                    print(name, rows[name][-1], file=sys.stderr)
+            own.append(run_ours(arguments, folder))
+            print("tidemill", own[-1], file=sys.stderr)
         import llama_cpp
 
-        text = list(report(arguments, rows, {} if arguments.no_ours else ratios))
+        text = list(report(arguments, rows))
         text.append(f"llama-cpp-python {llama_cpp.__version__}: n_batch {arguments.batch}, n_ubatch {arguments.ubatch}, "
                     f"KV {arguments.peer_kv}, flash_attn {arguments.flash}, kv_unified {arguments.unified}, "
-                    f"all sequences in one context.\n")
+                    f"all sequences in one context,\nOMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}.\n")
         for name, peer in peers.items():
             text.append(f"{name}: weights in {', '.join(peer.facts['buffers'])}; {peer.facts['info'].strip(' |')}\n")
             peer.close()

@@ -31,11 +31,26 @@ impl Grid {
     }
 }
 
+/// Codes while they are chosen: conversions would take most of the time.
+type Codes = [f32; GROUP];
+
+/// The sum of sixteen sums, in few steps that wait for each other.
+#[inline(always)]
+fn total(mut sums: [f32; 16]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+    }
+    sums[0]
+}
+
 /// How well `codes` stand for `weights`: the sum of squared differences.
-fn error(weights: &[f32], codes: &[u8; GROUP], grid: Grid) -> f32 {
+#[inline(always)]
+fn error(weights: &[f32], codes: &Codes, grid: Grid) -> f32 {
     let (scale, offset) = (grid.scale.to_f32(), grid.offset.to_f32());
-    let square = |(&weight, &code): (&f32, &u8)| {
-        let off = f32::from(code) * scale + offset - weight;
+    let square = |(&weight, &code): (&f32, &f32)| {
+        let off = code * scale + offset - weight;
         off * off
     };
     // Sixteen sums, so that they can be made side by side.
@@ -45,39 +60,45 @@ fn error(weights: &[f32], codes: &[u8; GROUP], grid: Grid) -> f32 {
             *sum += square((weight, code));
         }
     }
-    sums.iter().sum()
+    total(sums)
 }
 
 /// The nearest codes.
-fn quantize(weights: &[f32], grid: Grid, most: f32, codes: &mut [u8; GROUP]) {
+#[inline(always)]
+fn quantize(weights: &[f32], grid: Grid, most: f32, codes: &mut Codes) {
     let (scale, offset) = (grid.scale.to_f32(), grid.offset.to_f32());
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     for (code, weight) in codes.iter_mut().zip(weights) {
-        // Adding 2^23 leaves the nearest integer in the last bits.
-        let steps = ((weight - offset) * inverse).max(0.0).min(most) + 8_388_608.0;
-        *code = steps.to_bits() as u8;
+        // Comparisons as the processor has them: nothing here is NaN.
+        let steps = (weight - offset) * inverse;
+        let steps = if steps > 0.0 { steps } else { 0.0 };
+        let steps = if steps < most { steps } else { most };
+        // With 2^23 added there are no bits left for fractions.
+        *code = (steps + 8_388_608.0) - 8_388_608.0;
     }
 }
 
-/// The straight line through (code, weight) with the least squared error, if codes differ.
-fn fit(weights: &[f32], codes: &[u8; GROUP]) -> Option<Grid> {
+/// The straight line through (code, weight) with the least squared error; a level one through the mean if all codes are
+/// alike.
+#[inline(always)]
+fn fit(weights: &[f32], codes: &Codes) -> Grid {
     let count = weights.len() as f32;
     let (mut sum_code, mut sum_weight, mut squares, mut products) = ([0f32; 16], [0f32; 16], [0f32; 16], [0f32; 16]);
     for (weights, codes) in weights.chunks(16).zip(codes.chunks(16)) {
         for (lane, (&weight, &code)) in weights.iter().zip(codes).enumerate() {
-            let code = f32::from(code);
             sum_code[lane] += code;
             sum_weight[lane] += weight;
             squares[lane] += code * code;
             products[lane] += code * weight;
         }
     }
-    let [sum_code, sum_weight, squares, products] =
-        [sum_code, sum_weight, squares, products].map(|sums| sums.iter().sum::<f32>());
+    let (sum_code, sum_weight, squares, products) =
+        (total(sum_code), total(sum_weight), total(squares), total(products));
     let spread = squares - sum_code * sum_code / count;
     let scale = (products - sum_code * sum_weight / count) / spread;
-    let offset = (sum_weight - scale * sum_code) / count;
-    (spread > 0.0 && scale > 0.0).then(|| grid(scale, offset))
+    // Without a spread this is no number, or without bounds.
+    let scale = if spread > 0.0 && scale > 0.0 { scale } else { 0.0 };
+    grid(scale, (sum_weight - scale * sum_code) / count)
 }
 
 /// Rounded to what is stored, within the range of f16.
@@ -91,16 +112,31 @@ fn grid(scale: f32, offset: f32) -> Grid {
 /// # Errors
 /// The index of a weight that is not a finite number.
 pub fn encode(weights: &[f32], most: u8, codes: &mut [u8; GROUP]) -> Result<Grid, usize> {
-    assert!(!weights.is_empty() && weights.len() <= GROUP);
-    let (mut low, mut high, mut finite) = (f32::INFINITY, f32::NEG_INFINITY, true);
-    for &weight in weights {
-        low = low.min(weight);
-        high = high.max(weight);
-        finite &= weight.is_finite();
+    match <&[f32; GROUP]>::try_from(weights) {
+        // Loops of a known length are made of vectors.
+        Ok(whole) => encode_some(whole, most, codes),
+        Err(_) => encode_some(weights, most, codes),
     }
-    if !finite {
+}
+
+#[inline(always)]
+fn encode_some(weights: &[f32], most: u8, codes: &mut [u8; GROUP]) -> Result<Grid, usize> {
+    assert!(!weights.is_empty() && weights.len() <= GROUP);
+    // Sixteen of each, so that they can be made side by side.
+    let (mut lows, mut highs, mut poison) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16], [0f32; 16]);
+    for weights in weights.chunks(16) {
+        for (lane, &weight) in weights.iter().enumerate() {
+            lows[lane] = if weight < lows[lane] { weight } else { lows[lane] };
+            highs[lane] = if weight > highs[lane] { weight } else { highs[lane] };
+            // Of what is not finite this is NaN.
+            poison[lane] += 0.0 * weight;
+        }
+    }
+    if poison.iter().any(|poison| poison.is_nan()) {
         return Err(weights.iter().position(|weight| !weight.is_finite()).expect("one of them is not"));
     }
+    let low = lows.into_iter().fold(f32::INFINITY, f32::min);
+    let high = highs.into_iter().fold(f32::NEG_INFINITY, f32::max);
     codes.fill(0);
     let most = f32::from(most);
     if low == high {
@@ -111,25 +147,26 @@ pub fn encode(weights: &[f32], most: u8, codes: &mut [u8; GROUP]) -> Result<Grid
         return Ok(Grid { scale: rest, offset });
     }
     let middle = 0.5 * low + 0.5 * high;
-    let (mut best, mut best_error) = (grid(0.0, middle), f32::INFINITY);
-    let mut tried = [0u8; GROUP];
-    let mut consider = |grid: Grid, tried: &mut [u8; GROUP]| {
-        quantize(weights, grid, most, tried);
-        let error = error(weights, tried, grid);
-        if error < best_error {
-            (best, best_error) = (grid, error);
-            *codes = *tried;
-        }
-    };
-    for clip in CLIPS {
+    let mut tried = [0f32; GROUP];
+    // All are made before the best is taken: a choice in between would stop the processor from working ahead.
+    let candidates = CLIPS.map(|clip| {
         let half = clip * (0.5 * high - 0.5 * low);
-        let start = grid(2.0 * half / most, middle - half);
-        consider(start, &mut tried);
-        if let Some(fitted) = fit(weights, &tried) {
-            consider(fitted, &mut tried);
+        let plain = grid(2.0 * half / most, middle - half);
+        quantize(weights, plain, most, &mut tried);
+        let plain_error = error(weights, &tried, plain);
+        let fitted = fit(weights, &tried);
+        quantize(weights, fitted, most, &mut tried);
+        [(plain, plain_error), (fitted, error(weights, &tried, fitted))]
+    });
+    let mut best = (grid(0.0, middle), f32::INFINITY);
+    for &candidate in candidates.as_flattened() {
+        if candidate.1 < best.1 {
+            best = candidate;
         }
     }
-    Ok(best)
+    quantize(weights, best.0, most, &mut tried);
+    codes.iter_mut().zip(&tried[..weights.len()]).for_each(|(code, tried)| *code = *tried as u8);
+    Ok(best.0)
 }
 
 #[cfg(test)]
@@ -149,9 +186,9 @@ mod tests {
     fn min_max(weights: &[f32], most: u8) -> f64 {
         let (low, high) = weights.iter().fold((f32::MAX, f32::MIN), |(low, high), &w| (low.min(w), high.max(w)));
         let grid = grid((high - low) / f32::from(most), low);
-        let mut codes = [0; GROUP];
+        let mut codes = [0.0; GROUP];
         quantize(weights, grid, f32::from(most), &mut codes);
-        squared_error(weights, &codes, grid)
+        squared_error(weights, &codes.map(|code| code as u8), grid)
     }
 
     #[test]

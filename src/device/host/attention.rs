@@ -146,6 +146,10 @@ impl Visible {
         key < self.sinks || (self.low..self.high).contains(&key)
     }
 
+    fn is_whole(&self) -> bool {
+        self.low <= self.sinks && self.high == PAGE_POSITIONS
+    }
+
     fn is_empty(&self) -> bool {
         self.sinks == 0 && self.low >= self.high
     }
@@ -163,8 +167,6 @@ struct State {
     output: Vec<f32>,
     /// One tile's scores, then probabilities, (rows, 64).
     scores: Vec<f32>,
-    /// Probabilities, packed like the queries: (64, rows) per group.
-    packed: Vec<f32>,
     /// One tile's outputs, (rows, padded head_dim).
     tile: Vec<f32>,
     /// One tile's greatest scores.
@@ -245,7 +247,6 @@ impl Block<'_> {
             sum: vec![0.0; rows],
             output: vec![0.0; rows * padded],
             scores: vec![0.0; rows * PAGE_POSITIONS],
-            packed: vec![0.0; rows * PAGE_POSITIONS],
             tile: vec![0.0; rows * padded],
             tile_max: vec![0.0; rows],
             tile_sum: vec![0.0; rows],
@@ -293,10 +294,10 @@ impl Block<'_> {
             for group in 0..high.div_ceil(LANES) {
                 let keys = keys[group * head_dim * LANES..].as_ptr();
                 let scores = &mut state.scores[group * LANES..];
-                product::<V, R>(&state.queries, rows, head_dim, 0..head_dim, keys, scores, PAGE_POSITIONS);
+                product::<V, R>(&state.queries, rows, head_dim, keys, scores, PAGE_POSITIONS);
                 if group * LANES < sinks && !state.sink_queries.is_empty() {
                     let scores = &mut state.sink_scores[group * LANES..];
-                    product::<V, R>(&state.sink_queries, rows, head_dim, 0..head_dim, keys, scores, PAGE_POSITIONS);
+                    product::<V, R>(&state.sink_queries, rows, head_dim, keys, scores, PAGE_POSITIONS);
                 }
             }
             for row in 0..rows {
@@ -308,13 +309,12 @@ impl Block<'_> {
                 }
                 (state.tile_max[row], state.tile_sum[row]) = exponentials::<V>(scores, visible, self.call.span.scale);
             }
-            pack_probabilities(&state.scores, rows, R::ROWS, low..high, &mut state.packed);
             let values = &mut state.widened[..PAGE_POSITIONS * padded];
             widen_values::<V>(page, layout, values);
             for group in 0..padded / LANES {
                 let values = values[(group * PAGE_POSITIONS + low) * LANES..].as_ptr();
                 let tile = &mut state.tile[group * LANES..];
-                product::<V, R>(&state.packed, rows, PAGE_POSITIONS, low..high, values, tile, padded);
+                weighted::<V, R>(&state.scores, rows, low..high, values, tile, padded);
             }
             for row in 0..rows {
                 if !self.visible(row, start).is_empty() {
@@ -400,8 +400,13 @@ impl State {
 /// Scales a row's visible scores and replaces them with `exp(s - max)`, the others with 0; gives max and sum.
 #[inline(always)]
 unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: Visible, scale: f32) -> (f32, f32) {
-    for (key, score) in scores.iter_mut().enumerate() {
-        *score = if visible.contains(key) { *score * scale } else { f32::NEG_INFINITY };
+    let whole = visible.is_whole();
+    if whole {
+        scores.iter_mut().for_each(|score| *score *= scale);
+    } else {
+        for (key, score) in scores.iter_mut().enumerate() {
+            *score = if visible.contains(key) { *score * scale } else { f32::NEG_INFINITY };
+        }
     }
     // SAFETY: `scores` holds 64 values; the instruction set is the caller's.
     unsafe {
@@ -416,10 +421,12 @@ unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: Visible, scale: f3
             let p = math::exp(V::load(at.add(i)).sub(V::splat(max)));
             p.store(at.add(i));
         }
-        for (key, score) in scores.iter_mut().enumerate() {
-            // A masked key counts for exactly nothing; exp clamps its argument.
-            if !visible.contains(key) {
-                *score = 0.0;
+        if !whole {
+            for (key, score) in scores.iter_mut().enumerate() {
+                // A masked key counts for exactly nothing; exp clamps its argument.
+                if !visible.contains(key) {
+                    *score = 0.0;
+                }
             }
         }
         for i in (0..PAGE_POSITIONS).step_by(LANES) {
@@ -429,36 +436,21 @@ unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: Visible, scale: f3
     }
 }
 
-/// Lays probabilities out as the product's left operand: groups of `tile_rows` rows, each (64, rows).
-fn pack_probabilities(scores: &[f32], rows: usize, tile_rows: usize, keys: std::ops::Range<usize>, packed: &mut [f32]) {
-    for first in (0..rows).step_by(tile_rows) {
-        let count = tile_rows.min(rows - first);
-        let group = &mut packed[first * PAGE_POSITIONS..];
-        for row in 0..count {
-            let scores = &scores[(first + row) * PAGE_POSITIONS..];
-            for key in keys.clone() {
-                group[key * count + row] = scores[key];
-            }
-        }
-    }
-}
-
-/// `c[row] = sum over k in terms of a[k, row] * b[k]` for 16 outputs; rows of `c` are `stride` apart and `a` is
-/// packed in groups of rows, each (depth, rows).
+/// `c[row] = sum over k of a[k, row] * b[k]` for 16 outputs; rows of `c` are `stride` apart and `a` is packed in groups
+/// of rows, each (depth, rows).
 ///
 /// # Safety
-/// `b` points to `terms.len()` vectors of 16; `V`'s instruction set exists.
+/// `b` points to `depth` vectors of 16; `V`'s instruction set exists.
 #[inline(always)]
 unsafe fn product<V: Lanes, R: Registers>(
     a: &[f32],
     rows: usize,
     depth: usize,
-    terms: std::ops::Range<usize>,
     b: *const f32,
     c: &mut [f32],
     stride: usize,
 ) {
-    assert!(c.len() >= (rows - 1) * stride + LANES && a.len() >= rows * depth && terms.end <= depth);
+    assert!(c.len() >= (rows - 1) * stride + LANES && a.len() >= rows * depth);
     let start = [0f32; 2 * LANES];
     for first in (0..rows).step_by(R::ROWS) {
         let count = R::ROWS.min(rows - first);
@@ -466,11 +458,40 @@ unsafe fn product<V: Lanes, R: Registers>(
         let mut row = 0;
         while row < count {
             let some = register_rows(count - row, R::ROWS);
-            let a = Strided { start: group[terms.start * count + row..].as_ptr(), stride: count };
-            let tile = Tile { depth: terms.len(), a, b: [b], from_memory: false, start: &start, width: LANES };
+            let a = Strided { start: group[row..].as_ptr(), stride: count };
+            let tile = Tile::<1> { depth, a, b: [b], from_memory: false, start: &start, width: LANES };
             // SAFETY: `a` and `c` hold the rows (asserted above), `b` the terms by the caller's promise.
             unsafe { tile.run::<V, R>(some, c.as_mut_ptr().add((first + row) * stride), stride) };
             row += some;
         }
+    }
+}
+
+/// `c[row] = sum over k in terms of a[row, k] * b[k]` for 16 outputs; rows of `a` have 64 elements, those of `c` are
+/// `stride` apart.
+///
+/// # Safety
+/// `b` points to `terms.len()` vectors of 16; `V`'s instruction set exists.
+#[inline(always)]
+unsafe fn weighted<V: Lanes, R: Registers>(
+    a: &[f32],
+    rows: usize,
+    terms: std::ops::Range<usize>,
+    b: *const f32,
+    c: &mut [f32],
+    stride: usize,
+) {
+    assert!(c.len() >= (rows - 1) * stride + LANES && a.len() >= rows * PAGE_POSITIONS);
+    assert!(terms.end <= PAGE_POSITIONS);
+    let start = [0f32; 2 * LANES];
+    let mut row = 0;
+    while row < rows {
+        let some = register_rows(rows - row, R::ROWS);
+        let a = Strided { start: a[row * PAGE_POSITIONS + terms.start..].as_ptr(), stride: 1 };
+        let (depth, b) = (terms.len(), [b]);
+        let tile = Tile::<1, PAGE_POSITIONS> { depth, a, b, from_memory: false, start: &start, width: LANES };
+        // SAFETY: `a` and `c` hold the rows (asserted above), `b` the terms by the caller's promise.
+        unsafe { tile.run::<V, R>(some, c.as_mut_ptr().add(row * stride), stride) };
+        row += some;
     }
 }

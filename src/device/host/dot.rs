@@ -615,22 +615,17 @@ mod tests {
             let mut w = vec![1.0; inputs * outputs];
             w.chunks_exact_mut(TILE_INPUTS).for_each(|group| group[0] = 0.0);
             let (data, w) = pack(&w, inputs, outputs, dtype);
-            for sign in [1.0, -1.0] {
-                let x = vec![sign * 3.0; inputs];
+            for (sign, rows) in [(1.0, 1), (-1.0, 1), (1.0, 16), (-1.0, 16)] {
+                let x = vec![sign * 3.0; rows * inputs];
                 let exact: f64 = w[..inputs].iter().map(|&w| f64::from(w) * f64::from(sign) * 3.0).sum();
                 for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
-                    let mut scratch = vec![0.0; inputs];
-                    let integers = IntegerRows::round(isa, &x, 1, inputs, &mut scratch);
-                    let mut y = vec![0.0; outputs];
-                    linear(
-                        isa,
-                        &integers,
-                        &Panels { pieces: vec![&data], dtype, inputs, outputs },
-                        None,
-                        &mut y,
-                        outputs,
-                    );
-                    assert!((f64::from(y[0]) - exact).abs() < 1e-3 * exact.abs(), "{isa:?} {dtype}: {} {exact}", y[0]);
+                    let mut scratch = vec![0.0; rows * inputs];
+                    let integers = IntegerRows::round(isa, &x, rows, inputs, &mut scratch);
+                    let mut y = vec![0.0; rows * outputs];
+                    let panels = Panels { pieces: vec![&data], dtype, inputs, outputs };
+                    linear(isa, &integers, &panels, None, &mut y, outputs);
+                    let near = |y: &f32| (f64::from(*y) - exact).abs() < 1e-3 * exact.abs();
+                    assert!(y.iter().all(near), "{isa:?} {dtype}: {y:?} {exact}");
                 }
             }
         }
@@ -640,12 +635,15 @@ mod tests {
     fn what_is_not_a_number_stays_so() {
         let (data, _) = pack(&normals(4, 64 * 16), 64, 16, DType::Int4);
         for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut x = normals(5, 64);
-            x[9] = wrong;
-            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
-                let mut scratch = vec![0.0; 128];
-                let integers = IntegerRows::round(isa, &x, 1, 64, &mut scratch);
-                let mut y = vec![0.0; 16];
+            for (rows, isa) in [1, 16].into_iter().flat_map(|rows| Isa::all().map(|isa| (rows, isa))) {
+                if !isa.is_available() {
+                    continue;
+                }
+                let mut x = normals(5, rows * 64);
+                x.chunks_exact_mut(64).for_each(|x| x[9] = wrong);
+                let mut scratch = vec![0.0; rows * 128];
+                let integers = IntegerRows::round(isa, &x, rows, 64, &mut scratch);
+                let mut y = vec![0.0; rows * 16];
                 let panels = Panels { pieces: vec![&data], dtype: DType::Int4, inputs: 64, outputs: 16 };
                 linear(isa, &integers, &panels, None, &mut y, 16);
                 assert!(y.iter().all(|y| y.is_nan()), "{isa:?} {wrong}: {y:?}");

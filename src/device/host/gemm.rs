@@ -195,7 +195,7 @@ impl Linear<'_> {
             while row < count {
                 let rows = register_rows(count - row, tile_rows);
                 let a = Strided { start: group[row..].as_ptr(), stride: count };
-                let tile = Tile { depth, a, b, from_memory: k > 0, start: &start, width };
+                let tile = Tile::<N> { depth, a, b, from_memory: k > 0, start: &start, width };
                 // SAFETY: `a` reads elements row .. row + rows of `depth` groups of `count`; `b` `depth * 16`
                 // elements each; the output rows lie in `y` and these columns belong to this task alone.
                 unsafe {
@@ -216,7 +216,7 @@ pub fn register_rows(rows: usize, tile_rows: usize) -> usize {
     if rows >= tile_rows { tile_rows } else { [8, 4, 2].into_iter().find(fills).unwrap_or(1) }
 }
 
-/// A column-major operand: element (k, m) at `start + k * stride + m`.
+/// The left operand: element (k, m) at `start + k * stride + m * ROW`.
 #[derive(Clone, Copy)]
 pub struct Strided {
     /// Element (0, 0).
@@ -225,8 +225,8 @@ pub struct Strided {
     pub stride: usize,
 }
 
-/// A register tile: some rows by `N` vectors over `depth` inputs.
-pub struct Tile<'a, const N: usize> {
+/// A register tile: some rows, `ROW` elements apart in the left operand, by `N` vectors over `depth` inputs.
+pub struct Tile<'a, const N: usize, const ROW: usize = 1> {
     /// Terms of the sum.
     pub depth: usize,
     /// Rows.
@@ -241,7 +241,7 @@ pub struct Tile<'a, const N: usize> {
     pub width: usize,
 }
 
-impl<const N: usize> Tile<'_, N> {
+impl<const N: usize, const ROW: usize> Tile<'_, N, ROW> {
     /// Computes `rows` rows into `c`, whose rows are `stride` apart. `rows` comes from [`register_rows`].
     ///
     /// # Safety
@@ -302,7 +302,7 @@ impl<const N: usize> Tile<'_, N> {
                     b[v] = b[v].wrapping_add(LANES);
                 }
                 for m in 0..M {
-                    let x = V::splat(*a.add(m));
+                    let x = V::splat(*a.add(m * ROW));
                     for v in 0..N {
                         sums[m][v] = x.fma(w[v], sums[m][v]);
                     }
