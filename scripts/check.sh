@@ -48,7 +48,7 @@ examples() {
 }
 
 part "format" cargo fmt --check
-part "python" python3 -m py_compile scripts/*.py scripts/ecosystem/*.py python/tidemill/*.py examples/*.py
+part "python" python3 -m py_compile scripts/*.py
 part "kernels" python3 scripts/compile_kernels.py
 part "emulator" tests/emulator/test.sh target/emulator
 part "clippy" clippy
@@ -57,5 +57,6 @@ part "cargo-deny install" install_cargo_deny
 part "licences, sources" cargo_deny check bans licenses sources
 part "advisories" advisories
 part "tests" cargo test --locked --no-fail-fast
+part "adapters" python3 -m py_compile scripts/ecosystem/*.py python/tidemill/*.py examples/*.py
 part "examples" examples
 summary

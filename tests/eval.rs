@@ -36,7 +36,8 @@ fn write(scratch: &Scratch, folder: &str, state: &Value) -> PathBuf {
 
 /// An instance with references, the first of which is right.
 fn instance(id: usize, input: &str, references: &[&str]) -> Value {
-    let reference = |(index, text): (usize, &&str)| json!({"output": {"text": text}, "tags": if index == 0 { vec!["correct"] } else { vec![] }});
+    let tags = |index: usize| if index == 0 { vec!["correct"] } else { vec![] };
+    let reference = |(index, text): (usize, &&str)| json!({"output": {"text": text}, "tags": tags(index)});
     let references: Vec<Value> = references.iter().enumerate().map(reference).collect();
     json!({"input": {"text": input}, "references": references, "split": "test", "id": format!("id{id}")})
 }

@@ -1,7 +1,7 @@
 //! `tidemill eval`: HELM scenarios and task files, all in one job.
 //!
-//! **Invariant:** inputs are never edited; everything is asked in one resumable job in the output directory, and what is
-//! computed from its answers is written anew every time.
+//! **Invariant:** inputs are never edited; everything is asked in one resumable job in the output directory, and what
+//! is computed from its answers is written anew every time.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;

@@ -406,9 +406,10 @@ fn worst_cases(instances: &[(&RequestState, Vec<Stat>)]) -> Vec<Stat> {
         let of = |tests: fn(&RequestState) -> bool| -> Vec<&Stat> {
             group.iter().filter(|(state, _)| tests(state)).map(|(_, stat)| *stat).collect()
         };
-        let perturbation = |name: &str, robustness: bool, fairness: bool| json!({"name": name, "robustness": robustness, "fairness": fairness});
-        let robustness = least(perturbation("robustness", true, false), of(|state| state.instance.tests.0));
-        let fairness = least(perturbation("fairness", false, true), of(|state| state.instance.tests.1));
+        let robust = json!({"name": "robustness", "robustness": true, "fairness": false});
+        let fair = json!({"name": "fairness", "robustness": false, "fairness": true});
+        let robustness = least(robust, of(|state| state.instance.tests.0));
+        let fairness = least(fair, of(|state| state.instance.tests.1));
         robustness.into_iter().chain(fairness).for_each(|stat| found.merge(stat));
         for (state, stat) in group {
             let Some(text) = &state.instance.context.perturbation else { continue };
