@@ -61,7 +61,7 @@ impl Sizes {
     fn bytes(&self) -> usize {
         let workspace = self.workspace();
         let lists = workspace.lists + self.shape.rows() * workspace.lists_row + 4096;
-        workspace.bytes() + lists + self.shape.bytes() + raw::bytes(self.square) + COPY_BYTES
+        workspace.bytes() + lists + self.shape.bytes() + raw::bytes(self.square) + 2 * COPY_BYTES
     }
 }
 

@@ -59,7 +59,7 @@ impl Workspace {
             weighed_rows: WEIGHED_ROWS,
             weighed_row: 4 * vocab_size,
             // A draw's lists name every token a few times at most; its answer may name every token once.
-            lists: LIST_BYTES + 32 * vocab_size,
+            lists: LIST_BYTES + 40 * vocab_size,
             lists_row,
         }
     }
