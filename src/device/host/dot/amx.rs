@@ -200,8 +200,8 @@ unsafe fn block<const N: usize>(
         // SAFETY: the panels have that many groups, each a tile; the tiles of rows exist; the set is the caller's.
         unsafe {
             for group in 0..groups {
-                for n in 0..N {
-                    let tile = panels[n].add((start + group) * tile_bytes(task.w.dtype));
+                for (n, panel) in panels.iter().enumerate() {
+                    let tile = panel.add((start + group) * tile_bytes(task.w.dtype));
                     unpack(tile, task.w.dtype, &mut chunk.codes[group][n], &mut chunk.parameters[group][n]);
                 }
             }
