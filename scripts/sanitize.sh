@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The unsafe parts under AddressSanitizer, with the stable toolchain: unit tests of src/device and src/memory, and the
 # integration tests that drive kernels, KV policies and disks. Needs clang's runtime, which rustup brings along.
-# Not covered: what assembly reads and writes (system calls, tile registers) is invisible to it; ThreadSanitizer and
+# Not covered: overruns inside an arena (one mapping holds all buffers); what assembly reads and writes (system calls, tile registers) is invisible to it; ThreadSanitizer and
 # MemorySanitizer need a standard library built for them, which stable cannot; leaks are looked for at exit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
