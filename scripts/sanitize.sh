@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The unsafe parts under AddressSanitizer, with the stable toolchain: unit tests of src/device and src/memory, and the
-# integration tests that drive kernels, KV policies and disks. Needs clang's runtime, which rustup brings along.
-# Not covered: what assembly reads and writes (system calls, tile registers) is invisible to it; ThreadSanitizer and
-# MemorySanitizer need a standard library built for them, which stable cannot; leaks are looked for at exit.
+# The unsafe parts under AddressSanitizer, with the stable toolchain (the runtime comes with rustc): unit tests of
+# src/device and src/memory, and the integration tests that drive kernels, KV policies and disks.
+# Not covered: overruns from buffer to buffer within an arena, which is one mapping; what assembly reads and writes
+# (system calls, tile registers). ThreadSanitizer and MemorySanitizer need a standard library that is built for them,
+# which stable cannot.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

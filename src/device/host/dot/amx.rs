@@ -1,8 +1,8 @@
 //! Products of bytes in tile registers (AMX): 16 rows by 16 outputs by a group of 64 inputs in one instruction.
 //!
 //! A tile of codes, widened to bytes, is what the instruction takes as its second operand, and 16 rows of a group are
-//! what it takes as its first. Two panels go through a block of rows a few groups at a time: codes are unpacked once for
-//! all, sums go through the first cache, since only vectors can scale them.
+//! what it takes as its first. Two panels go through a block of rows a few groups at a time: codes are unpacked once
+//! for all, sums go through the first cache, since only vectors can scale them.
 //!
 //! **Invariant:** tile registers are configured by [`Tiles`] alone and released when it is dropped, on the same thread;
 //! between two blocks of assembly they hold nothing.
@@ -200,8 +200,8 @@ unsafe fn block<const N: usize>(
         // SAFETY: the panels have that many groups, each a tile; the tiles of rows exist; the set is the caller's.
         unsafe {
             for group in 0..groups {
-                for n in 0..N {
-                    let tile = panels[n].add((start + group) * tile_bytes(task.w.dtype));
+                for (n, panel) in panels.iter().enumerate() {
+                    let tile = panel.add((start + group) * tile_bytes(task.w.dtype));
                     unpack(tile, task.w.dtype, &mut chunk.codes[group][n], &mut chunk.parameters[group][n]);
                 }
             }
