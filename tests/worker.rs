@@ -152,3 +152,16 @@ fn flags_of_other_commands_are_refused() {
     let help = String::from_utf8_lossy(&help.stdout).into_owned();
     assert!(help.contains("--worker-batch-wait-ms") && !help.contains("--shard"), "{help}");
 }
+
+#[test]
+fn a_line_that_has_no_room_is_answered_while_input_stays_open() {
+    let scratch = Scratch::new();
+    let policy = scratch.write("policy.toml", "sequences = 4\nchunk-tokens = 64\npages = 4\n");
+    let mut worker = Worker::start(&["--policy", policy.to_str().unwrap()]);
+    let long: Vec<u32> = (0..500).map(|i| 20 + i % 300).collect();
+    worker.say(json!({"id": "long", "prompt": long, "max_tokens": 2}));
+    let answer = worker.answer();
+    assert_eq!((&answer["custom_id"], &answer["error"]["code"]), (&json!("long"), &json!("kv_cache_exceeded")));
+    worker.say(json!({"id": "short", "prompt": [5, 6], "max_tokens": 1}));
+    assert_eq!(worker.answer()["custom_id"], "short");
+}

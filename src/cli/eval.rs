@@ -60,6 +60,10 @@ enum Content {
     Task(Task),
 }
 
+/// What the job's input and output are called in the directory.
+const REQUESTS: &str = "requests.jsonl";
+const ANSWERS: &str = "answers.jsonl";
+
 /// Runs the command; gives the exit code.
 ///
 /// # Errors
@@ -71,8 +75,8 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     check_places(&scenarios, &directory)?;
     let model = Model::open(&job.model()?)?;
     let bos = model.tokenizer.special_texts().get("bos_token").cloned();
-    let requests = directory.join("requests.jsonl");
-    let answers = directory.join("answers.jsonl");
+    let requests = directory.join(REQUESTS);
+    let answers = directory.join(ANSWERS);
     std::fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
     write_lines(&requests, &lines(&scenarios, bos.as_deref()))?;
     let code = generate::run(job.on_files(&requests, &answers))?;
@@ -165,7 +169,7 @@ impl Scenario {
         };
         if failed > 0 {
             let what = format!("{}: {failed} failed and are left out of the metrics", self.name);
-            say::line(&format!("{what}; why is in {}", directory.join("answers.jsonl").display()));
+            say::line(&format!("{what}; why is in {}", directory.join(ANSWERS).display()));
         }
         write_json(&place.join("stats.json"), &stats)?;
         write_json(&place.join("per_instance_stats.json"), &instances)
@@ -191,8 +195,17 @@ fn check_places(scenarios: &[Scenario], directory: &Path) -> Result<()> {
             let what = format!("{one} and {two} would both have their results in `{}`", scenario.name);
             return Err(Error::usage(what, "evaluate them into different directories"));
         }
+        if [".", "..", REQUESTS, ANSWERS].contains(&&*scenario.name) {
+            let what = format!("the results of {} cannot have the name `{}`", scenario.file.display(), scenario.name);
+            return Err(Error::usage(what, "give the file another name"));
+        }
+        let own = [directory.join(REQUESTS), directory.join(ANSWERS)];
         let place = directory.join(&scenario.name).join("scenario_state.json");
-        if place.canonicalize().ok().is_some_and(|place| scenario.file.canonicalize().is_ok_and(|file| file == place)) {
+        let places = own.into_iter().chain([place]);
+        let is_input = |place: PathBuf| {
+            place.canonicalize().is_ok_and(|place| scenario.file.canonicalize().is_ok_and(|file| file == place))
+        };
+        if places.into_iter().any(is_input) {
             let what = format!("the results of {} would replace it", scenario.file.display());
             return Err(Error::usage(what, "choose another --output"));
         }
@@ -219,7 +232,15 @@ fn lines(scenarios: &[Scenario], bos: Option<&str>) -> Vec<Value> {
 /// Writes the job's input, unless it is there.
 fn write_lines(file: &Path, lines: &[Value]) -> Result<()> {
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-    if std::fs::read(file).is_ok_and(|there| there == text.as_bytes()) { Ok(()) } else { keep(file, &text) }
+    match std::fs::read(file) {
+        Ok(there) if there == text.as_bytes() => Ok(()),
+        Ok(_) => {
+            let what = format!("{} holds other requests than these scenarios make", file.display());
+            Err(Error::usage(what, "choose another --output, or remove what is there"))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => keep(file, &text),
+        Err(error) => Err(Error::io("read", file)(error)),
+    }
 }
 
 fn write_json(file: &Path, value: &Value) -> Result<()> {

@@ -46,7 +46,7 @@ use crate::schedule::price::placed;
 use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
-const ARITHMETIC: &str = "2";
+const ARITHMETIC: &str = "3";
 
 /// The arguments of `generate`, as typed.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
@@ -652,7 +652,7 @@ impl Running<'_> {
         let load_secs = self.started.elapsed().as_secs_f64();
         let mut engine = Engine::new(model, executor, resolved.kv_policy.clone(), resolved.batch);
         if let Some(Standby { ready, batch_wait }) = &self.standby {
-            engine.wait_for_batches(*batch_wait);
+            engine.serve(*batch_wait);
             say::data(ready)?;
         }
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);

@@ -15,7 +15,7 @@ use super::{AHEAD_PROMPTS, Engine};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
-use crate::job::request::FinishReason;
+use crate::job::request::{FinishReason, LineError};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::Kept;
 
@@ -26,6 +26,14 @@ impl<D: Device> Engine<'_, D> {
         let work = match work {
             Ok(work) => work,
             Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),
+            Err(Unfit::Pages { cache, block }) if self.serves => {
+                let what = format!(
+                    "the line needs {cache} pages of the KV cache and {block} in a block, there is room for {} and {}",
+                    self.pool.len(),
+                    self.block_pages().min(self.pool.len()),
+                );
+                return self.fail(&header, &LineError::new("kv_cache_exceeded", what), writer);
+            }
             Err(Unfit::Pages { cache, block }) => {
                 self.postponed += 1;
                 let [most_cache, most_block] = &mut self.pages_wanted;
@@ -114,8 +122,9 @@ impl<D: Device> Engine<'_, D> {
             let Reservation { alone, sibling, .. } = Reservation::of(prompt, begin.samples.len());
             let (all, alone) = (alone - taken + sibling * siblings, alone - taken);
             let lacks = all.saturating_sub(self.free_pages());
-            if lacks > 0 && self.prefixes.idle_pages() > 0 {
-                self.prefixes.give_up(lacks, &begin.path, &mut self.pool);
+            // Pages that are given up are computed again: not for a prompt that must wait all the same.
+            if lacks > 0 && (lacks <= self.prefixes.idle_pages() || self.active.is_empty()) {
+                self.prefixes.give_up(lacks, (&begin.path, taken), &mut self.pool);
             }
             let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
             let sibling_pages = if fits(all, siblings + 1) {

@@ -34,6 +34,9 @@ use sequence::{Begin, Job, Sequence};
 const AHEAD_PROMPTS: usize = 1024;
 const AHEAD_TOKENS: usize = 1 << 20;
 
+/// Passes without a new line after which none is waited for any more.
+const STARVED: u32 = 8;
+
 /// How much is computed together: placement, so it changes no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -106,6 +109,10 @@ pub struct Engine<'m, D: Device> {
     /// Pages that the most demanding of them need of the cache, and of a block.
     pages_wanted: [usize; 2],
     journalled: Instant,
+    /// Whether lines that have no room are answered rather than left to another run.
+    serves: bool,
+    /// Times in a row that no line was there.
+    starved: u32,
     /// How long an idle engine waits for its first batch to fill.
     batch_wait: Duration,
     /// Until when it waits now.
@@ -137,14 +144,17 @@ impl<'m, D: Device> Engine<'m, D> {
             postponed: 0,
             pages_wanted: [0; 2],
             journalled: Instant::now(),
+            serves: false,
+            starved: 0,
             batch_wait: Duration::ZERO,
             hold_until: None,
         }
     }
 
-    /// Lets an idle engine wait this long after a first line for others to be computed with it.
-    pub fn wait_for_batches(&mut self, wait: Duration) {
-        self.batch_wait = wait;
+    /// Serves somebody who waits for every answer, also to lines that have no room. An idle engine waits this long after
+    /// a first line for others to be computed with it.
+    pub fn serve(&mut self, batch_wait: Duration) {
+        (self.serves, self.batch_wait) = (true, batch_wait);
     }
 
     /// The executor, for what it counted.
@@ -292,16 +302,20 @@ impl<'m, D: Device> Engine<'m, D> {
     }
 
     /// The next line. While sequences run, it waits just long enough for a tokenizer that is keeping up.
-    fn next_line(&self, lines: &Receiver<Result<Arrival>>) -> Next {
+    fn next_line(&mut self, lines: &Receiver<Result<Arrival>>) -> Next {
         let left = self.hold_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
         // Long waits are short too: a slow input must not keep a signal waiting.
         let patience = match self.active.is_empty() {
             true => Duration::from_millis(100),
-            // Looking ahead is worth no wait.
-            false if !self.pending.is_empty() || self.places() == 0 => left.min(Duration::from_millis(100)),
+            // Looking ahead is worth no wait, nor is an input that has had nothing for a while.
+            false if !self.pending.is_empty() || self.places() == 0 || self.starved > STARVED => {
+                left.min(Duration::from_millis(100))
+            }
             false => left.clamp(Duration::from_millis(2), Duration::from_millis(100)),
         };
-        match lines.recv_timeout(patience) {
+        let received = lines.recv_timeout(patience);
+        self.starved = if received.is_ok() { 0 } else { self.starved.saturating_add(1) };
+        match received {
             Ok(arrival) => Next::Arrival(arrival),
             Err(RecvTimeoutError::Timeout) if left > patience => Next::Held,
             Err(RecvTimeoutError::Timeout) => Next::NotYet,

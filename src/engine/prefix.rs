@@ -139,7 +139,8 @@ impl Prefixes {
         let upto = path.nodes.len().min(computed / PAGE_POSITIONS);
         while path.published < upto {
             let node = &mut self.nodes[path.nodes[path.published] as usize];
-            if node.state == State::Computing(sequence) {
+            // Absent is what another sequence began and did not end.
+            if node.state == State::Computing(sequence) || node.state == State::Absent {
                 let page = pages[path.published];
                 pool.share(page);
                 node.state = State::Ready(page);
@@ -181,9 +182,10 @@ impl Prefixes {
         self.idle
     }
 
-    /// Gives up `count` pages that the tree alone holds, but not those that `path` takes: the ends of beginnings first.
-    pub fn give_up(&mut self, count: usize, path: &Path, pool: &mut PagePool) {
-        let taken = &path.nodes[..path.takes];
+    /// Gives up `count` pages that the tree alone holds, but not the first `taken` ones of `path`, which its prompt is
+    /// about to take: the ends of beginnings first.
+    pub fn give_up(&mut self, count: usize, (path, taken): (&Path, usize), pool: &mut PagePool) {
+        let taken = &path.nodes[..taken];
         let mut idle: Vec<(usize, NodeId)> = Vec::new();
         for id in 0..self.nodes.len() as NodeId {
             if self.nodes[id as usize].is_idle() && !taken.contains(&id) {
@@ -234,6 +236,32 @@ mod tests {
     /// Tokens whose pages are all of one kind.
     fn prompt(kinds: &[u32], tail: usize) -> Vec<u32> {
         kinds.iter().flat_map(|&kind| [kind; PAGE_POSITIONS]).chain((0..tail as u32).map(|token| 100 + token)).collect()
+    }
+
+    /// A page behind one that nobody computed after all is of no use to a prompt that could take it, and not kept for it.
+    #[test]
+    fn what_cannot_be_taken_is_given_up() {
+        let (mut pool, mut tree) = (PagePool::new([6, 0, 0]), Prefixes::default());
+        let both = prompt(&[0, 1], 3);
+        let [mut a, mut b, c] =
+            [(&both[..70], 70), (&both[..], 0), (&both[..], 130)].map(|(t, from)| tree.enter(t, from));
+        tree.begin(&mut a, 1, &mut pool);
+        // It takes nothing, so it does not wait.
+        assert_eq!((tree.look(&b), tree.look(&c)), (Found::Pages(0), Found::Soon));
+        tree.begin(&mut b, 2, &mut pool);
+        tree.end(&a, 1, &mut pool);
+        let pages = [(); 3].map(|()| pool.take());
+        tree.publish(&mut b, 2, 64, &pages, &mut pool);
+        assert_eq!(tree.look(&c), Found::Soon, "what the first one left is there, the second page is on its way");
+        tree.publish(&mut b, 2, 131, &pages, &mut pool);
+        assert_eq!(tree.look(&c), Found::Pages(2));
+        tree.end(&b, 2, &mut pool);
+        pages.iter().for_each(|&page| pool.release(page));
+        assert_eq!((pool.free(), tree.idle_pages()), (4, 2));
+        tree.give_up(9, (&c, 1), &mut pool);
+        assert_eq!((pool.free(), tree.look(&c)), (5, Found::Pages(1)));
+        tree.give_up(9, (&c, 0), &mut pool);
+        assert_eq!((pool.free(), tree.look(&c)), (6, Found::Pages(0)));
     }
 
     proptest! {
@@ -296,7 +324,7 @@ mod tests {
                     }
                     5 => {
                         let (free, idle) = (pool.free(), tree.idle_pages());
-                        tree.give_up(which, &Path::default(), &mut pool);
+                        tree.give_up(which, (&Path::default(), 0), &mut pool);
                         prop_assert_eq!(pool.free() - free, which.min(idle));
                     }
                     _ => {}

@@ -98,7 +98,9 @@ impl Task {
                         lines.push(json!({"custom_id": id, "context": context, "continuation": choice}));
                     }
                 }
-                Kind::Text(text) => lines.push(json!({"custom_id": line_name(name, index, 0), "text": text})),
+                // What the tokenizer would put before a text is not part of it.
+                Kind::Text(text) => lines
+                    .push(json!({"custom_id": line_name(name, index, 0), "text": text, "add_special_tokens": false})),
             }
         }
         lines
