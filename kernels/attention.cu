@@ -3,13 +3,12 @@
 // For each tile: s = scale * q k^T, m' = max(m, max s), p = exp(s - max s), and the running sum and output are rescaled
 // by exp(m - m') and the tile's by exp(max s - m') (online softmax, Milakov and Gimelshein 2018). A block takes up to
 // 16 rows of a KV head: queries times query heads of the group, so that pages are read once per group. Everything is
-// f32 but what pages hold. Rows are taken 8 at a time: of a task of 9 or more, pages are read again, from the cache.
+// f32 but what pages hold.
 //
-// A warp reads 128 bytes or more side by side. Of a tile's scores a warp makes those of 16 keys: a lane takes two keys
-// that lie side by side and every fourth dimension (or word of codes); four lanes add up at the end. Of the outputs a
-// warp makes every fourth group of 16 dimensions: a lane takes two dimensions and every fourth position, and four lanes
-// add up after the last tile. Queries and probabilities come from shared memory, four rows at a time, and what a lane
-// reads is used for 2 R sums. The next tile is brought into the second-level cache meanwhile.
+// Of a tile's scores a thread makes those of one key, over half of the dimensions: neighbouring threads read
+// neighbouring keys, which lie side by side, and every element is used for all rows. Of the outputs a thread makes
+// those of one dimension, or two. Queries and probabilities come from shared memory, four rows at a time, the same for
+// a whole warp.
 
 constexpr u32 ROWS = 16;
 constexpr u32 THREADS = 128;
@@ -32,37 +31,39 @@ struct Block {
     u32 num_heads, num_kv_heads, head_dim, group, kv_head;
     // Rows, counted query by query, head by head.
     u32 first_row, rows;
-    // How many rows of the task come before.
-    u32 offset;
     // The row of the pass, and the position in the count of the tiles, that row 0 belongs to.
     u32 pass_row, position;
     u32 window, sinks;
     float scale;
 };
 
-// Shared memory of a block. Queries and probabilities are lines of R rows, one for each dimension or key.
+// Shared memory of a block; what is per row and key is (key, R rows) or (16 rows, 64 keys).
 struct Room {
-    float *queries, *sink_queries;
-    float *scores, *probabilities;  // scores are (rows, 64 keys)
+    float *queries, *sink_queries;  // (head_dim, R rows)
+    float *scores, *halves, *probabilities;
     float *max, *sum, *old;
     float *value_scale, *value_offset;
-    // A row sees the keys k <= last, and of those k >= first or k < sinks.
-    u32 *first, *last;
 };
+
+// The keys k that a row sees: k <= last, and k >= first or k < sinks.
+struct Visible {
+    u32 first, last;
+};
+
+DEVICE Visible visible(const Block& block, u32 row) {
+    u32 position = block.position + (block.first_row + row) / block.group;
+    return {position + 1 > block.window ? position + 1 - block.window : 0, position};
+}
+
+DEVICE bool sees(const Block& block, const Visible& visible, u32 key) {
+    return key <= visible.last && (key >= visible.first || key < block.sinks);
+}
 
 // Where a row's query begins, or its output with `width` heads to a row.
 DEVICE u64 query_at(const Block& block, u32 row, u32 width) {
     u32 flat = block.first_row + row;
     return (u64(block.pass_row + flat / block.group) * width + block.kv_head * block.group + flat % block.group) *
            block.head_dim;
-}
-
-// Where a row lies among lines of R. Quads of rows are permuted from line to line: lanes that read the same quad of
-// lines 1, 4 or 8 apart meet few banks twice, of 16 rows none.
-template <u32 R> DEVICE u32 line_at(u32 line, u32 row) {
-    if (R == 1) return line;
-    u32 turn = (line >> 1 & 1) ^ (line >> 2 & 3) ^ (line >> 4 & 1);
-    return line * R + 4 * (row / 4 ^ (turn & (R / 4 - 1))) + row % 4;
 }
 
 template <u32 R>
@@ -81,127 +82,80 @@ DEVICE void load_queries(const Block& block, const Room& room, const float* qkv,
                     dim < half ? x * cos[at] - from[dim + half] * sin[at] : x * cos[at] + from[dim - half] * sin[at];
             }
         }
-        room.queries[line_at<R>(dim, row)] = x;
-        if (cos) room.sink_queries[line_at<R>(dim, row)] = turned;
+        room.queries[dim * R + row] = x;
+        if (cos) room.sink_queries[dim * R + row] = turned;
     }
     if (threadIdx.x < R) {
-        u32 row = threadIdx.x, position = block.position + (block.first_row + least(row, block.rows - 1)) / block.group;
-        room.max[row] = -infinite();
-        room.sum[row] = 0.0f;
-        room.first[row] = position + 1 > block.window ? position + 1 - block.window : 0;
-        room.last[row] = position;
+        room.max[threadIdx.x] = -infinite();
+        room.sum[threadIdx.x] = 0.0f;
     }
     sync_block();
 }
 
-// sums[0][row] += x * line[row], and sums[1][row] += y * line[row].
-template <u32 R> DEVICE void multiply_add(float x, float y, const float* lines, u32 line, float (*sums)[R]) {
+// sums[row] += x * rows[row].
+template <u32 R> DEVICE void multiply_add(float x, const float* rows, float* sums) {
     if constexpr (R == 1) {
-        sums[0][0] = fmaf(x, lines[line], sums[0][0]);
-        sums[1][0] = fmaf(y, lines[line], sums[1][0]);
+        sums[0] = fmaf(x, rows[0], sums[0]);
     } else {
         UNROLL
         for (u32 row = 0; row < R; row += 4) {
-            float4 four = *reinterpret_cast<const float4*>(lines + line_at<R>(line, row));
-            float f[4] = {four.x, four.y, four.z, four.w};
-            UNROLL
-            for (u32 i = 0; i < 4; i++) {
-                sums[0][row + i] = fmaf(x, f[i], sums[0][row + i]);
-                sums[1][row + i] = fmaf(y, f[i], sums[1][row + i]);
-            }
-        }
-    }
-}
-
-template <u32 dtype, u32 R>
-DEVICE void multiply_keys(const Block& block, const u8* head, const float* queries, float (*sums)[R]) {
-    using P = Pages<dtype>;
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane % 8, quarter = lane / 8,
-        dims = block.head_dim;
-    UNROLL
-    for (u32 row = 0; row < R; row++) sums[0][row] = sums[1][row] = 0.0f;
-    if constexpr (P::integers) {
-        const u16* grid = reinterpret_cast<const u16*>(head + P::code_bytes(dims, true)) + warp * PANEL + 2 * pair;
-        float scale[2] = {f16_to_f32(grid[0]), f16_to_f32(grid[1])};
-        float offset[2] = {f16_to_f32(grid[PAGE]), f16_to_f32(grid[PAGE + 1])};
-        u32 depth = ceil_div(dims, P::codes);
-        const u32* words = reinterpret_cast<const u32*>(head) + warp * depth * PANEL + 2 * pair;
-        UNROLL_NOT
-        for (u32 line = quarter; line < depth; line += 4) {
-            uint2 two = *reinterpret_cast<const uint2*>(words + line * PANEL);
-            UNROLL_TWO
-            for (u32 i = 0; i < P::codes; i++) {
-                u32 dim = line * P::codes + i;
-                if (dim >= dims) break;
-                multiply_add<R>(fmaf(float(two.x >> P::bits * i & P::mask), scale[0], offset[0]),
-                                fmaf(float(two.y >> P::bits * i & P::mask), scale[1], offset[1]), queries, dim, sums);
-            }
-        }
-    } else {
-        UNROLL_FOUR
-        for (u32 dim = quarter; dim < dims; dim += 4) {
-            float x, y;
-            load_two<dtype>(head, (warp * dims + dim) * PANEL + 2 * pair, &x, &y);
-            multiply_add<R>(x, y, queries, dim, sums);
-        }
-    }
-    UNROLL
-    for (u32 key = 0; key < 2; key++) {
-        UNROLL
-        for (u32 row = 0; row < R; row++) {
-            sums[key][row] += shuffle_xor(sums[key][row], 8);
-            sums[key][row] += shuffle_xor(sums[key][row], 16);
+            float4 four = *reinterpret_cast<const float4*>(rows + row);
+            sums[row] = fmaf(x, four.x, sums[row]);
+            sums[row + 1] = fmaf(x, four.y, sums[row + 1]);
+            sums[row + 2] = fmaf(x, four.z, sums[row + 2]);
+            sums[row + 3] = fmaf(x, four.w, sums[row + 3]);
         }
     }
 }
 
 // Scores of a tile that begins at key `start`, scaled; minus infinity where a row does not see a key.
 template <u32 dtype, u32 R> DEVICE void score_tile(const Block& block, const Room& room, const u8* head, u32 start) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, key = warp * PANEL + lane % 8 * 2, quarter = lane / 8;
-    auto put = [&](const float (*sums)[R], u32 most) {
+    using P = Pages<dtype>;
+    u32 key = threadIdx.x % PAGE, dims = block.head_dim;
+    // The second half begins with a whole word.
+    u32 middle = least(round_up(dims / 2, 8), dims);
+    u32 from = threadIdx.x < PAGE ? 0 : middle, to = threadIdx.x < PAGE ? middle : dims;
+    bool sink = start + key < block.sinks && room.sink_queries;
+    const float* queries = sink ? room.sink_queries : room.queries;
+    float sums[R];
+    UNROLL
+    for (u32 row = 0; row < R; row++) sums[row] = 0.0f;
+    if constexpr (P::integers) {
+        const u16* grid = reinterpret_cast<const u16*>(head + P::code_bytes(dims, true));
+        float scale = f16_to_f32(grid[key]), offset = f16_to_f32(grid[PAGE + key]);
+        for (u32 first = from; first < to; first += P::codes) {
+            u32 word = reinterpret_cast<const u32*>(head)[P::key_word(dims, key, first)];
+            for (u32 i = 0; i < P::codes && first + i < to; i++)
+                multiply_add<R>(fmaf(float(word >> P::bits * i & P::mask), scale, offset), queries + (first + i) * R,
+                                sums);
+        }
+    } else {
+        UNROLL_FOUR
+        for (u32 dim = from; dim < to; dim++)
+            multiply_add<R>(load_as_f32<dtype>(head, P::key_element(dims, key, dim)), queries + dim * R, sums);
+    }
+    if (threadIdx.x >= PAGE) {
+        UNROLL
+        for (u32 row = 0; row < R; row++) room.halves[row * PAGE + key] = sums[row];
+    }
+    sync_block();
+    if (threadIdx.x < PAGE) {
         UNROLL
         for (u32 row = 0; row < R; row++) {
-            // The four lanes share the rows; they all have the sums.
-            if (row % 4 != quarter) continue;
-            UNROLL
-            for (u32 i = 0; i < 2; i++) {
-                u32 k = start + key + i;
-                bool seen = k <= room.last[row] && (k >= room.first[row] || k < block.sinks) && row < block.rows;
-                if (k < most) room.scores[row * PAGE + key + i] = seen ? sums[i][row] * block.scale : -infinite();
-            }
+            float score = (sums[row] + room.halves[row * PAGE + key]) * block.scale;
+            bool seen = row < block.rows && sees(block, visible(block, row), start + key);
+            room.scores[row * PAGE + key] = seen ? score : -infinite();
         }
-    };
-    // Once more for the first keys, where queries are rotated back for them.
-    u32 passes = room.sink_queries && start < block.sinks ? 2 : 1;
-    UNROLL_NOT
-    for (u32 pass = 0; pass < passes; pass++) {
-        float sums[2][R];
-        multiply_keys<dtype, R>(block, head, pass == 0 ? room.queries : room.sink_queries, sums);
-        put(sums, pass == 0 ? WHOLE : block.sinks);
     }
     sync_block();
 }
 
-// Asks for a head's keys and values to be brought nearer.
-template <u32 dtype> DEVICE void prefetch_head(const u8* head, u32 dims) {
-    u32 bytes = Pages<dtype>::notes_at(dims);
-    for (u32 at = threadIdx.x * 128; at < bytes; at += THREADS * 128) prefetch(head + at);
-}
-
-// Outputs that a thread adds up: of groups of 16 dimensions warp, warp + 4, .. two dimensions each, for R rows.
-constexpr u32 GROUPS = 256 / PANEL / WARPS;
-template <u32 R> using Outputs = float[GROUPS][2][R];
-
-// A tile into the running state.
+// A tile into the running state. `out` are the thread's dimensions of all rows.
 template <u32 dtype, u32 R>
-DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 start, Outputs<R>& out) {
+DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 start, float (*out)[2]) {
     using P = Pages<dtype>;
-    u32 dims = block.head_dim, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, pair = lane % 8,
-        quarter = lane / 8;
+    u32 dims = block.head_dim, lane = threadIdx.x % WARP;
     const u8* values = head + P::part_bytes(dims, true);
-    // Of a task's tiles some lie past what these rows see.
-    if (start > room.last[R - 1]) return;
-    score_tile<dtype, R>(block, room, head, start);
     if constexpr (P::integers) {
         if (threadIdx.x < PAGE) {
             const u16* grid = reinterpret_cast<const u16*>(values + P::code_bytes(dims, false));
@@ -209,7 +163,8 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
             room.value_offset[threadIdx.x] = f16_to_f32(grid[PAGE + threadIdx.x]);
         }
     }
-    for (u32 row = warp; row < R; row += WARPS) {
+    score_tile<dtype, R>(block, room, head, start);
+    for (u32 row = threadIdx.x / WARP; row < R; row += WARPS) {
         float a = room.scores[row * PAGE + lane], b = room.scores[row * PAGE + WARP + lane];
         float tile_max = reduce_warp<Max>(greatest(a, b)), before = room.max[row];
         float p = a == -infinite() ? 0.0f : exp_f32(a - tile_max), q = b == -infinite() ? 0.0f : exp_f32(b - tile_max);
@@ -219,8 +174,8 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
         float old = before == -infinite() ? 0.0f : exp_f32(before - after);
         float now = tile_max == -infinite() ? 0.0f : exp_f32(tile_max - after);
         if (tile_max == -infinite()) old = 1.0f;
-        room.probabilities[line_at<R>(lane, row)] = p * now;
-        room.probabilities[line_at<R>(WARP + lane, row)] = q * now;
+        room.probabilities[lane * R + row] = p * now;
+        room.probabilities[(WARP + lane) * R + row] = q * now;
         sync_warp();
         if (lane == 0) {
             room.max[row] = after;
@@ -230,88 +185,63 @@ DEVICE void fold_tile(const Block& block, const Room& room, const u8* head, u32 
     }
     sync_block();
     // Slots past the last query's key may hold anything, even what is no number.
-    u32 slots = least(room.last[R - 1] + 1 - start, PAGE), groups = ceil_div(dims, PANEL);
+    u32 last = block.position + (block.first_row + block.rows - 1) / block.group;
+    u32 slots = least(last + 1 - start, PAGE);
     UNROLL
-    for (u32 row = 0; row < R; row++) {
-        float old = room.old[row];
+    for (u32 part = 0; part < 2; part++) {
+        u32 dim = part * THREADS + threadIdx.x;
+        if (dim >= dims) break;
+        float sums[R];
         UNROLL
-        for (u32 g = 0; g < GROUPS; g++) {
-            out[g][0][row] *= old;
-            out[g][1][row] *= old;
-        }
-    }
-    if constexpr (P::integers) {
-        constexpr u32 depth = PAGE / P::codes;
-        UNROLL_NOT
-        for (u32 line = quarter; line < depth; line += 4) {
-            UNROLL
-            for (u32 g = 0; g < GROUPS; g++) {
-                u32 group = warp + WARPS * g;
-                if (group >= groups) break;
-                uint2 two = *reinterpret_cast<const uint2*>(reinterpret_cast<const u32*>(values) +
-                                                            (group * depth + line) * PANEL + 2 * pair);
-                UNROLL_TWO
+        for (u32 row = 0; row < R; row++) sums[row] = out[row][part] * room.old[row];
+        if constexpr (P::integers) {
+            for (u32 slot = 0; slot < slots; slot += P::codes) {
+                u32 word = reinterpret_cast<const u32*>(values)[P::value_word(slot, dim)];
+                UNROLL
                 for (u32 i = 0; i < P::codes; i++) {
-                    u32 slot = line * P::codes + i;
-                    float scale = room.value_scale[slot], offset = room.value_offset[slot];
-                    float x = fmaf(float(two.x >> P::bits * i & P::mask), scale, offset);
-                    float y = fmaf(float(two.y >> P::bits * i & P::mask), scale, offset);
-                    multiply_add<R>(slot < slots ? x : 0.0f, slot < slots ? y : 0.0f, room.probabilities, slot, out[g]);
+                    float code = float(word >> P::bits * i & P::mask);
+                    float x = fmaf(code, room.value_scale[slot + i], room.value_offset[slot + i]);
+                    multiply_add<R>(slot + i < slots ? x : 0.0f, room.probabilities + (slot + i) * R, sums);
                 }
             }
+        } else {
+            UNROLL_FOUR
+            for (u32 slot = 0; slot < slots; slot++)
+                multiply_add<R>(load_as_f32<dtype>(values, P::value_element(slot, dim)), room.probabilities + slot * R,
+                                sums);
         }
-    } else {
-        UNROLL_FOUR
-        for (u32 slot = quarter; slot < slots; slot += 4) {
-            UNROLL
-            for (u32 g = 0; g < GROUPS; g++) {
-                u32 group = warp + WARPS * g;
-                if (group >= groups) break;
-                float x, y;
-                load_two<dtype>(values, (group * PAGE + slot) * PANEL + 2 * pair, &x, &y);
-                multiply_add<R>(x, y, room.probabilities, slot, out[g]);
-            }
-        }
+        UNROLL
+        for (u32 row = 0; row < R; row++) out[row][part] = sums[row];
     }
+    sync_block();
 }
 
-#define ROOM()                                                                                     \
-    DYNAMIC_SHARED(float, queries);                                                                \
-    SHARED(float, scores, ROWS * PAGE);                                                                \
-    SHARED(float, probabilities, ROWS * PAGE);                                                         \
-    SHARED(float, state, 3 * ROWS + 2 * PAGE);                                                             \
-    SHARED(u32, sight, 2 * ROWS);                                                                      \
-    Room room = {queries,      nullptr,          scores,           probabilities,           state, \
-                 state + ROWS, state + 2 * ROWS, state + 3 * ROWS, state + 3 * ROWS + PAGE, sight, \
-                 sight + ROWS}
+#define ROOM()                                                                             \
+    DYNAMIC_SHARED(float, queries);                                                        \
+    SHARED(float, scores, ROWS * PAGE);                                                     \
+    SHARED(float, halves, ROWS * PAGE);                                                     \
+    SHARED(float, probabilities, ROWS * PAGE);                                              \
+    SHARED(float, state, 3 * ROWS + 2 * PAGE);                                             \
+    Room room = {queries, nullptr,      scores,           halves,           probabilities, \
+                 state,   state + ROWS, state + 2 * ROWS, state + 3 * ROWS, state + 3 * ROWS + PAGE}
 
 // Results of the rows of a block, or what a fold needs of them: greatest scores, sums, and outputs before division.
 template <u32 R>
-DEVICE void write_rows(const Block& block, const Room& room, Outputs<R>& sums, float* partial, float* out) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quarter = lane / 8;
+DEVICE void write_rows(const Block& block, const Room& room, const float (*sums)[2], float* partial, float* out) {
     UNROLL
     for (u32 row = 0; row < R; row++) {
-        float *to = nullptr, scale = 1.0f;
-        if (row < block.rows) {
-            to = partial ? partial + 2 * ROWS + (block.offset + row) * block.head_dim
-                         : out + query_at(block, row, block.num_heads);
-            if (!partial) scale = 1.0f / room.sum[row];
-        }
+        if (row >= block.rows) break;
+        float scale = partial ? 1.0f : 1.0f / room.sum[row];
+        float* to = partial ? partial + 2 * ROWS + row * block.head_dim : out + query_at(block, row, block.num_heads);
         UNROLL
-        for (u32 g = 0; g < GROUPS; g++) {
-            UNROLL
-            for (u32 i = 0; i < 2; i++) {
-                float sum = sums[g][i][row];
-                sum += shuffle_xor(sum, 8);
-                sum += shuffle_xor(sum, 16);
-                u32 dim = (warp + WARPS * g) * PANEL + lane % 8 * 2 + i;
-                if (to && quarter == row % 4 && dim < block.head_dim) to[dim] = sum * scale;
-            }
+        for (u32 part = 0; part < 2; part++) {
+            u32 dim = part * THREADS + threadIdx.x;
+            if (dim < block.head_dim) to[dim] = sums[row][part] * scale;
         }
-    }
-    if (partial && threadIdx.x < block.rows) {
-        partial[block.offset + threadIdx.x] = room.max[threadIdx.x];
-        partial[ROWS + block.offset + threadIdx.x] = room.sum[threadIdx.x];
+        if (partial && threadIdx.x == 0) {
+            partial[row] = room.max[row];
+            partial[ROWS + row] = room.sum[row];
+        }
     }
 }
 
@@ -326,56 +256,27 @@ struct Call {
     float* out;
 };
 
-template <u32 R> DEVICE void clear(Outputs<R>& out) {
-    UNROLL
-    for (u32 g = 0; g < GROUPS; g++) {
-        UNROLL
-        for (u32 row = 0; row < R; row++) out[g][0][row] = out[g][1][row] = 0.0f;
-    }
-}
-
 template <u32 dtype, u32 R>
 DEVICE void attend_rows(const Call& call, const Segment& segment, const AttentionTask& task, const Block& block,
                         const Room& room) {
-    Outputs<R> out;
-    clear<R>(out);
+    float out[R][2];
+    UNROLL
+    for (u32 row = 0; row < R; row++) out[row][0] = out[row][1] = 0.0f;
     load_queries<R>(block, room, call.qkv, room.sink_queries ? call.cos : nullptr, call.sin, call.rotary_dim);
-    u32 first = block.position + task.first_row / block.group;
+    u32 first = block.position + block.first_row / block.group;
     u32 oldest = (first + 1 > block.window ? first + 1 - block.window : 0) / PAGE;
-    u32 before = least(ceil_div(block.sinks, PAGE), oldest), end = task.first_tile + task.num_tiles;
-    auto tile = [&](u32 i) { return i < before ? i : oldest + i - before; };
-    auto head = [&](u32 i) {
-        u32 frame = call.pages[segment.first_page + page_of_tile(segment, tile(i))];
-        return find_head<dtype>(call.view, block.head_dim, frame, block.kv_head);
-    };
-    const u8* next = head(task.first_tile);
-    for (u32 i = task.first_tile; i < end; i++) {
-        const u8* here = next;
-        if (i + 1 < end) {
-            next = head(i + 1);
-            prefetch_head<dtype>(next, block.head_dim);
-        }
-        fold_tile<dtype, R>(block, room, here, tile(i) * PAGE, out);
+    u32 before = least(ceil_div(block.sinks, PAGE), oldest);
+    for (u32 i = task.first_tile; i < task.first_tile + task.num_tiles; i++) {
+        u32 tile = i < before ? i : oldest + i - before;
+        u32 frame = call.pages[segment.first_page + page_of_tile(segment, tile)];
+        fold_tile<dtype, R>(block, room, find_head<dtype>(call.view, block.head_dim, frame, block.kv_head), tile * PAGE,
+                            out);
     }
     float* partial = nullptr;
     if (task.partial != WHOLE)
         partial =
             call.partials + (u64(task.partial) * block.num_kv_heads + block.kv_head) * ROWS * (2 + block.head_dim);
     write_rows<R>(block, room, out, partial, call.out);
-}
-
-// Calls `run` with as many rows as a thread has registers for, until all are done.
-template <typename F> DEVICE void in_parts(Block block, F run) {
-    constexpr u32 most = 8;
-    u32 rows = block.rows;
-    UNROLL_NOT
-    for (u32 done = 0; done < rows; done += most) {
-        block.rows = least(most, rows - done);
-        run(block);
-        sync_block();
-        block.first_row += most;
-        block.offset += most;
-    }
 }
 
 template <u32 dtype>
@@ -389,15 +290,13 @@ DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, 
         if (widest >= segment.first + segment.recent) sinks = segment.first;
         widest = least(widest, segment.recent);
     }
-    Block block = {num_heads,      num_kv_heads, head_dim, num_heads / num_kv_heads, blockIdx.y,
-                   task.first_row, task.rows,    0,        segment.first_row,        segment.start,
-                   widest,         sinks,        scale};
+    Block block = {num_heads,     num_kv_heads,   head_dim,  num_heads / num_kv_heads,
+                   blockIdx.y,    task.first_row, task.rows, segment.first_row,
+                   segment.start, widest,         sinks,     scale};
     if (sinks > 0 && call.cos) room.sink_queries = room.queries + ROWS * head_dim;
-    in_parts(block, [&](const Block& part) {
-        if (part.rows == 1) attend_rows<dtype, 1>(call, segment, task, part, room);
-        else if (part.rows <= 4) attend_rows<dtype, 4>(call, segment, task, part, room);
-        else attend_rows<dtype, 8>(call, segment, task, part, room);
-    });
+    if (task.rows == 1) attend_rows<dtype, 1>(call, segment, task, block, room);
+    else if (task.rows <= 4) attend_rows<dtype, 4>(call, segment, task, block, room);
+    else attend_rows<dtype, 16>(call, segment, task, block, room);
 }
 
 // Attention of the rows of a task over its tiles.
@@ -466,19 +365,9 @@ KERNEL BOUNDS(128) fold_partials(const Segment* segments, const FoldTask* tasks,
                                  u32 head_dim, const float* partials, float* out) {
     FoldTask task = tasks[blockIdx.x];
     const Segment& segment = segments[task.segment];
-    Block block = {num_heads,
-                   num_kv_heads,
-                   head_dim,
-                   num_heads / num_kv_heads,
-                   blockIdx.y,
-                   task.first_row,
-                   task.rows,
-                   0,
-                   segment.first_row,
-                   segment.start,
-                   WHOLE,
-                   0,
-                   1.0f};
+    Block block = {num_heads,     num_kv_heads,   head_dim,  num_heads / num_kv_heads,
+                   blockIdx.y,    task.first_row, task.rows, segment.first_row,
+                   segment.start, WHOLE,          0,         1.0f};
     u64 stride = u64(num_kv_heads) * ROWS * (2 + head_dim);
     const float* first = partials + task.first_partial * stride + u64(blockIdx.y) * ROWS * (2 + head_dim);
     for (u32 row = 0; row < task.rows; row++) {
@@ -627,14 +516,12 @@ DEVICE void evict(const Cache<dtype>& cache, u32 count, u32 capacity, u32 latest
 // Some rows of a stretch: their outputs, then what every key receives of each of their queries, one after the other.
 template <u32 dtype, u32 R>
 DEVICE void heavy_rows(const Call& call, const Cache<dtype>& cache, const Block& block, const Room& room) {
-    Outputs<R> out;
-    clear<R>(out);
+    float out[R][2];
+    UNROLL
+    for (u32 row = 0; row < R; row++) out[row][0] = out[row][1] = 0.0f;
     load_queries<R>(block, room, call.qkv, nullptr, nullptr, 0);
     u32 last = block.position + (block.first_row + block.rows - 1) / block.group;
-    for (u32 start = 0; start <= last; start += PAGE) {
-        if (start + PAGE <= last) prefetch_head<dtype>(cache.head(start + PAGE), block.head_dim);
-        fold_tile<dtype, R>(block, room, cache.head(start), start, out);
-    }
+    for (u32 start = 0; start <= last; start += PAGE) fold_tile<dtype, R>(block, room, cache.head(start), start, out);
     write_rows<R>(block, room, out, nullptr, call.out);
     for (u32 start = 0; start <= last; start += PAGE) {
         u8* head = cache.head(start);
@@ -681,11 +568,9 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
         u32 rows = (stop - position) * group;
         for (u32 first = 0; first < rows; first += ROWS) {
             Block block = {num_heads, num_kv_heads, head_dim, group, blockIdx.y, first, least(ROWS, rows - first),
-                           0,         pass_row,     taken,    WHOLE, 0,          scale};
-            in_parts(block, [&](const Block& part) {
-                if (part.rows == 1) heavy_rows<dtype, 1>(call, cache, part, room);
-                else heavy_rows<dtype, 8>(call, cache, part, room);
-            });
+                           pass_row,  taken,        WHOLE,    0,     scale};
+            if (block.rows <= 4) heavy_rows<dtype, 4>(call, cache, block, room);
+            else heavy_rows<dtype, 16>(call, cache, block, room);
         }
         u32 count = taken + stop - position;
         if (stop == whole && count > capacity)

@@ -94,9 +94,6 @@ template <typename T> DEVICE T shuffle_xor(T x, u32 lanes) { return __shfl_xor_s
 DEVICE void atomic_or(u32* at, u32 bits) { atomicOr(at, bits); }
 DEVICE void atomic_and(u32* at, u32 bits) { atomicAnd(at, bits); }
 
-// Asks for a line of 128 bytes to be brought into the second-level cache.
-DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at))); }
-
 // Copies of 16 bytes from memory to shared memory, in groups: what was copied is there when all but the last `left`
 // groups have been waited for and, for other threads, after a barrier. Before sm_80 they are there at once.
 DEVICE void copy_async(void* shared, const void* from) {
@@ -193,18 +190,6 @@ template <u32 dtype> DEVICE float load_as_f32(const void* from, u64 i) {
     if constexpr (dtype == F32) return static_cast<const float*>(from)[i];
     if constexpr (dtype == BF16) return bf16_to_f32(static_cast<const u16*>(from)[i]);
     if constexpr (dtype == F16) return f16_to_f32(static_cast<const u16*>(from)[i]);
-}
-// Elements i and i + 1, where i is even.
-template <u32 dtype> DEVICE void load_two(const void* from, u64 i, float* first, float* second) {
-    if constexpr (dtype == F32) {
-        uint2 two = static_cast<const uint2*>(from)[i / 2];
-        *first = bits_float(two.x);
-        *second = bits_float(two.y);
-    } else {
-        u32 two = static_cast<const u32*>(from)[i / 2];
-        *first = dtype == F16 ? f16_to_f32(u16(two)) : bits_float(two << 16);
-        *second = dtype == F16 ? f16_to_f32(u16(two >> 16)) : bits_float(two & 0xffff0000u);
-    }
 }
 template <u32 dtype> DEVICE void store_f32(void* to, u64 i, float x) {
     if constexpr (dtype == F32) static_cast<float*>(to)[i] = x;

@@ -102,7 +102,6 @@ DEVICE void sync_warp() {
 DEVICE void atomic_or(unsigned* at, unsigned bits) { *at |= bits; }
 DEVICE void atomic_and(unsigned* at, unsigned bits) { *at &= bits; }
 
-DEVICE void prefetch(const void*) {}
 DEVICE void copy_async(void* shared, const void* from) { emulator::copy_async(shared, from, 16); }
 DEVICE void copy_async_commit() { emulator::copy_async_commit(); }
 template <unsigned left> DEVICE void copy_async_wait() { emulator::copy_async_wait(left); }
