@@ -9,8 +9,8 @@
 //! Activations are f32 between operations. Products of few rows take them as they are; those of more round them, and
 //! the weights, to 16 bits (f32 weights stay f32), and sum up in f32.
 //!
-//! **Invariant:** nothing is allocated after [`Cuda::new`]. The first failure is kept, nothing is computed after it, and
-//! [`Device::finish`] tells it.
+//! **Invariant:** nothing is allocated after [`Cuda::new`]. The first failure is kept, nothing is computed after it,
+//! and [`Device::finish`] tells it.
 #![allow(unsafe_code)]
 
 mod attention;

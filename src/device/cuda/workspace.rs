@@ -64,8 +64,8 @@ impl Workspace {
         }
     }
 
-    /// Bytes of each place on the card but the lists, in the order of allocation: for products, widened weights, partial
-    /// results, weighed rows.
+    /// Bytes of each place on the card but the lists, in the order of allocation: for products, widened weights,
+    /// partial results, weighed rows.
     pub fn places(&self) -> [usize; 4] {
         let large = |bytes: usize| bytes.next_multiple_of(4096);
         [
