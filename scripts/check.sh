@@ -50,7 +50,7 @@ examples() {
 part "format" cargo fmt --check
 part "python" python3 -m py_compile scripts/*.py
 part "kernels" python3 scripts/compile_kernels.py
-part "emulator" tests/emulator/test.sh target/emulator
+part "emulator" tests/emulator/test.sh target/emulator 1
 part "clippy" clippy
 part "documentation" documentation
 part "cargo-deny install" install_cargo_deny

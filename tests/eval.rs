@@ -225,8 +225,8 @@ fn an_interrupted_evaluation_goes_on() {
     }
     // Another scenario is another job.
     let other = write(&scratch, "long", &sets("Story: Leo", "x", 4, None, 1.0));
-    let said = refused(&eval(&[&other, &task], &parts, &[]), 1);
-    assert!(said.contains("was started with input"), "{said}");
+    let said = refused(&eval(&[&other, &task], &parts, &[]), 2);
+    assert!(said.contains("holds other requests"), "{said}");
 }
 
 #[test]
@@ -289,6 +289,17 @@ fn what_is_wrong_is_named_by_its_path() {
 #[test]
 fn results_that_would_meet_or_replace_an_input_are_refused() {
     let scratch = Scratch::new();
+    let line = "{\"prompt\": \"Sum: 1 + 2 =\", \"references\": [\" 3\"]}\n";
+    std::fs::create_dir(scratch.path("own")).unwrap();
+    let own = scratch.write("own/requests.jsonl", line);
+    let said = refused(&eval(&[&own], &scratch.path("own"), &[]), 2);
+    assert!(said.contains("would replace it"), "{said}");
+    assert_eq!(std::fs::read_to_string(&own).unwrap(), line);
+    for name in ["...jsonl", "answers.jsonl.jsonl"] {
+        let file = scratch.write(name, line);
+        let said = refused(&eval(&[&file], &scratch.path("fresh"), &[]), 2);
+        assert!(said.contains("cannot have the name"), "{said}");
+    }
     let one = write(&scratch, "a/same", &fact(1));
     let two = write(&scratch, "b/same", &fact(2));
     let said = refused(&eval(&[&one, &two], &scratch.path("out"), &[]), 2);

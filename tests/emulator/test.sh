@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# test.sh OUTDIR [SEEDS]: builds the emulator and its tests into OUTDIR and runs them with so many seeds (3), then the
-# tests of kernels once more with sanitizers.
+# test.sh OUTDIR [SEEDS [sanitize]]: builds the emulator and its tests into OUTDIR and runs them with so many seeds (3),
+# then, if asked, the tests of kernels once more with sanitizers.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$here/../../kernels
@@ -31,6 +31,7 @@ mkdir -p "$out/faulty"
 cp "$kernels/common.cuh" "$here/faulty.cu" "$out/faulty"
 "$out/test_emulator" "$out/faulty"
 for seed in $(seq "$seeds"); do TIDEMILL_EMULATOR_SEED=$seed "$out/test_kernels" "$kernels" "$seed"; done
+[ "${3:-}" = sanitize ] || exit 0
 build "$out/sanitized" sanitize
 # What the emulator keeps until its end is no leak.
 export ASAN_OPTIONS=detect_leaks=0

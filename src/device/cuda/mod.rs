@@ -1,7 +1,7 @@
 //! A graphics card, through CUDA.
 //!
 //! Everything is found at run time: driver and card ([`card`]), compiler and matrix products ([`libraries`]). Kernels
-//! are compiled for the card that is there ([`kernels`]).
+//! are compiled for the card that is there (`kernels`).
 //!
 //! Three streams: one that computes, one for each direction of copies. The fences of the schedule order the lanes, and
 //! with them the streams: a copy is over when it returns, a step when its stream has been waited for.
