@@ -199,14 +199,14 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     if len == 0 {
         return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    if prompt.max_tokens == 0 && prompt.scored.is_none() {
-        // Only its text is wanted: nothing is computed.
-        return Ok(prompt);
-    }
     if len >= room.context_len && prompt.scored.is_none_or(|scored| scored.after.is_none()) {
         let context = room.context_len;
         let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
         return refused("context_length_exceeded", what);
+    }
+    if prompt.max_tokens == 0 && prompt.scored.is_none() {
+        // Only its text is wanted: nothing is computed.
+        return Ok(prompt);
     }
     // A tokenizer may know more tokens than the embedding table has rows.
     if let Some(id) = prompt.tokens.iter().find(|&&id| id as usize >= room.vocab_size) {
