@@ -151,8 +151,8 @@ impl<'m, D: Device> Engine<'m, D> {
         }
     }
 
-    /// Serves somebody who waits for every answer, also to lines that have no room. An idle engine waits this long after
-    /// a first line for others to be computed with it.
+    /// Serves somebody who waits for every answer, also to lines that have no room. An idle engine waits this long
+    /// after a first line for others to be computed with it.
     pub fn serve(&mut self, batch_wait: Duration) {
         (self.serves, self.batch_wait) = (true, batch_wait);
     }

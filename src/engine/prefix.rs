@@ -238,7 +238,7 @@ mod tests {
         kinds.iter().flat_map(|&kind| [kind; PAGE_POSITIONS]).chain((0..tail as u32).map(|token| 100 + token)).collect()
     }
 
-    /// A page behind one that nobody computed after all is of no use to a prompt that could take it, and not kept for it.
+    /// A page behind one that nobody computed after all is of no use to a prompt that could take it, and not kept.
     #[test]
     fn what_cannot_be_taken_is_given_up() {
         let (mut pool, mut tree) = (PagePool::new([6, 0, 0]), Prefixes::default());
