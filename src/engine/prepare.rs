@@ -142,8 +142,11 @@ fn prepare(item: Item, model: &Model, room: &Room) -> Prepared {
                 Prompt::Scoring(scoring) => score::prepare(scoring, model, room.context_len),
                 prompt => tokenize(prompt, &request, model).map(|prompt| vec![prompt]),
             };
+            let rendered = matches!(prompt, Prompt::Messages(_));
             for prompt in prepared.map_err(Unfit::Line)? {
-                prompts.push(fit(prompt, &request, room)?);
+                // Of a conversation of which nothing is computed the text is wanted, however long it is.
+                let text_alone = rendered && prompt.max_tokens == 0 && prompt.scored.is_none();
+                prompts.push(if text_alone { prompt } else { fit(prompt, &request, room)? });
             }
         }
         Ok(Work { request: Arc::new(request), prompts, partial: item.partial })
