@@ -187,7 +187,7 @@ pub fn rounds_activations(choice: Option<ActivationsChoice>, weights: DType) -> 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Switch {
-    /// Samples of a prompt share its computation and its KV cache.
+    /// Samples of a prompt share its computation and its KV cache, and so do prompts that begin alike.
     On,
     /// Each sample computes the prompt for itself.
     Off,

@@ -153,7 +153,8 @@ pub struct Arguments {
     /// Precision of activations in products [default: f32].
     #[arg(long, env = "TIDEMILL_ACTIVATIONS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     activations: Option<ActivationsChoice>,
-    /// Whether samples of a prompt share it [default: on]; changes no token.
+    /// Whether samples of a prompt share it, and prompts that begin alike their beginnings [default: on]; changes no
+    /// token.
     #[arg(long, env = "TIDEMILL_PREFIX_SHARING", value_name = "SWITCH", help_heading = "Budgets and numerics")]
     prefix_sharing: Option<Switch>,
     /// Dtype of the KV cache [default: auto, the checkpoint's].

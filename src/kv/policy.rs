@@ -64,7 +64,7 @@ pub enum Kept {
 }
 
 /// How the heavy hitters of a sequence are spread over a model. What [`Kept`] counts are averages, unless it was asked
-/// for a layer ([`Kept::at`]): all spreads keep as much in all.
+/// for a layer ([`Kept::at`]): all spreads keep as many keys in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Spread {
     /// Every KV head of every layer has as many.
