@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{self, PolicyFile};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, Size, Switch, WeightsChoice, kv_policy,
+    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, ScheduleChoice, Size, Switch, WeightsChoice, kv_policy,
     rounds_activations,
 };
 use super::planning::{Decision, Situation};
@@ -157,6 +157,9 @@ pub struct Arguments {
     /// token.
     #[arg(long, env = "TIDEMILL_PREFIX_SHARING", value_name = "SWITCH", help_heading = "Budgets and numerics")]
     prefix_sharing: Option<Switch>,
+    /// Whether prompts are computed beside answers, or all of a batch first [default: mixed]; changes no token.
+    #[arg(long, env = "TIDEMILL_SCHEDULE", value_name = "SCHEDULE", help_heading = "Budgets and numerics")]
+    schedule: Option<ScheduleChoice>,
     /// Dtype of the KV cache [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<KvChoice>,
@@ -353,7 +356,11 @@ impl Arguments {
     }
 
     fn resolve(&self, model: &Model, card: Option<&Card>) -> Result<Resolved> {
-        let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
+        let mut policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
+        let schedule = self.schedule.map(ScheduleChoice::order);
+        if let Some(policy) = &mut policy {
+            policy.schedule = schedule.or(policy.schedule);
+        }
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
         let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
         let converted = model.packed.as_ref().and_then(PackedModel::weights);
@@ -384,6 +391,7 @@ impl Arguments {
         let situation = Situation {
             model: &plan_model,
             policy: policy.as_ref(),
+            schedule,
             budgets,
             throttles: &throttles,
             job: &job,
@@ -393,7 +401,8 @@ impl Arguments {
         };
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
-        let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
+        let shares = self.prefix_sharing != Some(Switch::Off);
+        let batch = resources::batch(&decision.placement, shares, self.expect_output_len);
         let arithmetic =
             card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([

@@ -19,6 +19,7 @@ use crate::planner::lp::{self, Capabilities};
 use crate::planner::model::PlanModel;
 use crate::planner::predict::{Prediction, predict};
 use crate::planner::search::Question;
+use crate::policy::Order;
 use crate::schedule::placement::Placement;
 
 /// Main memory that measuring takes at most.
@@ -30,6 +31,8 @@ pub struct Situation<'a> {
     pub model: &'a PlanModel,
     /// What the policy file says; none if there is no file.
     pub policy: Option<&'a PolicyFile>,
+    /// Whether prompts and answers share passes, where somebody said so.
+    pub schedule: Option<Order>,
     /// Bytes granted.
     pub budgets: Budgets,
     /// Rates that links are held to.
@@ -64,7 +67,7 @@ impl Situation<'_> {
     /// # Errors
     /// [`Error::OverBudget`] when nothing fits.
     pub fn decide(&self, measure: bool) -> Result<Decision> {
-        let empty = PolicyFile::default();
+        let empty = PolicyFile { schedule: self.schedule, ..PolicyFile::default() };
         let wishes = Wishes {
             config: &self.model.config,
             bytes: &self.model.bytes,
@@ -89,6 +92,7 @@ impl Situation<'_> {
             budgets: lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64)),
             capabilities: Capabilities { cpu_attention: false },
             job: self.job,
+            schedule: self.schedule.unwrap_or_default(),
         }
     }
 

@@ -70,7 +70,10 @@ pub fn write<D: Device>(
         "lanes": lanes,
         "policy": placement.policy,
         "numerics": resolved.numerics,
-        "kv": {"policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens},
+        "kv": {
+            "policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens,
+            "pauses": counts.paused,
+        },
         "synthetic": resolved.synthetic,
     });
     let text = serde_json::to_string_pretty(&stats).expect("a JSON value has a text") + "\n";

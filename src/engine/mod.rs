@@ -4,8 +4,11 @@
 //! its own tokens.
 
 mod admission;
+mod lengths;
+mod outlook;
 mod prefix;
 mod prepare;
+mod room;
 mod sample;
 mod score;
 mod sequence;
@@ -25,7 +28,10 @@ use crate::job::{Reader, Writer};
 use crate::kv::pages::PagePool;
 use crate::kv::policy::KvPolicy;
 use crate::model::Model;
+use crate::policy::Order;
 use crate::schedule::Pass;
+use lengths::Lengths;
+use outlook::Outlook;
 use prefix::Prefixes;
 use prepare::{Arrival, Room};
 use sequence::{Begin, Job, Sequence};
@@ -46,6 +52,10 @@ pub struct Batch {
     pub chunk_tokens: usize,
     /// Samples of a prompt share its computation and its pages, and so do prompts that begin alike.
     pub share_prompts: bool,
+    /// Whether prompts and answers share passes.
+    pub order: Order,
+    /// Tokens that answers are expected to have, until they have shown it; as many as they may if there is nothing here.
+    pub expected_len: Option<usize>,
 }
 
 /// What the engine counted.
@@ -67,6 +77,8 @@ pub struct Counts {
     pub evicted_tokens: u64,
     /// Trips over the layers.
     pub passes: u64,
+    /// Sequences that gave their pages to others and were computed again.
+    pub paused: u64,
     /// Sequences in flight now.
     pub in_flight: u64,
     /// Time spent within passes.
@@ -98,8 +110,15 @@ pub struct Engine<'m, D: Device> {
     /// Sequences that have begun.
     begun: u64,
     jobs: HashMap<u64, Job>,
-    /// Pages promised to active sequences and not taken yet.
-    reserved: usize,
+    /// How long answers get.
+    lengths: Lengths,
+    /// What those in flight will need, while none of them has moved.
+    outlook: Option<Outlook>,
+    /// Pages that the next positions of every active sequence need, and all together.
+    noted: Vec<usize>,
+    noted_pages: usize,
+    /// No prompt begins before everybody has ended.
+    closed: bool,
     /// Places among the active that are promised to siblings.
     promised_places: usize,
     pass: Pass,
@@ -137,7 +156,11 @@ impl<'m, D: Device> Engine<'m, D> {
             prefixes: Prefixes::default(),
             begun: 0,
             jobs: HashMap::new(),
-            reserved: 0,
+            lengths: Lengths::new(batch.expected_len),
+            outlook: None,
+            noted: Vec::new(),
+            noted_pages: 0,
+            closed: false,
             promised_places: 0,
             pass: Pass::default(),
             counts: Counts::default(),
@@ -292,6 +315,11 @@ impl<'m, D: Device> Engine<'m, D> {
         self.batch.share_prompts && !self.model.config.positions.depend_on_length()
     }
 
+    /// Whether a batch that will be closed has room for more.
+    fn fills(&self) -> bool {
+        self.batch.order == Order::Phased && !self.closed && self.pending.is_empty() && self.places() > 0
+    }
+
     /// Whether new prompts could be admitted if there were any, or are to be looked at ahead.
     fn wants_lines(&self) -> bool {
         let ahead = self.pending.len() < AHEAD_PROMPTS && self.pending_tokens < AHEAD_TOKENS;
@@ -307,6 +335,8 @@ impl<'m, D: Device> Engine<'m, D> {
         // Long waits are short too: a slow input must not keep a signal waiting.
         let patience = match self.active.is_empty() {
             true => Duration::from_millis(100),
+            // A batch that nobody joins later is worth one.
+            false if self.fills() => Duration::from_millis(100),
             // Looking ahead is worth no wait, nor is an input that has had nothing for a while.
             false if !self.pending.is_empty() || self.places() == 0 || self.starved > STARVED => {
                 left.min(Duration::from_millis(100))
