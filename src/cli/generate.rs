@@ -17,6 +17,7 @@ use super::flags::{
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
+use super::replanning::Replanner;
 use super::resources::{self, Budgets};
 use super::signals::Signals;
 use super::{devices, estimate, pack, say, stats};
@@ -25,7 +26,7 @@ use crate::device::Device;
 use crate::device::cuda::Cuda;
 use crate::device::cuda::card::Card;
 use crate::device::host::Host;
-use crate::engine::{Batch, Counts, Engine};
+use crate::engine::{Advisor, Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::executor::size::model_bytes;
 use crate::executor::{Executor, Parts, Throttle};
@@ -42,6 +43,7 @@ use crate::model::packed::read::PackedModel;
 use crate::model::packed::{Packed, cache};
 use crate::planner::job::Job;
 use crate::planner::model::PlanModel;
+use crate::schedule::placement::Placement;
 use crate::schedule::price::placed;
 use crate::schedule::step::Lane;
 
@@ -561,6 +563,11 @@ impl Arguments {
     }
 }
 
+/// Why a job cannot go on.
+fn lost_card(name: &str) -> Error {
+    Error::Device { what: format!("{name} is not there any more") }
+}
+
 /// The name that a choice has on the command line.
 fn choice_name(choice: impl clap::ValueEnum) -> String {
     choice.to_possible_value().expect("no choice is hidden").get_name().to_owned()
@@ -618,26 +625,41 @@ impl Running<'_> {
             say::line(said);
         }
         let name = format!("model `{}`", model.name);
-        let placement = &resolved.decision.placement;
-        let (device_bytes, host_bytes) = placement.arenas();
-        let mut host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
+        let host = |placement: &Placement| Arena::new(&name, Tier::Cpu, placement.arenas().1 as usize);
         if let Some(card) = card {
             let cache = cache::directory(arguments.cache_dir.as_deref())?;
-            let compiling = || say::line("compiling kernels for this GPU, once");
             let layout = model.packed(resolved.weights)?.layout().clone();
-            let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
-            let device = Cuda::new(card, &needs, &mut host)?;
-            return self.run_on(device, host, job);
+            let mut card = Some(card);
+            let start = |placement: &Placement| {
+                let compiling = || say::line("compiling kernels for this GPU, once");
+                let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
+                // A card that was given back is taken again.
+                let card = match card.take() {
+                    Some(card) => card,
+                    None => devices::choose(arguments.device)?.ok_or_else(|| lost_card(&resolved.device))?,
+                };
+                let mut host = host(placement)?;
+                Ok((Cuda::new(card, &needs, &mut host)?, host))
+            };
+            return self.run_on(start, job);
         }
-        let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
-        device.round_activations(resolved.model.cost.integer_activations);
-        let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
-        self.run_on(device, host, job)
+        let start = |placement: &Placement| {
+            let (device_bytes, _) = placement.arenas();
+            let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
+            device.round_activations(resolved.model.cost.integer_activations);
+            let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
+            Ok((device, host(placement)?))
+        };
+        self.run_on(start, job)
     }
 
-    /// Runs the job on a device; `host` is main memory beside it.
-    fn run_on<D: Device>(self, device: D, host: Arena, job: job::Job) -> Result<u8> {
-        let Running { arguments, model, resolved, .. } = &self;
+    /// Runs the job on a device that `start` makes for a placement, with main memory beside it.
+    fn run_on<D: Device>(
+        &self,
+        mut start: impl FnMut(&Placement) -> Result<(D, Arena)>,
+        job: job::Job,
+    ) -> Result<u8> {
+        let Running { arguments, model, resolved, .. } = self;
         let made;
         let packed: Box<dyn Packed> = match model.packed {
             None if resolved.decision.placement.reads_weights() => {
@@ -647,15 +669,22 @@ impl Running<'_> {
             _ => model.packed(resolved.weights)?,
         };
         let offload = arguments.offload_directory()?;
-        let parts = Parts {
-            packed: &*packed,
-            config: &model.config,
-            placement: resolved.decision.placement.clone(),
-            kv: resolved.kv,
-            offload: Some(&offload),
-            throttle: lanes(&resolved.throttles),
+        let mut build = |placement: Placement| {
+            let (device, host) = start(&placement)?;
+            let parts = Parts {
+                packed: &*packed,
+                config: &model.config,
+                placement,
+                kv: resolved.kv,
+                offload: Some(&offload),
+                throttle: lanes(&resolved.throttles),
+            };
+            Executor::new(device, host, parts)
         };
-        let mut executor = Executor::new(device, host, parts)?;
+        let decision = &resolved.decision;
+        let building = Instant::now();
+        let mut executor = build(decision.placement.clone())?;
+        let build_secs = building.elapsed().as_secs_f64();
         if arguments.trace.is_some() {
             executor.trace();
         }
@@ -666,11 +695,26 @@ impl Running<'_> {
             say::data(ready)?;
         }
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
+        // A trace is of one placement, and who waits for every answer is not kept waiting.
+        let planned = decision.planning_secs.zip(decision.hardware.as_ref());
+        let planned = planned.filter(|_| arguments.trace.is_none() && self.standby.is_none());
+        let mut replanner = planned.map(|(planning_secs, hardware)| Replanner {
+            model: &resolved.model,
+            hardware,
+            budgets: resolved.budgets,
+            schedule: decision.placement.policy.schedule,
+            lines: job.total.map(|lines| lines - job.resumed),
+            readable: (model.packed.is_some() || decision.placement.reads_weights(), decision.placement.reads_planes()),
+            build,
+            build_secs,
+            planning_secs,
+        });
+        let advisor = replanner.as_mut().map(|replanner| replanner as &mut dyn Advisor<D>);
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
         let deferred = self.signals.defer();
-        let result = engine.run(reader, &mut writer, &self.signals.number, &mut |now| {
+        let result = engine.run(reader, &mut writer, &self.signals.number, advisor, &mut |now| {
             counts = *now;
             progress.show(now);
         });
@@ -682,7 +726,7 @@ impl Running<'_> {
         let counts = result.as_ref().copied().unwrap_or(counts);
         let times = stats::Times { load_secs, wall_secs };
         let told = match (&arguments.stats, &closed) {
-            (Some(path), Ok(summary)) => stats::write(path, resolved, engine.executor(), &counts, summary, &times),
+            (Some(path), Ok(summary)) => stats::write(path, resolved, &engine.used(), &counts, summary, &times),
             _ => Ok(()),
         };
         let traced = arguments.trace.as_ref().map_or(Ok(()), |path| self.write_trace(path, engine.executor_mut()));

@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
@@ -18,8 +19,8 @@ use crate::planner::job::Job;
 use crate::planner::lp::{self, Capabilities};
 use crate::planner::model::PlanModel;
 use crate::planner::predict::{Prediction, predict};
-use crate::planner::search::Question;
-use crate::policy::Order;
+use crate::planner::search::{Plan, Question};
+use crate::policy::{Order, Split};
 use crate::schedule::placement::Placement;
 
 /// Main memory that measuring takes at most.
@@ -59,6 +60,8 @@ pub struct Decision {
     pub hardware: Option<Hardware>,
     /// What to say about it.
     pub said: Option<String>,
+    /// Seconds that planning took; none where nothing was planned.
+    pub planning_secs: Option<f64>,
 }
 
 impl Situation<'_> {
@@ -104,24 +107,11 @@ impl Situation<'_> {
 
     fn plan(&self) -> Result<Decision> {
         let hardware = self.profile(true)?.expect("it was measured");
+        let started = Instant::now();
         let plan = self.question(&hardware).plan()?;
-        let share = |split: &crate::policy::Split| {
-            let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
-            let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
-            parts.collect::<Vec<_>>().join(" ")
-        };
-        let policy = &plan.policy;
-        let said = format!(
-            "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
-            share(&policy.weights),
-            share(&policy.kv),
-            policy.sequences,
-            policy.blocks,
-            policy.chunk_tokens,
-            if policy.compressed { ", compressed planes" } else { "" },
-            plan.bottleneck.name(),
-        );
-        Ok(self.expect(plan.placement, Some(hardware), Some(said)))
+        let said = words_of(&plan);
+        let planned = Decision { planning_secs: Some(started.elapsed().as_secs_f64()), ..self.expect(plan.placement, Some(hardware), Some(said)) };
+        Ok(planned)
     }
 
     /// The decision for a placement, with what is expected of it where the machine is known.
@@ -137,7 +127,7 @@ impl Situation<'_> {
             (said, expected) => said.or(expected),
         };
         let bound_tokens_per_s = bound.map(|(rate, _)| rate);
-        Decision { placement, prediction, bound_tokens_per_s, hardware, said }
+        Decision { placement, prediction, bound_tokens_per_s, hardware, said, planning_secs: None }
     }
 
     /// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
@@ -180,6 +170,26 @@ impl Situation<'_> {
         };
         Ok(Some(hardware.throttled(self.throttles)))
     }
+}
+
+/// What a plan is, in a line.
+pub fn words_of(plan: &Plan) -> String {
+    let share = |split: &Split| {
+        let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
+        let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
+        parts.collect::<Vec<_>>().join(" ")
+    };
+    let policy = &plan.policy;
+    format!(
+        "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
+        share(&policy.weights),
+        share(&policy.kv),
+        policy.sequences,
+        policy.blocks,
+        policy.chunk_tokens,
+        if policy.compressed { ", compressed planes" } else { "" },
+        plan.bottleneck.name(),
+    )
 }
 
 /// This machine, as measured before; measured now if `measure` says so, in at most `memory_bytes`.

@@ -30,6 +30,7 @@ impl<D: Device> Engine<'_, D> {
     /// Takes a line in: errors are answered at once, prompts wait for admission.
     pub(super) fn accept(&mut self, prepared: Prepared, writer: &mut Writer) -> Result<()> {
         let Prepared { header, work } = prepared;
+        self.accepted += 1;
         let work = match work {
             Ok(work) => work,
             Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),

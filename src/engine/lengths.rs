@@ -110,6 +110,13 @@ impl Survival {
         self.upto[stretch] + self.rates[stretch] * (len - STARTS[stretch]) as f64
     }
 
+    /// Tokens that an answer of `len` is expected to get, of `most` that it may.
+    pub fn expected(&self, len: usize, most: usize) -> f64 {
+        // Far ahead a step of many tokens is near enough.
+        let step = most.div_ceil(256).max(1);
+        (0..most).step_by(step).map(|more| self.goes_on(len, more) * step.min(most - more) as f64).sum()
+    }
+
     /// The probability that an answer of `len` tokens gets more than `more` further ones.
     pub fn goes_on(&self, len: usize, more: usize) -> f64 {
         (self.ends(len) - self.ends(len.saturating_add(more))).exp()
@@ -165,8 +172,9 @@ mod tests {
     fn before_anything_is_seen_answers_are_as_long_as_expected() {
         let other = Kind::new(Endpoint::Chat, 100);
         assert_eq!(Lengths::new(None).survival(KIND).goes_on(3, 100_000), 1.0);
-        let expected = Lengths::new(Some(100)).survival(other).goes_on(20, 100);
-        assert!((expected - (-1f64).exp()).abs() < 1e-9);
+        let expected = Lengths::new(Some(100)).survival(other);
+        assert!((expected.goes_on(20, 100) - (-1f64).exp()).abs() < 1e-9);
+        assert!((expected.expected(5, 2000) - 100.0).abs() < 5.0, "{}", expected.expected(5, 2000));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod lengths;
 mod outlook;
 mod prefix;
 mod prepare;
+mod replan;
 mod room;
 mod sample;
 mod score;
@@ -32,8 +33,11 @@ use crate::policy::Order;
 use crate::schedule::Pass;
 use lengths::Lengths;
 use outlook::Outlook;
+pub use replan::{Advisor, Left, Used};
+
 use prefix::Prefixes;
 use prepare::{Arrival, Room};
+use replan::Looks;
 use sequence::{Begin, Job, Sequence};
 
 /// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.
@@ -42,6 +46,9 @@ const AHEAD_TOKENS: usize = 1 << 20;
 
 /// Passes without a new line after which none is waited for any more.
 const STARVED: u32 = 8;
+
+/// Why there is always an executor.
+const REPLACED: &str = "a job ends when its executor cannot be replaced";
 
 /// How much is computed together: placement, so it changes no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +84,12 @@ pub struct Counts {
     pub evicted_tokens: u64,
     /// Trips over the layers.
     pub passes: u64,
+    /// Answers that have ended.
+    pub ended: u64,
     /// Sequences that gave their pages to others and were computed again.
     pub paused: u64,
+    /// Changes to another placement.
+    pub replanned: u64,
     /// Sequences in flight now.
     pub in_flight: u64,
     /// Time spent within passes.
@@ -91,7 +102,8 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Counts);
 /// Runs requests on a loaded model.
 pub struct Engine<'m, D: Device> {
     model: &'m Model,
-    executor: Executor<D>,
+    /// There is one but while it is replaced.
+    executor: Option<Executor<D>>,
     kv_policy: Arc<dyn KvPolicy>,
     pool: PagePool,
     batch: Batch,
@@ -119,6 +131,12 @@ pub struct Engine<'m, D: Device> {
     noted_pages: usize,
     /// No prompt begins before everybody has ended.
     closed: bool,
+    /// Lines that were read.
+    accepted: u64,
+    /// What earlier executors have done and taken.
+    before: Used,
+    /// When to ask for another placement.
+    looks: Looks,
     /// Places among the active that are promised to siblings.
     promised_places: usize,
     pass: Pass,
@@ -144,7 +162,7 @@ impl<'m, D: Device> Engine<'m, D> {
         let pool = PagePool::new(executor.placement().pages);
         Engine {
             model,
-            executor,
+            executor: Some(executor),
             kv_policy,
             pool,
             batch,
@@ -161,6 +179,9 @@ impl<'m, D: Device> Engine<'m, D> {
             noted: Vec::new(),
             noted_pages: 0,
             closed: false,
+            accepted: 0,
+            before: Used::default(),
+            looks: Looks::default(),
             promised_places: 0,
             pass: Pass::default(),
             counts: Counts::default(),
@@ -180,14 +201,14 @@ impl<'m, D: Device> Engine<'m, D> {
         (self.serves, self.batch_wait) = (true, batch_wait);
     }
 
-    /// The executor, for what it counted.
+    /// The executor.
     pub fn executor(&self) -> &Executor<D> {
-        &self.executor
+        self.executor.as_ref().expect(REPLACED)
     }
 
     /// The executor, to take from it what it noted.
     pub fn executor_mut(&mut self) -> &mut Executor<D> {
-        &mut self.executor
+        self.executor.as_mut().expect(REPLACED)
     }
 
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
@@ -199,6 +220,7 @@ impl<'m, D: Device> Engine<'m, D> {
         reader: Reader,
         writer: &mut Writer,
         signal: &AtomicUsize,
+        advisor: Option<&mut dyn Advisor<D>>,
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let config = &self.model.config;
@@ -215,7 +237,7 @@ impl<'m, D: Device> Engine<'m, D> {
         };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
-            let result = self.work(&lines, writer, signal, observe);
+            let result = self.work(&lines, writer, signal, advisor, observe);
             // Whatever ended the run, what was sampled goes into the journal, unless that is what failed.
             let saved = if writer.is_broken() { Ok(()) } else { self.journal(writer) };
             result.and(saved).map(|()| self.counts)
@@ -227,6 +249,7 @@ impl<'m, D: Device> Engine<'m, D> {
         lines: &Receiver<Result<Arrival>>,
         writer: &mut Writer,
         signal: &AtomicUsize,
+        mut advisor: Option<&mut dyn Advisor<D>>,
         observe: Observer<'_>,
     ) -> Result<()> {
         let mut more = true;
@@ -263,6 +286,7 @@ impl<'m, D: Device> Engine<'m, D> {
                 continue;
             }
             self.step(writer)?;
+            self.reconsider(!more, advisor.as_deref_mut(), writer)?;
             self.counts.in_flight = self.active.len() as u64;
             observe(&self.counts);
             self.save(writer)?;
@@ -276,9 +300,7 @@ impl<'m, D: Device> Engine<'m, D> {
 
     /// Pages that a block can have brought in for a layer; no limit where all are there.
     fn block_pages(&self) -> usize {
-        let placement = self.executor.placement();
-        let resident = placement.pages[placement.compute as usize];
-        if resident == self.pool.len() { usize::MAX } else { placement.policy.block_pages }
+        self.executor().placement().most_block_pages()
     }
 
     /// Everything that fits is done; what does not is told with the memory that would do.
@@ -286,7 +308,7 @@ impl<'m, D: Device> Engine<'m, D> {
         if self.postponed == 0 {
             return Ok(());
         }
-        let placement = self.executor.placement();
+        let placement = self.executor().placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
         let ([cache, block], longest) = (self.pages_wanted, self.longest());
         // What a block holds counts where pages are brought in.

@@ -79,7 +79,7 @@ impl<D: Device> Engine<'_, D> {
             let shared = self.active[index].pages[page];
             if self.pool.is_shared(shared) {
                 let own = self.take_page();
-                self.executor.copy_page(shared, own)?;
+                self.executor_mut().copy_page(shared, own)?;
                 self.active[index].pages[page] = own;
                 self.pool.release(shared);
             }

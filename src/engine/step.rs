@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::lengths::{Kind, Lengths, is_certain};
 use super::sample::{Rules, Sample};
 use super::sequence::{self, Job, Sequence, prompt_scores};
-use super::{Engine, journal_sample};
+use super::{Engine, REPLACED, journal_sample};
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn, Problem, Target};
 use crate::error::{Error, Result};
@@ -64,7 +64,7 @@ impl<D: Device> Engine<'_, D> {
         let (draws, askers) = self.compose()?;
         assert!(self.pass.rows() > 0, "no active sequence fits into a pass of its own");
         let started = Instant::now();
-        let drawn = self.executor.run(&self.pass, &draws)?;
+        let drawn = self.executor.as_mut().expect(REPLACED).run(&self.pass, &draws)?;
         self.counts.busy += started.elapsed();
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
@@ -86,7 +86,7 @@ impl<D: Device> Engine<'_, D> {
             prompt_tokens: prompts.iter().map(|&index| self.active[index].uncomputed()).sum(),
             decoding,
             prompts,
-            blocks: self.executor.placement().policy.blocks,
+            blocks: self.executor().placement().policy.blocks,
             chunk_tokens: self.batch.chunk_tokens,
             order: self.batch.order,
         };
@@ -104,14 +104,14 @@ impl<D: Device> Engine<'_, D> {
         // The prompt ends a chunk: siblings start from it, and length scaling changes there.
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
         let to = self.within_pages(index, sequence.kept.reach(&(from..to)));
-        let outputs = self.executor.placement().output_rows - asked.rows;
+        let outputs = self.executor().placement().output_rows - asked.rows;
         let to = sequence.scored.map_or(to, |scored| to.min(from.max(scored.from - 1) + outputs));
         if to == from || sequence.asks(from..to) > outputs {
             return Ok(0);
         }
         self.own_pages(index, from, to)?;
         let sequence = &mut self.active[index];
-        let to = from + self.pass.room(self.executor.placement(), (&sequence.pages, sequence.kept), from..to);
+        let to = from + self.pass.room(self.executor.as_ref().expect(REPLACED).placement(), (&sequence.pages, sequence.kept), from..to);
         if to == from {
             return Ok(0);
         }
@@ -211,6 +211,7 @@ impl<D: Device> Engine<'_, D> {
         job.open -= own + sequence.siblings.len();
         let finished = job.open == 0;
         if let Some(mut sample) = sequence.sample {
+            self.counts.ended += 1;
             if !finished {
                 journal_sample(writer, sequence.job, sequence.prompt, &mut sample)?;
             }
