@@ -249,7 +249,7 @@ impl<D: Device> Engine<'_, D> {
                 kept: leader.kept,
                 pages,
                 number: self.begun,
-                path: Path::default(),
+                path: self.prefixes.join(&leader.path),
                 scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),

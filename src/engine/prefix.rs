@@ -33,7 +33,7 @@ pub struct Prefixes {
     /// Numbers of nodes that are gone.
     free: Vec<NodeId>,
     children: HashMap<(Option<NodeId>, Tile), NodeId>,
-    /// Ready nodes that no sequence goes through.
+    /// Ready nodes that no sequence goes through: only the tree holds their pages.
     idle: usize,
 }
 
@@ -132,6 +132,16 @@ impl Prefixes {
         }
         path.published = taken;
         pages
+    }
+
+    /// Another sequence of the same prompt goes on from what one has computed, and holds the pages that it does.
+    pub fn join(&mut self, path: &Path) -> Path {
+        for &node in &path.nodes {
+            let node = &mut self.nodes[node as usize];
+            self.idle -= usize::from(node.is_idle());
+            node.running += 1;
+        }
+        Path { nodes: path.nodes.clone(), takes: path.takes, published: path.nodes.len() }
     }
 
     /// What the sequence has computed by now, so many positions in `pages`, is ready.

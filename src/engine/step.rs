@@ -192,7 +192,7 @@ impl<D: Device> Engine<'_, D> {
         // A sibling can end with its first token, before it had a place.
         while let Some(position) = self.waiting.iter().position(|sequence| self.is_done(sequence)) {
             let sequence = self.waiting.remove(position).expect("position is within");
-            sequence.pages.iter().for_each(|&page| self.pool.release(page));
+            self.release(&sequence);
             self.put_away(sequence, writer)?;
         }
         Ok(())
