@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use support::jobs::Chance;
 use support::{Scratch, read_jsonl};
 use tidemill::device::host::Host;
-use tidemill::engine::{Advisor, Batch, Counts, Engine, Left};
+use tidemill::engine::{Advisor, Batch, Counts, Engine, Left, Used};
 use tidemill::error::{Result, Tier};
 use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts};
@@ -105,6 +105,10 @@ impl Advisor<Host> for Whim<'_> {
         (self.chance.below(3) > 0).then_some(placement)
     }
 
+    fn is_slow(&mut self, _: &Used) -> bool {
+        self.chance.below(3) == 0
+    }
+
     fn build(&mut self, placement: Placement) -> Result<Executor<Host>> {
         Ok(executor(self.model, placement, self.kv))
     }
@@ -131,7 +135,8 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
     let scratch = Scratch::new();
     let model = Model::open("demo").unwrap();
     let (mut total, mut expected) = (Counts::default(), Vec::new());
-    let policies = ["full", "h2o:heavy=60,recent=30", "sink:start=4,recent=100", "pyramid:heavy=50,recent=20,slope=0.8"];
+    let policies =
+        ["full", "h2o:heavy=60,recent=30", "sink:start=4,recent=100", "pyramid:heavy=50,recent=20,slope=0.8"];
     for seed in 0..count {
         let mut chance = Chance::new(seed);
         let kv_policy = parse(policies[[0, 1, 0, 2, 0, 3][(seed % 6) as usize]]).unwrap();

@@ -17,7 +17,7 @@ use super::flags::{
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
-use super::replanning::Replanner;
+use super::replanning::{Replanner, lane};
 use super::resources::{self, Budgets};
 use super::signals::Signals;
 use super::{devices, estimate, pack, say, stats};
@@ -45,7 +45,6 @@ use crate::planner::job::Job;
 use crate::planner::model::PlanModel;
 use crate::schedule::placement::Placement;
 use crate::schedule::price::placed;
-use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
 const ARITHMETIC: &str = "3";
@@ -585,9 +584,7 @@ fn real_path(path: &Path) -> Option<PathBuf> {
 /// Throttles by lane.
 fn lanes(throttles: &Throttles) -> Throttle {
     let mut lanes = Throttle::default();
-    for (lane, link) in [Lane::DiskRead, Lane::DiskWrite, Lane::H2d, Lane::D2h].into_iter().zip(Link::ALL) {
-        lanes[lane.index()] = throttles.rate(link);
-    }
+    Link::ALL.into_iter().for_each(|link| lanes[lane(link).index()] = throttles.rate(link));
     lanes
 }
 
@@ -654,11 +651,7 @@ impl Running<'_> {
     }
 
     /// Runs the job on a device that `start` makes for a placement, with main memory beside it.
-    fn run_on<D: Device>(
-        &self,
-        mut start: impl FnMut(&Placement) -> Result<(D, Arena)>,
-        job: job::Job,
-    ) -> Result<u8> {
+    fn run_on<D: Device>(&self, mut start: impl FnMut(&Placement) -> Result<(D, Arena)>, job: job::Job) -> Result<u8> {
         let Running { arguments, model, resolved, .. } = self;
         let made;
         let packed: Box<dyn Packed> = match model.packed {
@@ -700,7 +693,7 @@ impl Running<'_> {
         let planned = planned.filter(|_| arguments.trace.is_none() && self.standby.is_none());
         let mut replanner = planned.map(|(planning_secs, hardware)| Replanner {
             model: &resolved.model,
-            hardware,
+            hardware: hardware.clone(),
             budgets: resolved.budgets,
             schedule: decision.placement.policy.schedule,
             lines: job.total.map(|lines| lines - job.resumed),
@@ -708,6 +701,7 @@ impl Running<'_> {
             build,
             build_secs,
             planning_secs,
+            watched: Default::default(),
         });
         let advisor = replanner.as_mut().map(|replanner| replanner as &mut dyn Advisor<D>);
         let began = Instant::now();

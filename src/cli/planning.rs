@@ -110,7 +110,10 @@ impl Situation<'_> {
         let started = Instant::now();
         let plan = self.question(&hardware).plan()?;
         let said = words_of(&plan);
-        let planned = Decision { planning_secs: Some(started.elapsed().as_secs_f64()), ..self.expect(plan.placement, Some(hardware), Some(said)) };
+        let planned = Decision {
+            planning_secs: Some(started.elapsed().as_secs_f64()),
+            ..self.expect(plan.placement, Some(hardware), Some(said))
+        };
         Ok(planned)
     }
 

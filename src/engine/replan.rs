@@ -1,7 +1,7 @@
 //! Another placement on the way, when lengths turn out otherwise than planned or the job nears its end.
 //!
-//! What is asked: as answers end (after the first few, then whenever twice as many have), and when no prompts are left,
-//! whenever half of those in flight have ended. A change pauses everybody, gives all memory back, and takes it anew;
+//! It is asked as answers end (after the first few, then whenever twice as many have), when no prompts are left and half
+//! of those in flight have ended, and when a link has been slower than planned for a while. A change pauses everybody, gives all memory back, and takes it anew;
 //! who was paused is computed again, so no bit changes.
 //!
 //! **Invariant:** memory of the old placement is given back before any of the new one is taken.
@@ -22,6 +22,8 @@ use crate::schedule::step::Lane;
 
 /// Answers that have ended before anybody is asked.
 const FIRST_LOOK: u64 = 32;
+/// Passes between looks at the links.
+const WATCHED: u64 = 16;
 
 /// What is left of a job.
 #[derive(Clone, Debug)]
@@ -42,6 +44,9 @@ pub struct Left {
 pub trait Advisor<D: Device> {
     /// A placement for what is left that is worth the change.
     fn advise(&mut self, left: Left, placement: &Placement) -> Option<Placement>;
+
+    /// Whether links have been so much slower than planned that another placement may do better.
+    fn is_slow(&mut self, used: &Used) -> bool;
 
     /// An executor under it; everything of the one before has been given back.
     ///
@@ -85,7 +90,9 @@ impl<D: Device> Engine<'_, D> {
         let Some(advisor) = advisor else { return Ok(()) };
         let flying = self.active.len() + self.waiting.len();
         let ends = is_all && self.pending.is_empty();
-        if flying == 0 || !(self.counts.ended >= self.looks.ended || ends && flying <= self.looks.active) {
+        let slow = self.counts.passes.is_multiple_of(WATCHED) && advisor.is_slow(&self.used());
+        let due = self.counts.ended >= self.looks.ended || ends && flying <= self.looks.active;
+        if flying == 0 || !(due || slow) {
             return Ok(());
         }
         self.looks.ended = 2 * self.counts.ended.max(FIRST_LOOK);

@@ -111,7 +111,12 @@ impl<D: Device> Engine<'_, D> {
         }
         self.own_pages(index, from, to)?;
         let sequence = &mut self.active[index];
-        let to = from + self.pass.room(self.executor.as_ref().expect(REPLACED).placement(), (&sequence.pages, sequence.kept), from..to);
+        let to = from
+            + self.pass.room(
+                self.executor.as_ref().expect(REPLACED).placement(),
+                (&sequence.pages, sequence.kept),
+                from..to,
+            );
         if to == from {
             return Ok(0);
         }
