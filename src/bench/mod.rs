@@ -2,4 +2,5 @@
 //!
 //! **Invariant:** nothing here decides anything; it shows what others did.
 
+pub mod sweep;
 pub mod trace;
