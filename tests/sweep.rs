@@ -189,6 +189,93 @@ fn another_grid_is_told_and_another_model_is_refused() {
     assert_eq!(fs::read_to_string(other.join("results.jsonl")).unwrap(), "{\"custom_id\":\"a\"}\n");
 }
 
+/// The pictures of a page.
+fn pictures(page: &str) -> Vec<&str> {
+    page.match_indices("<svg").map(|(at, _)| &page[at..at + page[at..].find("</svg>").expect("it ends") + 6]).collect()
+}
+
+/// Holds a text to XML: tags that nest, quoted attributes, known entities; gives the names of all elements.
+fn well_formed(text: &str) -> Vec<String> {
+    let (mut open, mut seen, mut rest) = (Vec::new(), Vec::new(), text);
+    while let Some(at) = rest.find('<') {
+        let entities = rest[..at].split('&').skip(1);
+        entities
+            .for_each(|entity| assert!(["amp;", "lt;", "gt;", "quot;"].iter().any(|known| entity.starts_with(known))));
+        let end = at + rest[at..].find('>').expect("a tag ends");
+        let tag = &rest[at + 1..end];
+        rest = &rest[end + 1..];
+        if let Some(name) = tag.strip_prefix('/') {
+            assert_eq!(open.pop().as_deref(), Some(name.trim()), "{tag}");
+            continue;
+        }
+        let inside = tag.trim_end_matches('/');
+        assert_eq!(inside.matches('"').count() % 2, 0, "{tag}");
+        // Outside of quotes there are names and equals signs alone.
+        let bare: String = inside.split('"').step_by(2).collect();
+        assert!(bare.chars().all(|c| c.is_alphanumeric() || " =-:\n".contains(c)), "{tag}");
+        let name = inside.split_whitespace().next().expect("a name").to_owned();
+        seen.push(name.clone());
+        if !tag.ends_with('/') {
+            open.push(name);
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
+    seen
+}
+
+#[test]
+fn the_report_has_every_picture_and_loads_nothing() {
+    let scratch = Scratch::new();
+    let output = scratch.path("out");
+    let grid =
+        "batch=1,4,2000;prompt-len=8;gen-len=3;kv-policy=full,h2o:heavy=0.25,recent=0.25,sink:start=4,recent=0.5";
+    let flags = ["--repetitions", "2", "--cpu-memory", "200MiB", "--quality", "bench_results/quality.json"];
+    let published = scratch.write(
+        "published.json",
+        r#"{"source": "a <page> & more", "series": [{"name": "A & B", "gen-len": 3, "points": [[2, 700.5]]}]}"#,
+    );
+    let flags = [&flags[..], &["--published", published.to_str().unwrap()]].concat();
+    said(&sweep("demo", grid, &output, &flags), 3);
+    let page = fs::read_to_string(output.join("report.html")).unwrap();
+    let pictures = pictures(&page);
+    let titles = [
+        "Latency against throughput",
+        "Throughput against batch",
+        "Throughput against batch",
+        "Throughput against batch",
+        "Predicted against measured",
+        "Cache budget against throughput",
+        "Cache budget against quality",
+        "A pass of the fastest point",
+    ];
+    assert_eq!(pictures.len(), titles.len());
+    for (picture, title) in pictures.iter().zip(titles) {
+        assert!(picture.contains(title), "{title}");
+        let elements = well_formed(picture);
+        assert!(elements.len() > 20, "{title}: {} elements", elements.len());
+        assert!(!elements.iter().any(|name| ["image", "script", "use", "style", "a"].contains(&name.as_str())));
+    }
+    assert!(pictures[0].contains("A &amp; B") && page.contains("a &lt;page&gt; &amp; more"));
+    // The only address is the namespace, which is a name.
+    let addresses = page.matches("://").count();
+    assert_eq!(addresses, page.matches("xmlns=\"http://www.w3.org/2000/svg\"").count());
+    for word in ["src=", "href", "@import", "url(", "<script", "<link"] {
+        assert!(!page.contains(word), "{word}");
+    }
+    assert!(page.contains("of 6 predictions are within 10 %") && page.contains("9, 3 of them impossible"), "{page}");
+    for (flag, text, what) in [
+        ("--published", "{\"source\": 3}", "invalid type"),
+        ("--published", "{\"source\": \"s\", \"series\": [{}]}", "missing field"),
+        ("--quality", "{\"A\": [{\"flags\": \"--weights f32\"}]}", "no entry is about"),
+    ] {
+        let file = scratch.write("wrong.json", text);
+        let said = refused(&sweep("demo", grid, &scratch.path("no"), &[flag, file.to_str().unwrap()]), 2);
+        assert!(said.contains(what), "{said}");
+        hint(&said);
+    }
+    assert!(!scratch.path("no").exists());
+}
+
 #[test]
 fn grids_and_flags_that_make_no_sense_are_refused() {
     let scratch = Scratch::new();

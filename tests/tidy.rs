@@ -34,7 +34,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ),
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
-    ("bench", &["cost", "error", "executor", "policy", "schedule"]),
+    ("bench", &["cost", "error", "executor", "kv::policy", "policy", "schedule"]),
     ("eval", &["error"]),
     (
         "calibrate",

@@ -31,8 +31,9 @@ const SIMULATED: usize = 24;
 const OF_A_KIND: usize = 3;
 /// Times that budgets are tightened until a rounded placement fits.
 const ATTEMPTS: usize = 8;
-/// Plans whose whole job is followed, pass by pass.
+/// Plans whose whole job is followed, pass by pass, at least and at most.
 const FOLLOWED: usize = 3;
+const MOST_FOLLOWED: usize = 12;
 /// How much slower a plan may be that does without the disk.
 const DISK_HANDICAP: f64 = 1.02;
 /// Sequences in flight at most.
@@ -166,13 +167,18 @@ impl<'a> Question<'a> {
         let secs = |plan: &Plan| plan.secs * if plan.placement.uses_disk() { DISK_HANDICAP } else { 1.0 };
         let by_secs = |a: &Plan, b: &Plan| secs(a).total_cmp(&secs(b));
         plans.sort_by(by_secs);
-        plans.truncate(FOLLOWED);
-        for plan in &mut plans {
+        let mut followed: Vec<Plan> = Vec::new();
+        for plan in plans.into_iter().take(MOST_FOLLOWED) {
+            // Whole jobs may hold more than a steady pass tells; what looks slower than the best whole one is left.
+            let best = followed.iter().map(secs).fold(f64::INFINITY, f64::min);
+            if followed.len() >= FOLLOWED && secs(&plan) >= best {
+                break;
+            }
             let Prediction { secs, passes, total_tokens_per_s, generated_tokens_per_s } =
                 predict(self.model, self.hardware, &plan.placement, self.job);
-            *plan = Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan.clone() };
+            followed.push(Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan });
         }
-        plans.into_iter().min_by(by_secs)
+        followed.into_iter().min_by(by_secs)
     }
 
     /// The bound that the machine sets to this question whatever the program: the program's own at raw rates.

@@ -11,7 +11,8 @@ use crate::hardware::Hardware;
 /// What the program is made from.
 const SOURCES: [&str; 5] = ["src", "kernels", "demo", "Cargo.toml", "Cargo.lock"];
 
-/// The commit that this program was built from: that of the tree it was compiled in, if nothing in it has changed since.
+/// The commit that this program was built from: that of the tree that it was compiled in, if nothing there has changed
+/// since.
 pub fn commit() -> Option<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let git = |arguments: &[&str]| {

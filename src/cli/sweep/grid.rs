@@ -1,7 +1,7 @@
 //! `--grid "batch=1,8,64;prompt-len=128,512;..."`: axes with values, and the points that they span.
 //!
-//! **Invariant:** every value of a grid that parses means something to the flag that it stands for; whether a point fits
-//! is another question.
+//! **Invariant:** every value of a grid that parses means something to the flag that it stands for; whether a point
+//! fits is another question.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;

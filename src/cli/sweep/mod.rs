@@ -22,13 +22,16 @@ use super::plan::{Configuration, read_hardware};
 use super::planning::this_machine;
 use super::signals::Signals;
 use super::{generate, resources, say};
+use crate::bench::given::{self, Published};
+use crate::bench::report::Report;
 use crate::bench::sweep::{Environment, Failure, Point, Rates, Results, Row};
-use crate::durable::Lock;
+use crate::durable::{self, Lock};
 use crate::error::{Error, Result};
 use crate::hardware::{Hardware, Throttles};
 use crate::memory::limits;
 use crate::model::Model;
 use crate::model::packed::cache;
+use crate::planner::draw;
 
 /// Flags that a sweep does not have: it makes its own jobs.
 pub const FOREIGN: [&str; 17] = [
@@ -77,6 +80,13 @@ pub struct Arguments {
     /// The profile of another machine, to predict for.
     #[arg(long, env = "TIDEMILL_HARDWARE", value_name = "FILE", requires = "predict_only")]
     hardware: Option<PathBuf>,
+    /// Published figures to draw beside the sweep's (bench_results/flexgen-published.json has some).
+    #[arg(long, value_name = "FILE.json")]
+    published: Option<PathBuf>,
+    /// What KV policies cost in quality, to draw beside what they gain (bench_results/quality.json has the demo
+    /// model's).
+    #[arg(long, value_name = "FILE.json")]
+    quality: Option<PathBuf>,
 }
 
 /// Flags that were given: those that can be axes, and those that all points share.
@@ -117,6 +127,8 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let cache = cache::directory(text("cache-dir").map(Path::new))?;
     let offload = text("offload-dir").map_or_else(|| cache.join("offload"), PathBuf::from);
     let stated = arguments.hardware.as_deref().map(read_hardware).transpose()?;
+    let published = arguments.published.as_deref().map(Published::read).transpose()?;
+    let qualities = arguments.quality.as_deref().map_or(Ok(Vec::new()), given::qualities)?;
 
     std::fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
     let lock = Lock::take(&directory.join("results.jsonl.lock"))?;
@@ -175,12 +187,21 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     drop(deferred);
     measure::clear(&directory);
     done?;
+    let report = Report {
+        environment: sweep.results.environment.as_ref().expect("it was begun"),
+        rows: &sweep.results.rows,
+        published: published.as_ref(),
+        qualities: &qualities,
+        timeline: sweep.timeline(&points),
+    };
+    durable::replace(&directory.join("report.html"), report.html().as_bytes())?;
     if let Some(signal) = sweep.stopped() {
         return Err(Error::Stopped { signal });
     }
     lock.release()?;
     let failed = points.iter().filter_map(|point| sweep.results.row(point)).filter(|row| row.error.is_some()).count();
-    say::line(&format!("finished: {} points, {failed} of them impossible; {}", points.len(), directory.display()));
+    let shown = directory.join("report.html");
+    say::line(&format!("finished: {} points, {failed} of them impossible; {}", points.len(), shown.display()));
     Ok(if failed > 0 { 3 } else { 0 })
 }
 
@@ -237,6 +258,22 @@ impl Sweep<'_> {
             number if number == signal_hook::consts::SIGTERM as usize => Some("SIGTERM"),
             _ => Some("SIGINT"),
         }
+    }
+
+    /// A pass of the fastest plan, lane by lane, and what it is.
+    fn timeline(&self, points: &[Point]) -> Option<(String, String)> {
+        let rows = points.iter().filter_map(|point| self.results.row(point)).filter(|row| row.error.is_none());
+        let rated = rows.filter_map(|row| Some((row, row.generated_tokens_per_s()?)));
+        let (best, _) = rated.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        let planned = self.planner.plan(&best.point).ok()?;
+        let title = format!("A pass of the fastest point, simulated: {}", named(&best.point));
+        let svg = draw::svg(&planned.question().rehearse(&planned.plan, 3), 1, &title);
+        let pass = draw::duration(planned.plan.pass_secs);
+        let caption = format!(
+            "The mean pass of {:.0} rows, {pass}: what every lane does when. Below, three stages of it.",
+            planned.plan.steady.rows()
+        );
+        Some((svg, caption))
     }
 
     fn missing(&self, points: &[Point]) -> Vec<Point> {
@@ -311,11 +348,17 @@ fn failed_run(point: &Point, planned: &Planned<'_>, failure: Failure) -> Row {
     Row { error: Some(failure), ..predicted(point, planned) }
 }
 
-/// A row in a line.
-fn told(row: &Row) -> String {
-    let Point { batch, prompt_len, gen_len, settings, .. } = &row.point;
+/// A point in a line.
+fn named(point: &Point) -> String {
+    let Point { batch, prompt_len, gen_len, settings, .. } = point;
     let mut text = format!("batch {batch}, {prompt_len} + {gen_len} tokens");
     settings.iter().for_each(|(name, value)| text += &format!(", {name} {value}"));
+    text
+}
+
+/// A row in a line.
+fn told(row: &Row) -> String {
+    let text = named(&row.point);
     match (&row.error, row.generated_tokens_per_s(), &row.predicted) {
         (Some(failure), ..) => text + ": " + &failure.what,
         (None, Some(rate), Some(predicted)) => {
