@@ -107,6 +107,15 @@ impl Group<'_> {
     }
 }
 
+/// Published series about the model, each with a mark of its own.
+fn beside<'a>(
+    published: Option<&'a Published>,
+    environment: &'a Environment,
+) -> impl Iterator<Item = (&'a PublishedSeries, Mark)> {
+    let marks = [Mark::Triangle, Mark::Cross, Mark::Dot, Mark::Ring];
+    published.into_iter().flat_map(|all| all.of(&environment.model)).zip(marks.into_iter().cycle())
+}
+
 fn latency(batch: f64, gen_len: usize, rate: f64) -> f64 {
     batch * gen_len as f64 / rate
 }
@@ -128,9 +137,7 @@ pub fn trade_off(groups: &[Group<'_>], environment: &Environment, published: Opt
         own[..last].iter_mut().flat_map(|series| &mut series.dots).for_each(|dot| dot.label = None);
         series.extend(own);
     }
-    let marks = [Mark::Triangle, Mark::Cross, Mark::Dot, Mark::Ring];
-    for (published, mark) in published.iter().flat_map(|all| all.of(&environment.model)).zip(marks.into_iter().cycle())
-    {
+    for (published, mark) in beside(published, environment) {
         let mut dots: Vec<Dot> = published
             .points
             .iter()
@@ -176,11 +183,11 @@ pub fn roofline(group: &Group<'_>, environment: &Environment, published: Option<
     let mut own = group.series(PALETTE[0], Some("predicted".into()), &place);
     own[1..].iter_mut().for_each(|measured| measured.name = Some("measured, slowest to fastest run".into()));
     series.extend(own);
-    for published in published.iter().flat_map(|all| all.of(&environment.model)) {
+    for (published, mark) in beside(published, environment) {
         if group.goes_with(published) {
             let dots = published.points.iter().map(|&(batch, rate)| Dot::at(batch, rate)).collect();
             let name = Some(published.name.clone());
-            series.push(Series { name, colour: BLACK, line: Line::None, mark: Mark::Triangle, dots });
+            series.push(Series { name, colour: BLACK, line: Line::None, mark, dots });
         }
     }
     let name = if group.name.is_empty() { String::new() } else { format!(": {}", group.name) };

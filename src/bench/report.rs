@@ -65,8 +65,8 @@ impl Report<'_> {
             figure(&mut html, &trade_off(&groups, environment, published).svg(), &caption);
             for group in groups.iter().take(ROOFLINES) {
                 let caption = "Each dashed line is what one lane or one shared resource would allow if it were alone, \
-                    in the mean pass of that batch's plan; what binds is the lowest. The hardware's bound is what raw rates allow \
-                    any program.";
+                    in the mean pass of that batch's plan; what binds is the lowest. The hardware's bound is what raw \
+                    rates allow any program.";
                 figure(&mut html, &roofline(group, environment, published).svg(), caption);
             }
             if let Some(chart) = accuracy(&groups) {

@@ -150,9 +150,16 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut planner = Planner::new(subject, machine, text("throttle").map(str::to_owned));
     planner.prepare(points.iter());
     let seed = number("seed").unwrap_or(0);
+    let mut program = (env!("CARGO_PKG_VERSION").to_owned(), environment::commit());
+    // A newer program may draw what an older one has measured, but not add to it.
+    if let Some(there) =
+        results.environment.as_ref().filter(|_| points.iter().all(|point| results.row(point).is_some()))
+    {
+        program = (there.version.clone(), there.commit.clone());
+    }
     results.begin(Environment {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: environment::commit(),
+        version: program.0,
+        commit: program.1,
         model: spec.clone(),
         synthetic,
         measured: !arguments.predict_only,
