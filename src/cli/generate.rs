@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::config::{self, PolicyFile};
+use super::exact::{Exact, Numerics};
 use super::flags::{
     ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, ScheduleChoice, Size, Switch, WeightsChoice, kv_policy,
-    rounds_activations,
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
@@ -28,7 +28,6 @@ use crate::device::cuda::card::Card;
 use crate::device::host::Host;
 use crate::engine::{Advisor, Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
-use crate::executor::size::model_bytes;
 use crate::executor::{Executor, Parts, Throttle};
 use crate::hardware::{Link, Throttles};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
@@ -279,9 +278,14 @@ impl Arguments {
         }
     }
 
+    /// The flags that were given, by name.
+    pub fn given(&self) -> toml::Table {
+        toml::Table::try_from(self).expect("flags serialize as a table")
+    }
+
     /// Refuses flags that another command does not have.
     fn refuse(&self, flags: &[&str], command: &str) -> Result<()> {
-        let given = toml::Table::try_from(self).expect("flags serialize as a table");
+        let given = self.given();
         match flags.iter().map(|flag| flag.replace('_', "-")).find(|flag| given.contains_key(flag)) {
             None => Ok(()),
             Some(flag) => {
@@ -363,30 +367,16 @@ impl Arguments {
             policy.schedule = schedule.or(policy.schedule);
         }
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
-        let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
-        let converted = model.packed.as_ref().and_then(PackedModel::weights);
         let config = &model.config;
-        let kv_policy = kv_policy(self.kv_policy.as_deref(), config)?;
-        let kv = KvLayout {
-            num_layers: config.num_layers,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
-            scored: kv_policy.needs_scores(),
-        };
         let budgets = self.budgets(card)?;
         let packed = model.packed(weights.dtype())?;
-        let mut bytes = model_bytes(config, packed.layout(), &kv);
-        if card.is_some() {
-            bytes.workspace = devices::workspace_of(config, packed.layout());
-        }
-        let element = weights.dtype().or(converted).unwrap_or(stored);
-        let plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype);
-        let mut plan_model = plan_model.with_scores(kv.scored).with_bytes(bytes);
-        plan_model.cost.integer_activations = rounds_activations(self.activations, element)?;
-        if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
-            plan_model.cost.compressed_ratio = 1.0;
-        }
+        let asked = Numerics {
+            weights,
+            kv: self.kv_dtype.unwrap_or(KvChoice::Auto),
+            kv_policy: self.kv_policy.as_deref(),
+            activations: self.activations,
+        };
+        let Exact { kv_policy, kv, element, model: plan_model } = Exact::new(model, &*packed, asked, card.is_some())?;
         let job = self.estimate(model, &*kv_policy);
         let throttles = self.throttles()?;
         let situation = Situation {

@@ -133,38 +133,14 @@ impl Situation<'_> {
         Decision { placement, prediction, bound_tokens_per_s, hardware, said, planning_secs: None }
     }
 
-    /// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
-    fn with_card(&self, machine: &Hardware, facts: &Facts, bytes: u64, measure: bool) -> Result<Option<Hardware>> {
-        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let name: String = facts.name.chars().map(word).collect();
-        let file = self.cache.join("calibration").join(format!("{}-{name}-{METHOD}.toml", machine_name(&self.offload)));
-        let known = std::fs::read_to_string(&file).ok();
-        let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
-        let measured = match known {
-            Some(known) => known,
-            None if !measure => return Ok(None),
-            None => {
-                say::line(&format!("measuring {}, once: up to ten seconds", facts.name));
-                let options = CardOptions { quick: false, memory_bytes: bytes, cache: &self.cache };
-                let hardware = with_card(machine, &options)?;
-                keep(&file, &hardware)?;
-                hardware
-            }
-        };
-        let mut hardware = measured;
-        if let Some(gpu) = &mut hardware.gpu {
-            gpu.memory_bytes = bytes;
-        }
-        Ok(Some(hardware))
-    }
-
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.
     fn profile(&self, measure: bool) -> Result<Option<Hardware>> {
         let Some(measured) = this_machine(&self.cache, &self.offload, self.budgets.cpu, measure)? else {
             return Ok(None);
         };
+        let places = Places { cache: &self.cache, offload: &self.offload, machine: &measured };
         let hardware = match (self.card, self.budgets.gpu) {
-            (Some(facts), Some(bytes)) => match self.with_card(&measured, facts, bytes, measure)? {
+            (Some(facts), Some(bytes)) => match card_profile(&places, facts, bytes, measure)? {
                 Some(hardware) => hardware,
                 None => return Ok(None),
             },
@@ -195,6 +171,16 @@ pub fn words_of(plan: &Plan) -> String {
     )
 }
 
+/// Where a card's profile is kept, and what it is a part of.
+pub struct Places<'a> {
+    /// The cache directory.
+    pub cache: &'a Path,
+    /// Where files for what does not fit are made.
+    pub offload: &'a Path,
+    /// The machine without the card.
+    pub machine: &'a Hardware,
+}
+
 /// This machine, as measured before; measured now if `measure` says so, in at most `memory_bytes`.
 ///
 /// # Errors
@@ -211,6 +197,34 @@ pub fn this_machine(cache: &Path, offload: &Path, memory_bytes: u64, measure: bo
     let options = Options { quick: false, disk: Some(offload.to_owned()), memory_bytes };
     let hardware = calibrate(&options, &mut |_| {})?;
     keep(&file, &hardware)?;
+    Ok(Some(hardware))
+}
+
+/// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
+///
+/// # Errors
+/// What measuring gives, or keeping the result in the cache.
+pub fn card_profile(places: &Places<'_>, card: &Facts, bytes: u64, measure: bool) -> Result<Option<Hardware>> {
+    let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    let name: String = card.name.chars().map(word).collect();
+    let machine_name = machine_name(places.offload);
+    let file = places.cache.join("calibration").join(format!("{machine_name}-{name}-{METHOD}.toml"));
+    let known = std::fs::read_to_string(&file).ok();
+    let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
+    let mut hardware = match known {
+        Some(known) => known,
+        None if !measure => return Ok(None),
+        None => {
+            say::line(&format!("measuring {}, once: up to ten seconds", card.name));
+            let options = CardOptions { quick: false, memory_bytes: bytes, cache: places.cache };
+            let hardware = with_card(places.machine, &options)?;
+            keep(&file, &hardware)?;
+            hardware
+        }
+    };
+    if let Some(gpu) = &mut hardware.gpu {
+        gpu.memory_bytes = bytes;
+    }
     Ok(Some(hardware))
 }
 
