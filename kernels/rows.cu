@@ -4,6 +4,13 @@
 // hundred rows on; they are small beside the products. A block per row where a row is reduced or gathered, else a
 // thread per element.
 
+// to = from, `count` times 16 bytes; one of them in main memory, mapped. Grid: ceil(count / 64). Small: a copy of the
+// driver's would wait for the large ones that are under way.
+KERNEL BOUNDS(64) copy_lists(const uint4* from, uint4* to, u32 count) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) to[i] = from[i];
+}
+
 // out[r] = table row tokens[r]. Grid: rows. Moves rows * width * (size + 4) bytes; an element of a packed row is one of
 // a sector of 16, so reading is up to 16 times that: few rows, once per pass.
 template <u32 dtype> DEVICE void embed(const u8* panel, u32 width, u32 lane, float* out) {

@@ -105,12 +105,12 @@ impl Case {
     /// Runs the job into a file of its own; gives exit code, standard error and output.
     fn run_with(&self, directory: &Path, device: &str, environment: &[(&str, &str)]) -> (i32, String, PathBuf) {
         let output = directory.join(format!("{device}-{}.jsonl", self.seed));
-        self.start(directory, device, &output, environment)
+        self.start(directory, device, &output, &[], environment)
     }
 
     /// Runs the job into a file.
     fn run_onto(&self, directory: &Path, device: &str, output: &Path) -> (i32, String, PathBuf) {
-        self.start(directory, device, output, &[])
+        self.start(directory, device, output, &[], &[])
     }
 
     fn start(
@@ -118,6 +118,7 @@ impl Case {
         directory: &Path,
         device: &str,
         output: &Path,
+        flags: &[&str],
         environment: &[(&str, &str)],
     ) -> (i32, String, PathBuf) {
         let input = directory.join(format!("in-{}.jsonl", self.seed));
@@ -136,7 +137,7 @@ impl Case {
                 command.arg("--policy").arg(file);
             }
         }
-        command.envs(environment.iter().copied());
+        command.args(flags).envs(environment.iter().copied());
         let result = command.output().unwrap();
         let said = String::from_utf8_lossy(&result.stderr).into_owned();
         (result.status.code().unwrap_or(-1), said, output.to_owned())
@@ -223,6 +224,82 @@ fn jobs_agree_with_the_host() {
         writeln!(std::io::stderr(), "seed {seed:4} {:16} {numerics}: {worst:.1e}", case.model.name)
             .expect("standard error");
     }
+}
+
+/// Everything that can stream does, with two sequences in each of two blocks.
+const STREAMING: &str = "sequences = 4\nchunk-tokens = 70\nblocks = 2\nblock-rows = 72\nweight-slots = 2\n\
+    kv-slots = 2\npages = 24\nblock-pages = 12\nweights = { gpu = 0, cpu = 1, disk = 0 }\n\
+    kv = { gpu = 0, cpu = 1, disk = 0 }\nhidden = { gpu = 0, cpu = 1, disk = 0 }\nembed = \"gpu\"\nhead = \"gpu\"\n";
+
+fn streaming(seed: u64) -> Case {
+    let case = Case::draw(1);
+    Case {
+        seed,
+        numerics: vec!["--weights", "native", "--kv-dtype", "auto", "--kv-policy", "full"],
+        policy: Some(STREAMING.into()),
+        ..case
+    }
+}
+
+#[test]
+fn the_host_waits_for_the_card_where_passes_end() {
+    if !can_run() || cuda::is_real() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (case, directory) = (streaming(1), scratch.path(""));
+    let [trace, stats] = ["trace", "stats.json"].map(|name| scratch.path(name));
+    let (code, said, _) = case.start(
+        &directory,
+        "cuda",
+        &directory.join("out.jsonl"),
+        &["--stats", stats.to_str().unwrap()],
+        &[("TIDEMILL_EMULATOR_TRACE", trace.to_str().unwrap())],
+    );
+    assert_eq!(code, 0, "{said}");
+    let stats: Value = serde_json::from_str(&std::fs::read_to_string(stats).unwrap()).unwrap();
+    let passes = stats["passes"].as_u64().unwrap() as usize;
+    let trace = std::fs::read_to_string(trace).unwrap();
+    // What is said of loading ends where the first block's tokens are looked up.
+    let computed: Vec<&str> = trace.lines().skip_while(|line| !line.ends_with(" embed_rows")).collect();
+    let count = |what: &dyn Fn(&str) -> bool| computed.iter().filter(|line| what(line)).count();
+    let waits = count(&|line| line.starts_with("wait "));
+    // The answers of a pass, and its end; streams that are waited for when all is over.
+    assert!(waits <= 2 * passes + 3, "{waits} waits in {passes} passes");
+    let copies = |beside: bool| {
+        count(&|line| {
+            let mut words = line.split(' ').skip(1);
+            let (stream, others) = (words.next(), words.next());
+            line.ends_with("copy to the device") && stream == Some("2") && (others != Some("0")) == beside
+        })
+    };
+    // A device could have computed meanwhile.
+    assert!(copies(true) > 0, "all {} copies are alone", copies(false));
+    eprintln!("{waits} waits in {passes} passes; {} copies beside other work, {} alone", copies(true), copies(false));
+}
+
+#[test]
+fn a_stream_that_waits_for_no_other_is_noticed() {
+    if !can_run() || cuda::is_real() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let directory = scratch.path("");
+    let answer = |seed: u64, name: &str, environment: &[(&str, &str)]| {
+        let output = directory.join(format!("{name}-{seed}.jsonl"));
+        let (code, _, output) = streaming(seed).start(&directory, "cuda", &output, &[], environment);
+        (code == 0).then(|| std::fs::read(output).unwrap())
+    };
+    let right = answer(0, "right", &[]).expect("it runs");
+    // Computing does not wait for what it reads; copies in overwrite a slot early; copies out take what is not there.
+    for deaf in ["deaf:1", "deaf:2", "deaf:3"] {
+        let wrong = |seed: u64| answer(seed, &deaf.replace(':', "-"), &[("TIDEMILL_EMULATOR_FAULT", deaf)]);
+        let noticed = (0..8).find(|&seed| wrong(seed).as_ref() != Some(&right));
+        eprintln!("{deaf}: noticed by seed {noticed:?}");
+        assert!(noticed.is_some(), "{deaf} changes nothing");
+    }
+    // The order of the streams alone changes nothing.
+    assert!((1..4).all(|seed| answer(seed, "other", &[]).as_ref() == Some(&right)));
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::kernels::{Bench, Shape};
 use super::measure::median;
-use crate::device::Device;
 use crate::device::cuda::card::Card;
 use crate::device::cuda::workspace::Workspace;
 use crate::device::cuda::{Cuda, Needs, raw};
+use crate::device::{Device, Stream};
 use crate::error::{Result, Tier};
 use crate::hardware::{Gpu, Hardware, Links};
 use crate::memory::arena::{Arena, Region};
@@ -115,12 +115,20 @@ fn links(device: &mut Cuda, out: &mut Region, back: &mut Region) -> Result<Links
         }
         Ok(median(&samples).expect("it was timed"))
     };
-    let h2d = timed(&mut || device.copy_in(&[(out.bytes(), 0)], &mut to))?;
-    let d2h = timed(&mut || device.copy_out(&from, &mut [(0, back.bytes_mut())]))?;
-    let short = timed(&mut || device.copy_in(&[(&out.bytes()[..SHORT_BYTES], 0)], &mut to))?;
+    let mut copy_in = |bytes: &[u8]| {
+        device.copy_in(&[(bytes, 0)], &mut to)?;
+        device.wait(&device.mark(Stream::In)?)
+    };
+    let mut copy_out = || {
+        device.copy_out(&from, &mut [(0, back.bytes_mut())])?;
+        device.wait(&device.mark(Stream::Out)?)
+    };
+    let h2d = timed(&mut || copy_in(out.bytes()))?;
+    let d2h = timed(&mut copy_out)?;
+    let short = timed(&mut || copy_in(&out.bytes()[..SHORT_BYTES]))?;
     let both: (Result<f64>, Result<f64>) = std::thread::scope(|scope| {
-        let other = scope.spawn(|| timed(&mut || device.copy_out(&from, &mut [(0, back.bytes_mut())])));
-        let this = timed(&mut || device.copy_in(&[(out.bytes(), 0)], &mut to));
+        let other = scope.spawn(|| timed(&mut copy_out));
+        let this = timed(&mut || copy_in(out.bytes()));
         (this, other.join().expect("copies do not panic"))
     });
     Ok(Links {

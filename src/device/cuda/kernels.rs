@@ -41,6 +41,7 @@ pub const PROGRAMS: [Program; 7] = [
     program!(
         "rows.cu",
         [
+            "copy_lists",
             "embed_rows",
             "add_rows",
             "gather_rows",
