@@ -173,3 +173,35 @@ KERNEL BOUNDS(256) convert_rows(const float* x, u32 width, void* out, u32 out_st
     default: return store_f32<F16>(out, at, value);
     }
 }
+
+// Rows rounded to 8 bits and back: of every 64 inputs, multiples of the largest magnitude / 127, ties to even, in another
+// type, padded with zeros. What is not finite stays so. Grid: (ceil(out_stride / 512), rows), a warp for 64 inputs.
+// Moves 4 + size bytes per element.
+KERNEL BOUNDS(256) round_rows(const float* x, u32 width, void* out, u32 out_stride, u32 dtype) {
+    u32 lane = threadIdx.x % WARP;
+    u32 first = (blockIdx.x * (256 / WARP) + threadIdx.x / WARP) * TILE;
+    if (first >= out_stride) return;
+    const float* from = x + u64(blockIdx.y) * width;
+    u64 row = u64(blockIdx.y) * out_stride;
+    float values[2], most = 0.0f;
+    UNROLL
+    for (u32 part = 0; part < 2; part++) {
+        u32 i = first + part * WARP + lane;
+        values[part] = i < width ? from[i] : 0.0f;
+        most = fmaxf(most, fabsf(values[part]));
+    }
+    most = reduce_warp<Max>(most);
+    // The inverse of less might be infinite.
+    float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    UNROLL
+    for (u32 part = 0; part < 2; part++) {
+        u32 i = first + part * WARP + lane;
+        if (i >= out_stride) break;
+        float value = rintf(values[part] * inverse) * (most / 127.0f);
+        switch (dtype) {
+        case F32: store_f32<F32>(out, row + i, value); break;
+        case BF16: store_f32<BF16>(out, row + i, value); break;
+        default: store_f32<F16>(out, row + i, value);
+        }
+    }
+}

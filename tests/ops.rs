@@ -307,6 +307,18 @@ fn product(pair: &mut Pair, chance: &mut Chance, table: &mut Table, dtype: DType
     let what = format!("linear {dtype} {}", if rows <= 8 { "few rows" } else { "many rows" });
     let error = pair.close(&y, product_bound(dtype, rows), &format!("{what}: {rows} x {inputs} x {outputs}"));
     table.note(&what, error);
+    if matches!(dtype, DType::Int8 | DType::Int4) {
+        let what = format!("{what}, rounded");
+        pair.host.round_activations(true);
+        pair.card.round_activations(true);
+        let target = Target { buffer: &mut y.host, stride, column };
+        pair.host.linear(&x.host, rows, &host_w, bias.as_ref().map(|b| &b.host), &mut scratch.host, target);
+        let target = Target { buffer: &mut y.card, stride, column };
+        pair.card.linear(&x.card, rows, &card_w, bias.as_ref().map(|b| &b.card), &mut scratch.card, target);
+        pair.host.round_activations(false);
+        pair.card.round_activations(false);
+        table.note(&what, pair.close(&y, product_bound(dtype, rows), &what));
+    }
     let tokens: Vec<u32> = (0..rows).map(|_| chance.below(outputs as u64) as u32).collect();
     let mut out = pair.zeros(rows * inputs);
     pair.host.embed(&host_w, &tokens, &mut out.host);

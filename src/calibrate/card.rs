@@ -37,6 +37,21 @@ pub struct CardOptions<'a> {
     pub cache: &'a Path,
 }
 
+/// Shapes, the widest first.
+fn shapes(options: &CardOptions<'_>) -> [Shape; 5] {
+    let rows = if options.quick { 256 } else { ROWS };
+    [Shape::wide(rows), Shape::new(0, rows), Shape::new(1, rows), Shape::new(2, 256), Shape::least()]
+}
+
+/// The widest of the shapes up to `most` whose products a card that reaches a tenth of `flops` computes within `budget`.
+fn in_time(options: &CardOptions<'_>, most: Shape, flops: f64, budget: Duration) -> Shape {
+    let all = shapes(options);
+    let secs = |shape: &Shape| 10.0 * shape.product_flops() / flops;
+    let narrower = all.iter().skip_while(|&&shape| shape != most);
+    let mut fast = narrower.filter(|shape| secs(shape) <= budget.as_secs_f64());
+    *fast.next().unwrap_or(&all[all.len() - 1])
+}
+
 /// What is measured on: as wide as there is memory for.
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -46,9 +61,7 @@ struct Sizes {
 
 impl Sizes {
     fn fitting(options: &CardOptions<'_>) -> Sizes {
-        let rows = if options.quick { 256 } else { ROWS };
-        let shapes = [Shape::wide(rows), Shape::new(0, rows), Shape::new(1, rows), Shape::new(2, 256)];
-        let sizes = shapes.map(|shape| Sizes { shape, square: SQUARE.min(2 * shape.width()) });
+        let sizes = shapes(options).map(|shape| Sizes { shape, square: SQUARE.min(2 * shape.width()) });
         let fits = |sizes: &&Sizes| sizes.bytes() as u64 <= options.memory_bytes;
         *sizes.iter().find(fits).unwrap_or(&sizes[sizes.len() - 1])
     }
@@ -88,7 +101,8 @@ pub fn with_card(machine: &Hardware, options: &CardOptions<'_>) -> Result<Hardwa
     let ceilings = device.ceilings(sizes.square)?;
     let links = links(&mut device, &mut out, &mut back)?;
     let budget = Duration::from_secs_f64(if options.quick { 2.0 } else { 8.0 });
-    let mut bench = Bench::on_card(device, sizes.shape)?;
+    let shape = in_time(options, sizes.shape, ceilings.flops, budget);
+    let mut bench = Bench::on_card(device, shape)?;
     let kernels = bench.measure(budget, links.step_secs)?;
     let mut hardware = machine.clone();
     let (name, memory_bytes) = (facts.name, facts.memory_bytes);

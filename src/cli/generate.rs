@@ -394,8 +394,7 @@ impl Arguments {
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
-        let arithmetic =
-            card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
+        let arithmetic = card.map(|card| devices::numerics(card, element, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
@@ -617,7 +616,8 @@ impl Running<'_> {
             let compiling = || say::line("compiling kernels for this GPU, once");
             let layout = model.packed(resolved.weights)?.layout().clone();
             let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
-            let device = Cuda::new(card, &needs, &mut host)?;
+            let mut device = Cuda::new(card, &needs, &mut host)?;
+            device.round_activations(resolved.model.cost.integer_activations);
             return self.run_on(device, host, job);
         }
         let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);

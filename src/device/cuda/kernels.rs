@@ -52,6 +52,7 @@ pub const PROGRAMS: [Program; 7] = [
             "add_elements",
             "add_bias",
             "convert_rows",
+            "round_rows",
         ]
     ),
     program!("weights.cu", ["dequantize_panels", "linear_rows"]),

@@ -44,7 +44,7 @@ use crate::kv::pages::Segment;
 use crate::memory::arena::Arena;
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
-use crate::model::packed::panels::{PANEL_OUTPUTS, panel_bytes};
+use crate::model::packed::panels::{PANEL_OUTPUTS, TILE_INPUTS, panel_bytes};
 use card::{Card, Facts, failed};
 use cublas::{Element, Product, Products};
 use kernels::{Kernels, words};
@@ -79,6 +79,8 @@ pub struct Cuda {
     context: Arc<CudaContext>,
     workspace: Workspace,
     facts: Facts,
+    /// Whether products with weights of small integers round activations to 8 bits.
+    rounds: bool,
 }
 
 /// What a device is made with.
@@ -160,6 +162,7 @@ impl Cuda {
             context,
             workspace,
             facts,
+            rounds: false,
         })
     }
 
@@ -289,6 +292,8 @@ struct Linear<'a> {
     bias: Option<&'a DeviceBuffer>,
     scratch: &'a mut DeviceBuffer,
     y: Target<'a, DeviceBuffer>,
+    /// Whether rows are rounded to 8 bits.
+    rounds: bool,
 }
 
 impl Linear<'_> {
@@ -300,9 +305,10 @@ impl Linear<'_> {
     }
 
     fn few_rows(&self, turn: &mut Turn<'_>) -> Result<(), String> {
-        let Linear { x, rows, w, bias, y, .. } = self;
+        let Linear { rows, w, bias, y, .. } = self;
         let list = pieces(w);
         let [pieces] = turn.upload([bytemuck::cast_slice(&list)])?;
+        let operand = self.operand(turn, Element::F32, w.inputs)?;
         let bias = bias.map_or(0, |bias| bias.first(4 * w.outputs));
         turn.launch(
             "linear_rows",
@@ -310,7 +316,7 @@ impl Linear<'_> {
             256,
             0,
             &mut words![
-                x.first(4 * rows * w.inputs),
+                operand,
                 *rows,
                 pieces,
                 list.len(),
@@ -329,15 +335,16 @@ impl Linear<'_> {
     fn operand(&self, turn: &Turn<'_>, element: Element, width: usize) -> Result<u64, String> {
         let Linear { x, rows, w, scratch, .. } = self;
         let from = x.first(4 * rows * w.inputs);
-        if element == Element::F32 {
+        if element == Element::F32 && !self.rounds {
             return Ok(from);
         }
         let operand = scratch.first(element.size() * rows * width);
         for first in (0..*rows).step_by(LAUNCH_ROWS) {
             let from = from + 4 * (first * w.inputs) as u64;
             let to = operand + (element.size() * first * width) as u64;
-            let grid = (width.div_ceil(256), LAUNCH_ROWS.min(rows - first));
-            turn.launch("convert_rows", grid, 256, 0, &mut words![from, w.inputs, to, width, element_code(element)])?;
+            let (name, together) = if self.rounds { ("round_rows", 512) } else { ("convert_rows", 256) };
+            let grid = (width.div_ceil(together), LAUNCH_ROWS.min(rows - first));
+            turn.launch(name, grid, 256, 0, &mut words![from, w.inputs, to, width, element_code(element)])?;
         }
         Ok(operand)
     }
@@ -436,7 +443,7 @@ impl Device for Cuda {
     }
 
     fn round_activations(&mut self, round: bool) {
-        assert!(!round, "products on cards round activations to 16 bits, which is decided by the weights");
+        self.rounds = round;
     }
 
     fn used_bytes(&self) -> usize {
@@ -586,10 +593,11 @@ impl Device for Cuda {
         let element = self.element(w.dtype);
         // Rows of 16-bit elements begin on 16 bytes, as tensor cores want them.
         let width = if element == Element::F32 { w.inputs } else { w.inputs.next_multiple_of(8) };
-        let linear = Linear { x, rows, w, bias, scratch, y };
+        let integers = matches!(w.dtype, DType::Int8 | DType::Int4);
+        let rounds = self.rounds && integers && w.inputs >= TILE_INPUTS;
+        let linear = Linear { x, rows, w, bias, scratch, y, rounds };
         // Very narrow rows would not fit into the scratch when they are padded.
         let few = rows <= FEW_ROWS || width * element.size() > 4 * w.inputs;
-        let integers = matches!(w.dtype, DType::Int8 | DType::Int4);
         self.turn(|turn| match rows {
             _ if few => linear.few_rows(turn),
             _ if rows <= SOME_ROWS && integers => linear.some_rows(turn, width),
