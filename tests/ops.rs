@@ -212,11 +212,15 @@ fn element_wise(pair: &mut Pair, chance: &mut Chance, table: &mut Table) {
             let bias = has_bias.then(|| pair.floats(&normals(chance, width, 1.0)));
             let (host_bias, card_bias) = bias.map_or((None, None), |both| (Some(both.host), Some(both.card)));
             let mut out = pair.zeros(rows * width);
-            let parameters = NormParameters { norm, weight: weight.host, bias: host_bias };
-            pair.host.norm(&x.host, rows, width, &parameters, &mut out.host);
-            let parameters = NormParameters { norm, weight: weight.card, bias: card_bias };
-            pair.card.norm(&x.card, rows, width, &parameters, &mut out.card);
+            let host = NormParameters { norm, weight: weight.host, bias: host_bias };
+            pair.host.norm(&x.host, rows, width, &host, &mut out.host);
+            let card = NormParameters { norm, weight: weight.card, bias: card_bias };
+            pair.card.norm(&x.card, rows, width, &card, &mut out.card);
             table.note(name, pair.close(&out, SAME, name));
+            let mut sum = pair.floats(&normals(chance, rows * width, 1.0));
+            pair.host.add_norm(&mut sum.host, &x.host, rows, width, &host, &mut out.host);
+            pair.card.add_norm(&mut sum.card, &x.card, rows, width, &card, &mut out.card);
+            table.note("add and norm", pair.close(&sum, 0.0, "the sum of add_norm").max(pair.close(&out, SAME, name)));
         }
     }
     let activations = [Activation::Relu, Activation::Silu, Activation::Gelu, Activation::GeluTanh];

@@ -43,7 +43,8 @@ fn shapes(options: &CardOptions<'_>) -> [Shape; 5] {
     [Shape::wide(rows), Shape::new(0, rows), Shape::new(1, rows), Shape::new(2, 256), Shape::least()]
 }
 
-/// The widest of the shapes up to `most` whose products a card that reaches a tenth of `flops` computes within `budget`.
+/// The widest of the shapes up to `most` whose products a card that reaches a tenth of `flops` computes within
+/// `budget`.
 fn in_time(options: &CardOptions<'_>, most: Shape, flops: f64, budget: Duration) -> Shape {
     let all = shapes(options);
     let secs = |shape: &Shape| 10.0 * shape.product_flops() / flops;

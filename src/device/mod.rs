@@ -223,6 +223,17 @@ pub trait Device: Send + Sync + 'static {
         out: &mut Self::Buffer,
     );
 
+    /// `x += y`, then as [`Device::norm`].
+    fn add_norm(
+        &self,
+        x: &mut Self::Buffer,
+        y: &Self::Buffer,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+
     /// `y = x w^T + bias`; `scratch` holds at least as many elements as x.
     fn linear(
         &self,

@@ -113,6 +113,17 @@ void norms(Device& device, Random& random) {
                     wanted.insert(wanted.end(), out.begin(), out.end());
                 }
                 near(device.download(in_place, wanted.size()), wanted, 4e-6, "norm_rows");
+                // With a part of the rows added only now.
+                std::vector<float> part = random.normal_values(u32(x.size())), rest = x;
+                for (size_t i = 0; i < x.size(); i++) {
+                    rest[i] -= part[i];
+                    part[i] = x[i] - rest[i];
+                }
+                float *sum = device.upload(rest), *out = device.room<float>(wanted.size());
+                device.launch("rows.cu", "add_norm_rows", {3, 1, 256, 0}, sum, device.upload(part), width,
+                              device.upload(weight), biased ? device.upload(bias) : nullptr, kind, 1e-5f, out);
+                near(device.download(sum, x.size()), x, 1e-6, "add_norm_rows, the sum");
+                near(device.download(out, wanted.size()), wanted, 8e-6, "add_norm_rows");
             }
         }
     }

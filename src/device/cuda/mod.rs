@@ -269,6 +269,25 @@ fn element_code(element: Element) -> u32 {
     }
 }
 
+/// A normalisation's parameters, as kernels take them.
+struct Scale {
+    weight: u64,
+    bias: u64,
+    kind: u32,
+    eps: f32,
+}
+
+impl Scale {
+    fn of(parameters: &NormParameters<DeviceBuffer>, width: usize) -> Scale {
+        let (kind, eps) = match parameters.norm {
+            Norm::Rms { eps } => (0u32, eps),
+            Norm::Layer { eps } => (1, eps),
+        };
+        let bias = parameters.bias.as_ref().map_or(0, |bias| bias.first(4 * width));
+        Scale { weight: parameters.weight.first(4 * width), bias, kind, eps }
+    }
+}
+
 /// A matrix's pieces, as kernels read them.
 fn pieces(matrix: &Matrix<'_, DeviceBuffer>) -> Vec<PanelPiece> {
     let panel = panel_bytes(matrix.inputs, matrix.dtype);
@@ -566,15 +585,26 @@ impl Device for Cuda {
         parameters: &NormParameters<DeviceBuffer>,
         out: &mut DeviceBuffer,
     ) {
-        let (kind, eps) = match parameters.norm {
-            Norm::Rms { eps } => (0u32, eps),
-            Norm::Layer { eps } => (1, eps),
-        };
         self.turn(|turn| {
-            let bias = parameters.bias.as_ref().map_or(0, |bias| bias.first(4 * width));
-            let weight = parameters.weight.first(4 * width);
+            let Scale { weight, bias, kind, eps } = Scale::of(parameters, width);
             let (x, out) = (x.first(4 * rows * width), out.first(4 * rows * width));
             turn.launch("norm_rows", (rows, 1), 256, 0, &mut words![x, width, weight, bias, kind, eps, out])
+        });
+    }
+
+    fn add_norm(
+        &self,
+        x: &mut DeviceBuffer,
+        y: &DeviceBuffer,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<DeviceBuffer>,
+        out: &mut DeviceBuffer,
+    ) {
+        self.turn(|turn| {
+            let Scale { weight, bias, kind, eps } = Scale::of(parameters, width);
+            let [x, y, out] = [&*x, y, &*out].map(|rows_of| rows_of.first(4 * rows * width));
+            turn.launch("add_norm_rows", (rows, 1), 256, 0, &mut words![x, y, width, weight, bias, kind, eps, out])
         });
     }
 

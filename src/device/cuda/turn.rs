@@ -1,7 +1,7 @@
 //! Operations one after the other: their lists on the way to the card, their launches, and the first failure.
 //!
-//! Lists are put into main memory that kernels see, and brought to the card by a kernel: a copy would wait for the link's
-//! other copies, which are large.
+//! Lists are put into main memory that kernels see, and brought to the card by a kernel: a copy would wait for the
+//! link's other copies, which are large.
 //!
 //! **Invariant:** one operation at a time has its turn. A list stays as it is until the stream has passed it.
 
@@ -95,8 +95,8 @@ impl<'a> Turn<'a> {
         self.state.lists.len()
     }
 
-    /// Takes room for lists of so many bytes, one after the other; waits for lists of before that lie there. Gives where
-    /// it begins.
+    /// Takes room for lists of so many bytes, one after the other; waits for lists of before that lie there. Gives
+    /// where it begins.
     fn take(&mut self, bytes: usize) -> Result<usize, String> {
         assert!(bytes <= self.capacity(), "lists of {bytes} bytes, there is room for {}", self.capacity());
         if self.state.used + bytes > self.capacity() {

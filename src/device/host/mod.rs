@@ -208,6 +208,19 @@ impl Device for Host {
         rows::norm(self.isa, parameters.norm, x, weight, bias, out);
     }
 
+    fn add_norm(
+        &self,
+        x: &mut Region,
+        y: &Region,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<Region>,
+        out: &mut Region,
+    ) {
+        self.add(x, y, rows * width);
+        self.norm(x, rows, width, parameters, out);
+    }
+
     fn linear(
         &self,
         x: &Region,
