@@ -182,6 +182,11 @@ impl Prefixes {
         self.idle
     }
 
+    /// How many of the first `taken` pages of a way the tree alone holds.
+    pub fn idle_pages_of(&self, path: &Path, taken: usize) -> usize {
+        path.nodes[..taken].iter().filter(|&&node| self.nodes[node as usize].is_idle()).count()
+    }
+
     /// Gives up `count` pages that the tree alone holds, but not the first `taken` ones of `path`, which its prompt is
     /// about to take: the ends of beginnings first.
     pub fn give_up(&mut self, count: usize, (path, taken): (&Path, usize), pool: &mut PagePool) {
