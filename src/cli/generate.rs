@@ -394,8 +394,7 @@ impl Arguments {
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let shares = self.prefix_sharing != Some(Switch::Off);
         let batch = resources::batch(&decision.placement, shares, self.expect_output_len);
-        let arithmetic =
-            card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
+        let arithmetic = card.map(|card| devices::numerics(card, element, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
@@ -626,7 +625,9 @@ impl Running<'_> {
                     None => devices::choose(arguments.device)?.ok_or_else(|| lost_card(&resolved.device))?,
                 };
                 let mut host = host(placement)?;
-                Ok((Cuda::new(card, &needs, &mut host)?, host))
+                let mut device = Cuda::new(card, &needs, &mut host)?;
+                device.round_activations(resolved.model.cost.integer_activations);
+                Ok((device, host))
             };
             return self.run_on(start, job);
         }
