@@ -17,6 +17,7 @@ mod rows;
 mod sample;
 mod shared;
 mod softmax;
+mod tiles;
 
 pub use raw::{raw_fma_gflops, raw_int8_gops};
 use rayon::prelude::*;
