@@ -17,7 +17,7 @@
 use rayon::prelude::*;
 
 use super::cache::{widen_keys, widen_values};
-use super::isa::{Isa, Kernel, Registers};
+use super::isa::{Isa, Kernel, Registers, prefetch};
 use super::lanes::{LANES, Lanes};
 use super::rows::rotate_head;
 use super::shared::SharedMut;
@@ -31,6 +31,10 @@ use crate::model::dtype::DType;
 
 /// Queries of one task: bounds its scratch and leaves several tasks per head of a long chunk.
 pub const QUERY_BLOCK: usize = 32;
+
+/// Bytes of the next page that are asked for while a page is computed: all of small elements; with large ones the
+/// processor sees for itself, once it has begun, what will be read.
+const AHEAD_BYTES: usize = 10 << 10;
 
 /// What all tasks of a call share.
 pub struct Call<'a> {
@@ -291,8 +295,11 @@ impl Kernel for Block<'_> {
         let mut state = self.state(R::ROWS);
         for (index, &(start, page)) in self.tiles.iter().enumerate() {
             let layout = &self.call.frames.layout;
+            if let Some((_, next)) = self.tiles.get(index + 1) {
+                prefetch(&next[..next.len().min(AHEAD_BYTES)]);
+            }
             let rows = self.seeing(start);
-            // SAFETY: the rows exist; the widened page is read before the next one; the instruction set is the caller's.
+            // SAFETY: the rows exist; a widened page is read before the next one; the instruction set is the caller's.
             unsafe {
                 let keys = widen_keys::<V>(page, layout, &mut state.keys);
                 let values = widen_values::<V>(page, layout, &mut state.values);

@@ -19,7 +19,7 @@ mod shared;
 mod softmax;
 mod tiles;
 
-pub use raw::{raw_fma_gflops, raw_int8_gops};
+pub use raw::{raw_fma_gflops, raw_int8_gops, raw_widen_rate};
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
