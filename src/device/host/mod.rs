@@ -17,10 +17,11 @@ mod rows;
 mod sample;
 mod shared;
 mod softmax;
+mod tiles;
 
 use std::time::Instant;
 
-pub use raw::{raw_fma_gflops, raw_int8_gops};
+pub use raw::{raw_fma_gflops, raw_int8_gops, raw_widen_rate};
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
