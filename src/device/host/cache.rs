@@ -290,9 +290,11 @@ mod tests {
             // SAFETY: the set is the caller's.
             unsafe {
                 let wide = widen_keys::<V>(part, layout, &mut keys);
-                keys.copy_from_slice(&std::slice::from_raw_parts(wide, keys.len()).to_vec());
+                let wide = std::slice::from_raw_parts(wide, keys.len()).to_vec();
+                keys.copy_from_slice(&wide);
                 let wide = widen_values::<V>(part, layout, &mut values);
-                values.copy_from_slice(&std::slice::from_raw_parts(wide, values.len()).to_vec());
+                let wide = std::slice::from_raw_parts(wide, values.len()).to_vec();
+                values.copy_from_slice(&wide);
             }
             let by_position = |at: &dyn Fn(usize, usize) -> f32| -> Vec<Vec<f32>> {
                 (0..PAGE_POSITIONS).map(|slot| (0..dim).map(|d| at(slot, d)).collect()).collect()
