@@ -25,6 +25,9 @@ use crate::kv::policy::Kept;
 
 /// Who was paused comes back when this part of the cache stays free, so that it is not paused again at once.
 const PAUSED_SPARE: usize = 32;
+/// Prompts that are tried where the first one finds no room, and how often that may happen to it.
+const SMALLER: usize = 16;
+const PASSED_OVER: usize = 64;
 
 impl<D: Device> Engine<'_, D> {
     /// Takes a line in: errors are answered at once, prompts wait for admission.
@@ -132,7 +135,21 @@ impl<D: Device> Engine<'_, D> {
         } else if self.closed {
             return;
         }
-        while let Some((index, taken)) = self.next_prompt() {
+        while let Some((index, siblings_go_on)) = self.next_prompt(outlook) {
+            if !siblings_go_on && self.must_part(index) {
+                self.part_samples(index);
+                *outlook = self.outlook();
+                continue;
+            }
+            self.passed_over = if index == 0 { 0 } else { self.passed_over + 1 };
+            let begin = self.pending.remove(index).expect("it was looked at");
+            self.begin(begin, siblings_go_on);
+        }
+    }
+
+    /// The prompt that is to begin next, and whether all of its samples have room; the outlook then counts them.
+    fn next_prompt(&self, outlook: &mut Outlook) -> Option<(usize, bool)> {
+        for (index, taken) in self.candidates() {
             let begin = &self.pending[index];
             let siblings = begin.samples.len().saturating_sub(1);
             // What it takes can no longer be given up; and who was paused comes back when there is room to spare.
@@ -143,43 +160,53 @@ impl<D: Device> Engine<'_, D> {
                 self.look_at_prompt(begin, taken, all, &mut with);
                 with
             };
-            let (all, alone) = (with(true), with(false));
-            let fits = |outlook: &Outlook, places: usize| outlook.pages() <= free && self.places() >= places;
-            let (siblings_go_on, with) = if fits(&all, siblings + 1) {
-                (true, all)
-            } else if !self.active.is_empty() {
-                return;
-            } else if siblings > 0 && self.jobs[&begin.job].prompts[begin.prompt].prompt.kept != Kept::All {
-                self.part_samples(index);
-                continue;
-            } else {
-                // It was let in because it fits when it is alone.
-                (siblings == 0, alone)
-            };
-            *outlook = with;
-            self.passed_over = if index == 0 { 0 } else { self.passed_over + 1 };
-            let begin = self.pending.remove(index).expect("it was looked at");
-            self.begin(begin, siblings_go_on);
+            let all = with(true);
+            if all.pages() <= free && self.places() > siblings {
+                *outlook = all;
+                return Some((index, true));
+            }
+            // It was let in because it fits when it is alone.
+            if self.active.is_empty() {
+                *outlook = with(false);
+                return Some((index, siblings == 0));
+            }
         }
+        None
     }
 
-    /// The prompt that is to begin next, and how many pages of its beginning are ready: the first in line, unless its
-    /// beginning is being computed or a later one finds more ready.
-    fn next_prompt(&self) -> Option<(usize, usize)> {
+    /// Prompts that may begin next, the most welcome first, and how many pages of its beginning each finds ready. The
+    /// first in line goes first, unless its beginning is being computed or a later one finds more ready; the next few
+    /// may take the room that is too small for it.
+    fn candidates(&self) -> Vec<(usize, usize)> {
         if self.places() == 0 {
-            return None;
+            return Vec::new();
         }
-        let found =
-            self.pending.iter().enumerate().filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
-                Found::Pages(pages) => Some((index, pages)),
-                Found::Soon => None,
-            });
+        let found = self.pending.iter().enumerate();
+        let mut found = found.filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
+            Found::Pages(pages) => Some((index, pages)),
+            Found::Soon => None,
+        });
         // Nobody is passed over for ever, nor whoever was paused at all.
+        let Some(first) = found.next() else { return Vec::new() };
         let paused = self.pending.front().is_some_and(|begin| begin.paused.is_some());
-        let strict = paused || self.passed_over >= AHEAD_PROMPTS;
-        let mut found = found.take(if strict { 1 } else { usize::MAX });
-        let first = found.next()?;
-        if first.1 > 0 { Some(first) } else { found.find(|&(_, pages)| pages > 0).or(Some(first)) }
+        if paused || self.passed_over >= AHEAD_PROMPTS {
+            return vec![first];
+        }
+        let mut candidates = Vec::new();
+        if first.1 == 0 {
+            candidates.extend(found.clone().find(|&(_, pages)| pages > 0));
+        }
+        candidates.push(first);
+        if self.passed_over < PASSED_OVER {
+            candidates.extend(found.take(SMALLER));
+        }
+        candidates
+    }
+
+    /// Whether samples that do not fit together compute their prompt for themselves.
+    fn must_part(&self, index: usize) -> bool {
+        let begin = &self.pending[index];
+        self.jobs[&begin.job].prompts[begin.prompt].prompt.kept != Kept::All
     }
 
     /// Lets every sample of a prompt in line compute it for itself.
