@@ -1,18 +1,18 @@
-//! Attention beside its limit, measured in the same run: reading memory, or multiply-adds.
+//! Attention beside its limit, measured in the same run: reading memory, or computing.
 //!
 //! `cargo bench --bench attention` prints, for pages of every dtype, the share of the limit that single queries with
 //! 1024 keys reach (32 query heads on 4 key heads, and on 32), and that a prompt of 512 reaches, also where every key
-//! adds up what it receives. The limit is what reading the pages once, or 4 * head_dim operations per query head and
-//! key, would take, whichever is longer.
+//! adds up what it receives. The limit is what reading the pages once would take, or widening their elements to f32
+//! once and then 4 * head_dim operations per query head and key, whichever is longer. Exponentials are not part of it.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::time::{Duration, Instant};
 
 use tidemill::device::host::isa::Isa;
-use tidemill::device::host::{Host, raw_fma_gflops};
+use tidemill::device::host::{Host, raw_fma_gflops, raw_widen_rate};
 use tidemill::device::{AttentionSpan, Device as _, Frames, Heads, KvViewMut};
 use tidemill::error::Tier;
-use tidemill::kv::layout::{KvLayout, pages_for};
+use tidemill::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
 use tidemill::kv::pages::Segment;
 use tidemill::kv::policy::{Kept, Spread};
 use tidemill::memory::arena::Arena;
@@ -54,24 +54,43 @@ fn read_rate() -> f64 {
     READ_BYTES as f64 / secs
 }
 
-/// The machine's limits: bytes and operations per second.
+/// The machine's limits: bytes and operations per second, and elements of a dtype that it widens.
 struct Limits {
     bytes: f64,
     flops: f64,
+    widened: [f64; DType::ALL.len()],
+}
+
+/// What some attention takes at least.
+struct Demand {
+    bytes: f64,
+    flops: f64,
+    elements: f64,
+    dtype: DType,
 }
 
 impl Limits {
     fn measure() -> Self {
-        let flops =
-            (0..5).map(|_| rayon::broadcast(|_| raw_fma_gflops(Isa::detect())).iter().sum()).fold(0.0, f64::max);
-        Limits { bytes: read_rate(), flops: 1e9 * flops }
+        let all = |one: &(dyn Fn() -> f64 + Sync)| {
+            1e9 * (0..5).map(|_| rayon::broadcast(|_| one()).iter().sum()).fold(0.0, f64::max)
+        };
+        let isa = Isa::detect();
+        let widened = DType::ALL.map(|dtype| all(&|| raw_widen_rate(isa, dtype)));
+        Limits { bytes: read_rate(), flops: all(&|| raw_fma_gflops(isa)), widened }
     }
 
     /// What binds, and the share of it that `secs` are.
-    fn share(&self, bytes: f64, flops: f64, secs: f64) -> String {
-        let (reading, computing) = (bytes / self.bytes, flops / self.flops);
-        let name = if reading > computing { "read" } else { "fma" };
-        format!("{:.0} % of {name}", 100.0 * reading.max(computing) / secs)
+    fn share(&self, demand: &Demand, secs: f64) -> String {
+        let at = DType::ALL.iter().position(|dtype| *dtype == demand.dtype).expect("one of all");
+        let (reading, multiplying) = (demand.bytes / self.bytes, demand.flops / self.flops);
+        let widening = demand.elements / self.widened[at];
+        let name = match reading > multiplying + widening {
+            true => "read",
+            false if widening > multiplying => "widening, fma",
+            false if widening > 0.1 * multiplying => "fma, widening",
+            false => "fma",
+        };
+        format!("{:.0} % of {name}", 100.0 * reading.max(multiplying + widening) / secs)
     }
 }
 
@@ -120,8 +139,15 @@ impl Bench {
         })
     }
 
-    fn flops(&self, pairs: usize) -> f64 {
-        (4 * HEAD_DIM * NUM_HEADS * pairs) as f64
+    /// Of so many pages and pairs of query and key.
+    fn demand(&self, pages: usize, pairs: usize) -> Demand {
+        let layout = &self.frames.layout;
+        Demand {
+            bytes: (pages * layout.layer_bytes()) as f64,
+            flops: (4 * HEAD_DIM * NUM_HEADS * pairs) as f64,
+            elements: (pages * PAGE_POSITIONS * layout.num_kv_heads * 2 * HEAD_DIM) as f64,
+            dtype: layout.dtype,
+        }
     }
 
     /// One query of every sequence.
@@ -129,15 +155,13 @@ impl Bench {
         let segments: Vec<Segment> =
             (0..SEQUENCES).map(|sequence| Bench::segment(sequence, CONTEXT - 1, 1, sequence, Kept::All)).collect();
         let secs = self.secs(&segments);
-        let bytes = (SEQUENCES * pages_for(CONTEXT) * self.frames.layout.layer_bytes()) as f64;
-        limits.share(bytes, self.flops(SEQUENCES * CONTEXT), secs)
+        limits.share(&self.demand(SEQUENCES * pages_for(CONTEXT), SEQUENCES * CONTEXT), secs)
     }
 
     /// A whole prompt of one sequence.
     fn prompt(&mut self, limits: &Limits, kept: Kept) -> String {
         let secs = self.secs(&[Bench::segment(0, 0, PROMPT, 0, kept)]);
-        let bytes = (pages_for(PROMPT) * self.frames.layout.layer_bytes()) as f64;
-        limits.share(bytes, self.flops(PROMPT * (PROMPT + 1) / 2), secs)
+        limits.share(&self.demand(pages_for(PROMPT), PROMPT * (PROMPT + 1) / 2), secs)
     }
 }
 

@@ -16,6 +16,7 @@ mod pack;
 mod plan;
 mod planning;
 mod progress;
+mod replanning;
 mod resources;
 mod say;
 mod signals;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
-use super::flags::{ActivationsChoice, DeviceChoice, Size, kv_policy, rounds_activations};
+use super::flags::{ActivationsChoice, DeviceChoice, ScheduleChoice, Size, kv_policy, rounds_activations};
 use super::planning::this_machine;
 use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
@@ -25,7 +25,7 @@ use crate::planner::job::{Job, Request};
 use crate::planner::lp::{Budgets, Capabilities};
 use crate::planner::model::{Numerics, PlanModel};
 use crate::planner::search::{Plan, Question};
-use crate::policy::Split;
+use crate::policy::{Order, Split};
 use crate::schedule::price::Bottleneck;
 
 /// Sequences of a job of which only lengths are given.
@@ -88,6 +88,9 @@ pub struct Arguments {
     /// positions or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
+    /// Whether prompts are computed beside answers, or all of a batch first [default: mixed].
+    #[arg(long, env = "TIDEMILL_SCHEDULE", value_name = "SCHEDULE", help_heading = "Budgets and numerics")]
+    schedule: Option<ScheduleChoice>,
     /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
     throttle: Option<String>,
@@ -114,7 +117,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let (hardware, budgets) = arguments.hardware()?;
     let job = arguments.job(&model)?;
     let capabilities = Capabilities::default();
-    let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+    let schedule = arguments.schedule.map_or(Order::Mixed, ScheduleChoice::order);
+    let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule };
     let started = Instant::now();
     let plan = question.plan()?;
     let planning_secs = started.elapsed().as_secs_f64();

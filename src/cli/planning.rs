@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
@@ -18,7 +19,8 @@ use crate::planner::job::Job;
 use crate::planner::lp::{self, Capabilities};
 use crate::planner::model::PlanModel;
 use crate::planner::predict::{Prediction, predict};
-use crate::planner::search::Question;
+use crate::planner::search::{Plan, Question};
+use crate::policy::{Order, Split};
 use crate::schedule::placement::Placement;
 
 /// Main memory that measuring takes at most.
@@ -30,6 +32,8 @@ pub struct Situation<'a> {
     pub model: &'a PlanModel,
     /// What the policy file says; none if there is no file.
     pub policy: Option<&'a PolicyFile>,
+    /// Whether prompts and answers share passes, where somebody said so.
+    pub schedule: Option<Order>,
     /// Bytes granted.
     pub budgets: Budgets,
     /// Rates that links are held to.
@@ -56,6 +60,8 @@ pub struct Decision {
     pub hardware: Option<Hardware>,
     /// What to say about it.
     pub said: Option<String>,
+    /// Seconds that planning took; none where nothing was planned.
+    pub planning_secs: Option<f64>,
 }
 
 impl Situation<'_> {
@@ -64,7 +70,7 @@ impl Situation<'_> {
     /// # Errors
     /// [`Error::OverBudget`] when nothing fits.
     pub fn decide(&self, measure: bool) -> Result<Decision> {
-        let empty = PolicyFile::default();
+        let empty = PolicyFile { schedule: self.schedule, ..PolicyFile::default() };
         let wishes = Wishes {
             config: &self.model.config,
             bytes: &self.model.bytes,
@@ -89,6 +95,7 @@ impl Situation<'_> {
             budgets: lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64)),
             capabilities: Capabilities { cpu_attention: false },
             job: self.job,
+            schedule: self.schedule.unwrap_or_default(),
         }
     }
 
@@ -100,24 +107,14 @@ impl Situation<'_> {
 
     fn plan(&self) -> Result<Decision> {
         let hardware = self.profile(true)?.expect("it was measured");
+        let started = Instant::now();
         let plan = self.question(&hardware).plan()?;
-        let share = |split: &crate::policy::Split| {
-            let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
-            let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
-            parts.collect::<Vec<_>>().join(" ")
+        let said = words_of(&plan);
+        let planned = Decision {
+            planning_secs: Some(started.elapsed().as_secs_f64()),
+            ..self.expect(plan.placement, Some(hardware), Some(said))
         };
-        let policy = &plan.policy;
-        let said = format!(
-            "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
-            share(&policy.weights),
-            share(&policy.kv),
-            policy.sequences,
-            policy.blocks,
-            policy.chunk_tokens,
-            if policy.compressed { ", compressed planes" } else { "" },
-            plan.bottleneck.name(),
-        );
-        Ok(self.expect(plan.placement, Some(hardware), Some(said)))
+        Ok(planned)
     }
 
     /// The decision for a placement, with what is expected of it where the machine is known.
@@ -133,7 +130,7 @@ impl Situation<'_> {
             (said, expected) => said.or(expected),
         };
         let bound_tokens_per_s = bound.map(|(rate, _)| rate);
-        Decision { placement, prediction, bound_tokens_per_s, hardware, said }
+        Decision { placement, prediction, bound_tokens_per_s, hardware, said, planning_secs: None }
     }
 
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.
@@ -152,6 +149,26 @@ impl Situation<'_> {
         };
         Ok(Some(hardware.throttled(self.throttles)))
     }
+}
+
+/// What a plan is, in a line.
+pub fn words_of(plan: &Plan) -> String {
+    let share = |split: &Split| {
+        let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
+        let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
+        parts.collect::<Vec<_>>().join(" ")
+    };
+    let policy = &plan.policy;
+    format!(
+        "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
+        share(&policy.weights),
+        share(&policy.kv),
+        policy.sequences,
+        policy.blocks,
+        policy.chunk_tokens,
+        if policy.compressed { ", compressed planes" } else { "" },
+        plan.bottleneck.name(),
+    )
 }
 
 /// Where a card's profile is kept, and what it is a part of.

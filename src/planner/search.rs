@@ -14,7 +14,7 @@ use super::rollout::rollout;
 use crate::cost::Costs;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::Hardware;
-use crate::policy::Policy;
+use crate::policy::{Order, Policy};
 use crate::schedule::fences::Fences;
 use crate::schedule::lower::{Carried, lower};
 use crate::schedule::placement::Placement;
@@ -54,6 +54,8 @@ pub struct Question<'a> {
     pub capabilities: Capabilities,
     /// What is to be generated.
     pub job: &'a Job,
+    /// Whether prompts and answers share passes.
+    pub schedule: Order,
 }
 
 /// A placement and what is known about it.
@@ -391,7 +393,7 @@ impl<'a> Question<'a> {
         let mut solution = candidate.solved.solution.clone();
         for _ in 0..ATTEMPTS {
             let compute = self.hardware.compute_tier();
-            let policy = policy(&candidate.solved.outline, &solution.shares, compute, self.job.widest_layer);
+            let policy = self.policy(&candidate.solved.outline, &solution.shares);
             let placement = Placement::new(&self.model.bytes, &policy, compute);
             let over: Vec<f64> = (0..3).map(|tier| placement.bytes[tier] as f64 - self.budgets.0[tier]).collect();
             if over.iter().all(|&over| over <= 0.0) {
@@ -404,6 +406,31 @@ impl<'a> Question<'a> {
             solution = question.problem(candidate.solved.outline, blocks).solve()?;
         }
         None
+    }
+
+    /// The policy of an outline and shares.
+    fn policy(&self, outline: &Outline, shares: &Shares) -> Policy {
+        let [weights, kv, hidden] = shares.splits();
+        let compute = self.hardware.compute_tier();
+        let streamed = (outline.block_pages() * (1.0 - kv.share(compute))).ceil() as usize + 1;
+        Policy {
+            sequences: outline.sequences,
+            chunk_tokens: outline.chunk_tokens,
+            blocks: outline.blocks,
+            block_rows: outline.block_rows,
+            weight_slots: outline.weight_slots,
+            kv_slots: outline.kv_slots,
+            pages: outline.pages,
+            // The longest sequence must fit into a block of its own.
+            block_pages: streamed.max(self.job.widest_layer + 1),
+            weights,
+            kv,
+            hidden,
+            embed: outline.embed,
+            head: outline.head,
+            compressed: outline.compressed,
+            schedule: self.schedule,
+        }
     }
 
     /// Why so many sequences do not fit.
@@ -419,8 +446,7 @@ impl<'a> Question<'a> {
         shares[far as usize] = 1.0;
         let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
         let shares = Shares { weights: shares, kv: shares, attended: 0.0, hidden: home };
-        let placement =
-            Placement::new(&self.model.bytes, &policy(&outline, &shares, compute, self.job.widest_layer), compute);
+        let placement = Placement::new(&self.model.bytes, &self.policy(&outline, &shares), compute);
         let tier = Tier::ALL
             .into_iter()
             .filter(|&tier| placement.bytes[tier as usize] as f64 > self.budgets.0[tier as usize])
@@ -440,29 +466,6 @@ impl<'a> Question<'a> {
             have: Bytes(self.budgets.0[tier as usize] as u64),
             hint: Some(format!("use {flag} {}MiB or more", need.div_ceil(1 << 20))),
         }
-    }
-}
-
-/// The policy of an outline and shares.
-fn policy(outline: &Outline, shares: &Shares, compute: Tier, longest: usize) -> Policy {
-    let [weights, kv, hidden] = shares.splits();
-    let streamed = (outline.block_pages() * (1.0 - kv.share(compute))).ceil() as usize + 1;
-    Policy {
-        sequences: outline.sequences,
-        chunk_tokens: outline.chunk_tokens,
-        blocks: outline.blocks,
-        block_rows: outline.block_rows,
-        weight_slots: outline.weight_slots,
-        kv_slots: outline.kv_slots,
-        pages: outline.pages,
-        // The longest sequence must fit into a block of its own.
-        block_pages: streamed.max(longest + 1),
-        weights,
-        kv,
-        hidden,
-        embed: outline.embed,
-        head: outline.head,
-        compressed: outline.compressed,
     }
 }
 
@@ -532,7 +535,14 @@ mod tests {
             let budgets = Budgets([gpu, between(3, 4.0, 30.0) * bytes, 1e11]);
             let job = Job::uniform(200, 30 + (rng.uniform(4) * 300.0) as usize, 1 + (rng.uniform(5) * 60.0) as usize);
             let capabilities = Capabilities::default();
-            let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+            let question = Question {
+                model: &model,
+                hardware: &hardware,
+                budgets,
+                capabilities,
+                job: &job,
+                schedule: Order::Mixed,
+            };
             let Ok(plan) = question.plan() else { continue };
             planned += 1;
             for tier in 0..3 {
@@ -552,7 +562,8 @@ mod tests {
         let job = Job::uniform(10, 64, 8);
         let capabilities = Capabilities::default();
         let budgets = Budgets([1e6, 1e9, 0.0]);
-        let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+        let question =
+            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule: Order::Mixed };
         let error = question.plan().unwrap_err();
         let Error::OverBudget { tier: Tier::Gpu, need, .. } = &error else { panic!("{error}") };
         let enough = Question { budgets: Budgets([need.0 as f64, 1e9, 0.0]), ..question };
@@ -571,7 +582,14 @@ mod tests {
             let job = Job::uniform(4, 100, 20);
             let budgets = Budgets([0.0, 0.6 * bytes, 1e12]);
             let capabilities = Capabilities::default();
-            let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+            let question = Question {
+                model: &model,
+                hardware: &hardware,
+                budgets,
+                capabilities,
+                job: &job,
+                schedule: Order::Mixed,
+            };
             question.plan().unwrap()
         };
         let slow_disk = plan("disk_read=20MB/s", 7e8);
@@ -590,7 +608,10 @@ mod tests {
         let bytes = model.weight_bytes() as f64;
         let secs = |gpu: f64| {
             let budgets = Budgets([gpu * bytes, 20.0 * bytes, 0.0]);
-            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job }.plan().unwrap().secs
+            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule: Order::Mixed }
+                .plan()
+                .unwrap()
+                .secs
         };
         let all = [3.0, 4.0, 6.0, 12.0, 40.0].map(secs);
         assert!(all.windows(2).all(|pair| pair[1] <= pair[0] * 1.02), "{all:?}");

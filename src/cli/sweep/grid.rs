@@ -9,7 +9,7 @@ use std::str::FromStr;
 use clap::ValueEnum;
 
 use crate::bench::sweep::Point;
-use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, Size, WeightsChoice};
+use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, ScheduleChoice, Size, WeightsChoice};
 use crate::error::{Error, Result};
 use crate::kv::policy;
 
@@ -27,7 +27,7 @@ const COUNTS: [&str; 4] = ["batch", "prompt-len", "gen-len", "num-prompts"];
 type Setting = (&'static str, fn(&str) -> Option<String>);
 
 /// Budgets and numerics that can be axes. A new one is a line here.
-const SETTINGS: [Setting; 8] = [
+const SETTINGS: [Setting; 9] = [
     ("device", one_of::<DeviceChoice>),
     ("gpu-memory", size),
     ("cpu-memory", size),
@@ -36,6 +36,7 @@ const SETTINGS: [Setting; 8] = [
     ("activations", one_of::<ActivationsChoice>),
     ("kv-dtype", one_of::<KvChoice>),
     ("kv-policy", |text| policy::parse(text).err()),
+    ("schedule", one_of::<ScheduleChoice>),
 ];
 
 fn one_of<T: ValueEnum>(text: &str) -> Option<String> {

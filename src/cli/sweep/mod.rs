@@ -68,7 +68,8 @@ pub struct Arguments {
     #[command(flatten)]
     job: generate::Arguments,
     /// Axes and their values: batch (sequences in flight), prompt-len, gen-len and, if wanted, num-prompts [default: 4
-    /// for each in flight], device, gpu-memory, cpu-memory, disk-space, weights, activations, kv-dtype, kv-policy.
+    /// for each in flight], device, gpu-memory, cpu-memory, disk-space, weights, activations, kv-dtype, kv-policy,
+    /// schedule.
     #[arg(long, value_name = "batch=1,8,64;prompt-len=128,512;...")]
     grid: String,
     /// Predict, and run nothing.

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use crate::bench::sweep::{Failure, Point, Predicted, digits};
 use crate::cli::devices;
 use crate::cli::exact::{Exact, Numerics};
-use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, Size, WeightsChoice, kv_policy};
+use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, ScheduleChoice, Size, WeightsChoice, kv_policy};
 use crate::cli::plan::{self, Configuration, Granted};
 use crate::cli::planning::{Places, card_profile};
 use crate::error::{Error, Result};
@@ -23,6 +23,7 @@ use crate::planner::job::{Job, Request};
 use crate::planner::lp::{Budgets, Capabilities};
 use crate::planner::model::{self, PlanModel};
 use crate::planner::search::{Plan, Question};
+use crate::policy::Order;
 use crate::schedule::price::{Bottleneck, Resources};
 
 /// What is swept over.
@@ -182,7 +183,9 @@ impl Planner {
         let granting = self.machines[&key(point, &OF_MACHINE)].as_ref().map_err(Clone::clone)?;
         let (hardware, budgets) = (&granting.hardware, granting.budgets);
         let job = job(point, &model.config).map_err(|error| Failure::from(&error))?;
-        let question = Question { model, hardware, budgets, capabilities: Capabilities::default(), job: &job };
+        let schedule = choice(point, "schedule").map_or(Order::Mixed, ScheduleChoice::order);
+        let capabilities = Capabilities::default();
+        let question = Question { model, hardware, budgets, capabilities, job: &job, schedule };
         let plan = question.plan_with(point.batch).map_err(|error| Failure::from(&error))?;
         Ok(Planned { model, hardware, budgets, job, plan })
     }
@@ -210,7 +213,8 @@ impl Planned<'_> {
     /// What was asked.
     pub fn question(&self) -> Question<'_> {
         let Planned { model, hardware, budgets, ref job, .. } = *self;
-        Question { model, hardware, budgets, capabilities: Capabilities::default(), job }
+        let schedule = self.plan.policy.schedule;
+        Question { model, hardware, budgets, capabilities: Capabilities::default(), job, schedule }
     }
 
     /// The plan in numbers.

@@ -10,25 +10,31 @@
 //! before it is folded in, so a query's result depends on its position and on the stored keys and values alone: not on
 //! chunks, on the queries computed beside it, or on who shares the pages.
 //!
-//! Limit: 4 * head_dim operations per query head and key at the multiply-add rate; each page is read once per
-//! group of query heads and block of queries.
+//! Limit: 4 * head_dim operations per query head and key at the multiply-add rate; each page is read and widened once
+//! per group of query heads and block of queries. Rows go through a tile some at a time, so that their scores stay in
+//! the first cache.
 
 use rayon::prelude::*;
 
 use super::cache::{widen_keys, widen_values};
-use super::gemm::{Strided, Tile, register_rows};
-use super::isa::{Isa, Kernel, Registers};
-use super::lanes::{LANES, Lanes, fold, greatest};
+use super::isa::{Isa, Kernel, Registers, prefetch};
+use super::lanes::{LANES, Lanes};
 use super::rows::rotate_head;
 use super::shared::SharedMut;
+use super::tiles::{Left, Right, Sums, multiply};
 use super::{HostFrames, evict, math};
 use crate::device::{AttentionSpan, Heads, Rotation};
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
 use crate::kv::policy::{Kept, Spread};
+use crate::model::dtype::DType;
 
 /// Queries of one task: bounds its scratch and leaves several tasks per head of a long chunk.
 pub const QUERY_BLOCK: usize = 32;
+
+/// Bytes of the next page that are asked for while a page is computed: all of small elements; with large ones the
+/// processor sees for itself, once it has begun, what will be read.
+const AHEAD_BYTES: usize = 10 << 10;
 
 /// What all tasks of a call share.
 pub struct Call<'a> {
@@ -146,8 +152,10 @@ impl Visible {
         key < self.sinks || (self.low..self.high).contains(&key)
     }
 
-    fn is_whole(&self) -> bool {
-        self.low <= self.sinks && self.high == PAGE_POSITIONS
+    /// Whether all 16 keys from `first` on are.
+    fn contains_vector(&self, first: usize) -> bool {
+        let end = first + LANES;
+        end <= self.high && (end <= self.sinks || self.low <= first.max(self.sinks))
     }
 
     fn is_empty(&self) -> bool {
@@ -155,7 +163,7 @@ impl Visible {
     }
 }
 
-/// The running state of a block's rows, and room for one tile.
+/// The running state of a block's rows, and room for what a tile takes. Vectors of 16 rows may be read from any row on.
 struct State {
     /// Queries, groups of register rows by (head_dim, rows).
     queries: Vec<f32>,
@@ -165,22 +173,29 @@ struct State {
     sum: Vec<f32>,
     /// Unnormalised outputs, (rows, padded head_dim).
     output: Vec<f32>,
-    /// One tile's scores, then probabilities, (rows, 64).
-    scores: Vec<f32>,
-    /// One tile's outputs, (rows, padded head_dim).
+    /// One tile's outputs for some rows, (rows, padded head_dim).
     tile: Vec<f32>,
-    /// One tile's greatest scores.
-    tile_max: Vec<f32>,
-    /// One tile's sums of exponentials.
-    tile_sum: Vec<f32>,
-    /// One page's keys or values in f32.
-    widened: Vec<f32>,
+    /// One page's keys and values in f32, where they are stored as something else.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// Scores of some rows with one tile, then probabilities, (rows, 64).
+    scores: [[f32; PAGE_POSITIONS]; LANES],
     /// Queries as they meet the first keys, like the others; and their scores.
     sink_queries: Vec<f32>,
-    sink_scores: Vec<f32>,
-    /// Scores and greatest scores of all tiles, where keys are scored.
+    sink_scores: [[f32; PAGE_POSITIONS]; LANES],
+    /// Scores and greatest scores of all tiles, where keys are scored: (tiles, rows, 64) and (tiles, rows).
     all_scores: Vec<f32>,
     all_max: Vec<f32>,
+}
+
+/// A tile's keys and values in f32.
+#[derive(Clone, Copy)]
+struct Page {
+    /// Which tile it is, and the position of its first key.
+    index: usize,
+    start: usize,
+    keys: *const f32,
+    values: *const f32,
 }
 
 impl Block<'_> {
@@ -210,51 +225,64 @@ impl Block<'_> {
         Visible { sinks: self.sinks.saturating_sub(start).min(high), low, high: high.max(low) }
     }
 
+    /// The rows that see something of the tile that starts at `start`.
+    fn seeing(&self, start: usize) -> std::ops::Range<usize> {
+        // Rows from before the tile are the first, those whose window lies behind it the last.
+        let sees = |query: &usize| !self.visible(query * self.group(), start).is_empty();
+        let first = (0..self.queries).find(sees).unwrap_or(self.queries);
+        let last = (first..self.queries).rev().find(sees).map_or(first, |query| query + 1);
+        first * self.group()..last * self.group()
+    }
+
     /// Queries packed for products; `sinks` as they meet the first keys.
+    #[inline(always)]
     fn queries(&self, tile_rows: usize, sinks: Option<&Rotation<'_>>) -> Vec<f32> {
         let (rows, heads) = (self.rows(), self.call.heads);
         let head_dim = heads.head_dim;
         let mut queries = vec![0f32; rows * head_dim];
-        for row in 0..rows {
-            let (group, within) = (row / tile_rows, row % tile_rows);
-            let count = tile_rows.min(rows - group * tile_rows);
-            let head = self.kv_head * self.group() + row % self.group();
-            let index = self.first_row + row / self.group();
-            let from = &self.call.qkv[index * heads.qkv_width() + head * head_dim..][..head_dim];
-            let mut turned;
-            let from = match sinks {
-                None => from,
-                Some(rotation) => {
-                    turned = from.to_vec();
-                    rotate_head(&mut turned, index, rotation);
-                    &turned
-                }
+        let mut turned = vec![0f32; if sinks.is_some() { tile_rows * head_dim } else { 0 }];
+        for (first, to) in (0..rows).step_by(tile_rows).zip(queries.chunks_mut(tile_rows * head_dim)) {
+            let count = to.len() / head_dim;
+            let row = |row: usize| {
+                let head = self.kv_head * self.group() + row % self.group();
+                let index = self.first_row + row / self.group();
+                (index, &self.call.qkv[index * heads.qkv_width() + head * head_dim..][..head_dim])
             };
-            for (dim, value) in from.iter().enumerate() {
-                queries[group * tile_rows * head_dim + dim * count + within] = *value;
+            let mut from = [[].as_slice(); LANES];
+            from.iter_mut().zip(first..first + count).for_each(|(from, at)| *from = row(at).1);
+            if let Some(rotation) = sinks {
+                for (at, turned) in (first..first + count).zip(turned.chunks_exact_mut(head_dim)) {
+                    turned.copy_from_slice(row(at).1);
+                    rotate_head(turned, row(at).0, rotation);
+                }
+                from.iter_mut().zip(turned.chunks_exact(head_dim)).take(count).for_each(|(from, row)| *from = row);
+            }
+            for (dim, to) in to.chunks_exact_mut(count).enumerate() {
+                to.iter_mut().zip(&from).for_each(|(to, from)| *to = from[dim]);
             }
         }
         queries
     }
 
+    #[inline(always)]
     fn state(&self, tile_rows: usize) -> State {
         let (rows, padded) = (self.rows(), self.padded_dim());
         let sinks = self.call.span.sinks.filter(|_| self.sinks > 0);
         let scored = if self.scores.is_some() { rows * self.tiles.len() } else { 0 };
+        let wide = if self.call.frames.layout.dtype == DType::F32 { 0 } else { PAGE_POSITIONS };
         State {
             queries: self.queries(tile_rows, None),
-            max: vec![f32::NEG_INFINITY; rows],
-            sum: vec![0.0; rows],
+            max: vec![f32::NEG_INFINITY; rows + LANES],
+            sum: vec![0.0; rows + LANES],
             output: vec![0.0; rows * padded],
-            scores: vec![0.0; rows * PAGE_POSITIONS],
-            tile: vec![0.0; rows * padded],
-            tile_max: vec![0.0; rows],
-            tile_sum: vec![0.0; rows],
-            widened: vec![0.0; PAGE_POSITIONS * padded],
+            tile: vec![0.0; tile_rows * padded],
+            keys: vec![0.0; wide * self.call.heads.head_dim],
+            values: vec![0.0; wide * padded],
+            scores: [[0.0; PAGE_POSITIONS]; LANES],
             sink_queries: sinks.map_or(Vec::new(), |rotation| self.queries(tile_rows, Some(rotation))),
-            sink_scores: vec![0.0; if sinks.is_some() { rows * PAGE_POSITIONS } else { 0 }],
-            all_scores: Vec::with_capacity(scored * PAGE_POSITIONS),
-            all_max: Vec::with_capacity(scored),
+            sink_scores: [[0.0; PAGE_POSITIONS]; LANES],
+            all_scores: vec![0.0; scored * PAGE_POSITIONS],
+            all_max: vec![f32::NEG_INFINITY; scored + LANES],
         }
     }
 }
@@ -265,9 +293,24 @@ impl Kernel for Block<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Registers>(mut self) {
         let mut state = self.state(R::ROWS);
-        for tile in self.tiles {
-            // SAFETY: the instruction set is the caller's.
-            unsafe { self.tile::<V, R>(*tile, &mut state) };
+        for (index, &(start, page)) in self.tiles.iter().enumerate() {
+            let layout = &self.call.frames.layout;
+            if let Some((_, next)) = self.tiles.get(index + 1) {
+                prefetch(&next[..next.len().min(AHEAD_BYTES)]);
+            }
+            let rows = self.seeing(start);
+            // SAFETY: the rows exist; a widened page is read before the next one; the instruction set is the caller's.
+            unsafe {
+                let keys = widen_keys::<V>(page, layout, &mut state.keys);
+                let values = widen_values::<V>(page, layout, &mut state.values);
+                let page = Page { index, start, keys, values };
+                let mut first = rows.start;
+                while first < rows.end {
+                    let end = rows.end.min(first / R::ROWS * R::ROWS + R::ROWS);
+                    self.tile::<V, R>(page, first..end, &mut state);
+                    first = end;
+                }
+            }
         }
         self.finish(&state);
         if let Some(scores) = self.scores.take() {
@@ -278,53 +321,86 @@ impl Kernel for Block<'_> {
 }
 
 impl Block<'_> {
-    /// Scores, probabilities and outputs of one tile, folded into the running state.
+    /// Scores, probabilities and outputs of one tile for rows of one group, each of which sees some of it, folded into
+    /// the running state.
+    ///
+    /// # Safety
+    /// Such rows exist; `V`'s instruction set exists.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, R: Registers>(&self, (start, page): (usize, &[u8]), state: &mut State) {
-        let layout = &self.call.frames.layout;
-        let (rows, head_dim, padded) = (self.rows(), self.call.heads.head_dim, self.padded_dim());
+    unsafe fn tile<V: Lanes, R: Registers>(&self, page: Page, rows: std::ops::Range<usize>, state: &mut State) {
+        let (head_dim, padded) = (self.call.heads.head_dim, self.padded_dim());
+        let (first, count) = (rows.start, rows.len());
         // The last row sees the most recent keys, the first row the oldest.
-        let high = self.visible(rows - 1, start).high;
-        let sinks = self.sinks.saturating_sub(start).min(PAGE_POSITIONS);
-        let low = if sinks > 0 { 0 } else { self.visible(0, start).low };
-        // SAFETY: the buffers have the extents named in `State`; the instruction set is the caller's.
+        let Visible { sinks, high, .. } = self.visible(rows.end - 1, page.start);
+        let low = if sinks > 0 { 0 } else { self.visible(first, page.start).low };
+        let vectors = low / LANES..high.div_ceil(LANES);
+        let group = first / R::ROWS * R::ROWS;
+        let packed = R::ROWS.min(self.rows() - group);
+        let queries = |queries: &[f32]| {
+            let start = queries[group * head_dim + first - group..].as_ptr();
+            (Left::<1> { start, step: packed }, count)
+        };
+        let keys = |vectors: std::ops::Range<usize>| {
+            let stride = head_dim * LANES;
+            let start = page.keys.wrapping_add(vectors.start * stride);
+            (Right { start, stride, depth: head_dim }, vectors.len())
+        };
+        let scores = match &self.scores {
+            Some(_) => &mut state.all_scores[(page.index * self.rows() + first) * PAGE_POSITIONS..],
+            None => state.scores.as_flattened_mut(),
+        };
+        let scores = &mut scores.as_chunks_mut::<PAGE_POSITIONS>().0[..count];
+        let (mut tile_max, mut tile_sum) = ([f32::NEG_INFINITY; LANES], [0f32; LANES]);
+        let (mut old, mut new) = ([0f32; LANES], [0f32; LANES]);
+        // SAFETY: operands and results have the extents named in `State` and `KvLayout`; the set is the caller's.
         unsafe {
-            let keys = &mut state.widened[..PAGE_POSITIONS * head_dim];
-            widen_keys::<V>(page, layout, keys);
-            for group in 0..high.div_ceil(LANES) {
-                let keys = keys[group * head_dim * LANES..].as_ptr();
-                let scores = &mut state.scores[group * LANES..];
-                product::<V, R>(&state.queries, rows, head_dim, keys, scores, PAGE_POSITIONS);
-                if group * LANES < sinks && !state.sink_queries.is_empty() {
-                    let scores = &mut state.sink_scores[group * LANES..];
-                    product::<V, R>(&state.sink_queries, rows, head_dim, keys, scores, PAGE_POSITIONS);
+            let to = scores.as_mut_ptr().cast::<f32>().add(vectors.start * LANES);
+            let sums = Sums { to, stride: PAGE_POSITIONS };
+            multiply::<V, R, 1>(queries(&state.queries), keys(vectors.clone()), sums);
+            if sinks > 0 && !state.sink_queries.is_empty() {
+                let sums = Sums { to: state.sink_scores.as_mut_ptr().cast(), stride: PAGE_POSITIONS };
+                multiply::<V, R, 1>(queries(&state.sink_queries), keys(0..sinks.div_ceil(LANES)), sums);
+                for (row, (scores, first)) in rows.clone().zip(scores.iter_mut().zip(&state.sink_scores)) {
+                    let sinks = self.visible(row, page.start).sinks;
+                    scores[..sinks].copy_from_slice(&first[..sinks]);
                 }
             }
-            for row in 0..rows {
-                let visible = self.visible(row, start);
-                let scores = &mut state.scores[row * PAGE_POSITIONS..][..PAGE_POSITIONS];
-                if !state.sink_queries.is_empty() {
-                    let first = &state.sink_scores[row * PAGE_POSITIONS..][..visible.sinks];
-                    scores[..visible.sinks].copy_from_slice(first);
+            for (index, scores) in scores.iter_mut().enumerate() {
+                let visible = self.visible(first + index, page.start);
+                let scale = self.call.span.scale;
+                (tile_max[index], tile_sum[index]) = exponentials::<V>(scores, visible, vectors.clone(), scale);
+            }
+            if self.scores.is_some() {
+                state.all_max[page.index * self.rows() + first..][..count].copy_from_slice(&tile_max[..count]);
+            }
+            // Rows beyond `count` are left as they are.
+            let before = V::load(state.max[first..][..LANES].as_ptr());
+            let max = before.max(V::load(tile_max.as_ptr()));
+            math::exp(before.sub(max)).store(old.as_mut_ptr());
+            math::exp(V::load(tile_max.as_ptr()).sub(max)).store(new.as_mut_ptr());
+            for (old, before) in old.iter_mut().zip(before.to_array()) {
+                // The first tile finds nothing: its predecessor's weight is exactly zero, not exp of a clamped -inf.
+                *old = if before == f32::NEG_INFINITY { 0.0 } else { *old };
+            }
+            let sum = V::load(state.sum[first..][..LANES].as_ptr()).mul(V::load(old.as_ptr()));
+            let total = V::load(tile_sum.as_ptr()).fma(V::load(new.as_ptr()), sum);
+            state.sum[first..][..count].copy_from_slice(&total.to_array()[..count]);
+            state.max[first..][..count].copy_from_slice(&max.to_array()[..count]);
+            let weights = Left::<PAGE_POSITIONS> { start: scores.as_ptr().cast::<f32>().add(low), step: 1 };
+            let stride = PAGE_POSITIONS * LANES;
+            let values = Right { start: page.values.wrapping_add(low * LANES), stride, depth: high - low };
+            let sums = Sums { to: state.tile.as_mut_ptr(), stride: padded };
+            multiply::<V, R, PAGE_POSITIONS>((weights, count), (values, padded / LANES), sums);
+            let output = state.output[first * padded..].chunks_exact_mut(padded);
+            for ((output, tile), (old, new)) in
+                output.zip(state.tile.chunks_exact(padded)).zip(old.iter().zip(new)).take(count)
+            {
+                let (old, new) = (V::splat(*old), V::splat(new));
+                for (output, tile) in output.as_chunks_mut::<LANES>().0.iter_mut().zip(tile.as_chunks::<LANES>().0) {
+                    let before = V::load(output.as_ptr()).mul(old);
+                    V::load(tile.as_ptr()).fma(new, before).store(output.as_mut_ptr());
                 }
-                (state.tile_max[row], state.tile_sum[row]) = exponentials::<V>(scores, visible, self.call.span.scale);
             }
-            let values = &mut state.widened[..PAGE_POSITIONS * padded];
-            widen_values::<V>(page, layout, values);
-            for group in 0..padded / LANES {
-                let values = values[(group * PAGE_POSITIONS + low) * LANES..].as_ptr();
-                let tile = &mut state.tile[group * LANES..];
-                weighted::<V, R>(&state.scores, rows, low..high, values, tile, padded);
-            }
-            for row in 0..rows {
-                if !self.visible(row, start).is_empty() {
-                    state.fold::<V>(row, padded);
-                }
-            }
-        }
-        if self.scores.is_some() {
-            state.all_scores.extend_from_slice(&state.scores);
-            state.all_max.extend_from_slice(&state.tile_max);
         }
     }
 
@@ -333,33 +409,47 @@ impl Block<'_> {
     #[inline(always)]
     unsafe fn score<V: Lanes>(&self, state: &State, scores: &mut [f32]) {
         let (rows, group) = (self.rows(), self.group());
-        for first in (0..rows).step_by(group) {
-            for (tile, scores) in scores.chunks_exact_mut(PAGE_POSITIONS).enumerate().take(self.tiles.len()) {
-                // SAFETY: there are 64 scores of every row and tile; the instruction set is the caller's.
-                unsafe {
+        let mut shares = vec![0f32; rows.next_multiple_of(LANES)];
+        for (tile, scores) in scores.chunks_exact_mut(PAGE_POSITIONS).enumerate().take(self.tiles.len()) {
+            let all_max = &state.all_max[tile * rows..];
+            // SAFETY: there are 64 scores of every row and tile, and whole vectors of what rows have one of; the
+            // instruction set is the caller's.
+            unsafe {
+                for (first, shares) in (0..rows).step_by(LANES).zip(shares.chunks_exact_mut(LANES)) {
+                    let late =
+                        math::exp(V::load(all_max.as_ptr().add(first)).sub(V::load(state.max.as_ptr().add(first))));
+                    let whole = V::splat(1.0).div(V::load(state.sum.as_ptr().add(first)));
+                    late.mul(whole).store(shares.as_mut_ptr());
+                }
+                let mut all: [V; PAGE_POSITIONS / LANES] = [V::splat(0.0); PAGE_POSITIONS / LANES];
+                for (lane, all) in all.iter_mut().enumerate() {
+                    *all = V::load(scores.as_ptr().add(lane * LANES));
+                }
+                for first in (0..rows).step_by(group) {
                     let mut sums = [V::splat(0.0); PAGE_POSITIONS / LANES];
                     for row in first..first + group {
-                        let max = state.all_max[tile * rows + row];
                         // Of this tile the query sees nothing.
-                        if max == f32::NEG_INFINITY {
+                        if all_max[row] == f32::NEG_INFINITY {
                             continue;
                         }
-                        let share = math::exp(V::splat(max - state.max[row])).mul(V::splat(1.0 / state.sum[row]));
                         let from = state.all_scores.as_ptr().add((tile * rows + row) * PAGE_POSITIONS);
                         for (lane, sum) in sums.iter_mut().enumerate() {
-                            *sum = V::load(from.add(lane * LANES)).fma(share, *sum);
+                            *sum = V::load(from.add(lane * LANES)).fma(V::splat(shares[row]), *sum);
                         }
                     }
-                    for (lane, sum) in sums.into_iter().enumerate() {
-                        let at = scores.as_mut_ptr().add(lane * LANES);
-                        V::load(at).add(sum).store(at);
+                    for (all, sum) in all.iter_mut().zip(sums) {
+                        *all = all.add(sum);
                     }
+                }
+                for (lane, all) in all.into_iter().enumerate() {
+                    all.store(scores.as_mut_ptr().add(lane * LANES));
                 }
             }
         }
     }
 
     /// Divides by the sums and writes the rows out.
+    #[inline(always)]
     fn finish(&self, state: &State) {
         let head_dim = self.call.heads.head_dim;
         for row in 0..self.rows() {
@@ -375,123 +465,64 @@ impl Block<'_> {
     }
 }
 
-impl State {
-    /// Takes a row's tile into its running state.
-    #[inline(always)]
-    unsafe fn fold<V: Lanes>(&mut self, row: usize, padded: usize) {
-        let max = self.max[row].max(self.tile_max[row]);
-        // SAFETY: the instruction set is the caller's; rows are `padded` elements, a multiple of 16.
-        unsafe {
-            let old = math::exp(V::splat(self.max[row] - max));
-            let new = math::exp(V::splat(self.tile_max[row] - max));
-            // The first tile finds nothing: its predecessor's weight is exactly zero, not exp of a clamped -inf.
-            let old = if self.max[row] == f32::NEG_INFINITY { V::splat(0.0) } else { old };
-            let sum = V::splat(self.sum[row]).mul(old);
-            self.sum[row] = V::splat(self.tile_sum[row]).fma(new, sum).to_array()[0];
-            for i in (row * padded..(row + 1) * padded).step_by(LANES) {
-                let at = self.output.as_mut_ptr().add(i);
-                V::load(self.tile.as_ptr().add(i)).fma(new, V::load(at).mul(old)).store(at);
-            }
-        }
-        self.max[row] = max;
-    }
-}
-
-/// Scales a row's visible scores and replaces them with `exp(s - max)`, the others with 0; gives max and sum.
+/// Scales a row's scores and replaces them with `exp(s - max)`, those of keys that it does not see with 0; gives max
+/// and sum. Only these vectors of 16 scores are read and written: of others the row sees nothing.
+///
+/// # Safety
+/// `V`'s instruction set exists.
 #[inline(always)]
-unsafe fn exponentials<V: Lanes>(scores: &mut [f32], visible: Visible, scale: f32) -> (f32, f32) {
-    let whole = visible.is_whole();
-    if whole {
-        scores.iter_mut().for_each(|score| *score *= scale);
-    } else {
-        for (key, score) in scores.iter_mut().enumerate() {
-            *score = if visible.contains(key) { *score * scale } else { f32::NEG_INFINITY };
-        }
-    }
-    // SAFETY: `scores` holds 64 values; the instruction set is the caller's.
+unsafe fn exponentials<V: Lanes>(
+    scores: &mut [f32; PAGE_POSITIONS],
+    visible: Visible,
+    vectors: std::ops::Range<usize>,
+    scale: f32,
+) -> (f32, f32) {
+    const ALL: usize = PAGE_POSITIONS / LANES;
+    let hidden = |vector: &usize| !visible.contains_vector(vector * LANES);
+    let vector_of = |vector: usize| vector * LANES..(vector + 1) * LANES;
+    // SAFETY: there are four vectors of scores; the set is the caller's.
     unsafe {
-        let at = scores.as_mut_ptr();
-        let mut max = V::load(at);
-        for i in (LANES..PAGE_POSITIONS).step_by(LANES) {
-            max = max.max(V::load(at.add(i)));
-        }
-        let max = greatest(max.to_array());
-        let mut sum = V::splat(0.0);
-        for i in (0..PAGE_POSITIONS).step_by(LANES) {
-            let p = math::exp(V::load(at.add(i)).sub(V::splat(max)));
-            p.store(at.add(i));
-        }
-        if !whole {
-            for (key, score) in scores.iter_mut().enumerate() {
-                // A masked key counts for exactly nothing; exp clamps its argument.
-                if !visible.contains(key) {
-                    *score = 0.0;
-                }
+        let scale = V::splat(scale);
+        let at = |vector: usize| vector * LANES;
+        if vectors == (0..ALL) && !(0..ALL).any(|vector| hidden(&vector)) {
+            // All in registers: this is what nearly every row is like.
+            let mut x = [scale; ALL];
+            let mut max = V::splat(f32::NEG_INFINITY);
+            for (v, x) in x.iter_mut().enumerate() {
+                *x = V::load(scores.as_ptr().add(at(v))).mul(scale);
+                max = max.max(*x);
             }
+            let max = max.greatest();
+            let mut sum = V::splat(0.0);
+            for (v, x) in x.into_iter().enumerate() {
+                let p = math::exp(x.sub(V::splat(max)));
+                p.store(scores.as_mut_ptr().add(at(v)));
+                sum = sum.add(p);
+            }
+            return (max, sum.fold());
         }
-        for i in (0..PAGE_POSITIONS).step_by(LANES) {
-            sum = sum.add(V::load(scores.as_ptr().add(i)));
+        let mut max = V::splat(f32::NEG_INFINITY);
+        for v in vectors.clone() {
+            let scores = &mut scores[vector_of(v)];
+            V::load(scores.as_ptr()).mul(scale).store(scores.as_mut_ptr());
+            if hidden(&v) {
+                let unseen = scores.iter_mut().zip(vector_of(v)).filter(|(_, key)| !visible.contains(*key));
+                unseen.for_each(|(score, _)| *score = f32::NEG_INFINITY);
+            }
+            max = max.max(V::load(scores.as_ptr()));
         }
-        (max, fold(sum.to_array()))
-    }
-}
-
-/// `c[row] = sum over k of a[k, row] * b[k]` for 16 outputs; rows of `c` are `stride` apart and `a` is packed in groups
-/// of rows, each (depth, rows).
-///
-/// # Safety
-/// `b` points to `depth` vectors of 16; `V`'s instruction set exists.
-#[inline(always)]
-unsafe fn product<V: Lanes, R: Registers>(
-    a: &[f32],
-    rows: usize,
-    depth: usize,
-    b: *const f32,
-    c: &mut [f32],
-    stride: usize,
-) {
-    assert!(c.len() >= (rows - 1) * stride + LANES && a.len() >= rows * depth);
-    let start = [0f32; 2 * LANES];
-    for first in (0..rows).step_by(R::ROWS) {
-        let count = R::ROWS.min(rows - first);
-        let group = &a[first * depth..];
-        let mut row = 0;
-        while row < count {
-            let some = register_rows(count - row, R::ROWS);
-            let a = Strided { start: group[row..].as_ptr(), stride: count };
-            let tile = Tile::<1> { depth, a, b: [b], from_memory: false, start: &start, width: LANES };
-            // SAFETY: `a` and `c` hold the rows (asserted above), `b` the terms by the caller's promise.
-            unsafe { tile.run::<V, R>(some, c.as_mut_ptr().add((first + row) * stride), stride) };
-            row += some;
+        let max = max.greatest();
+        let mut sum = V::splat(0.0);
+        for v in vectors {
+            let scores = &mut scores[vector_of(v)];
+            math::exp(V::load(scores.as_ptr()).sub(V::splat(max))).store(scores.as_mut_ptr());
+            if hidden(&v) {
+                // A masked key counts for exactly nothing; exp clamps its argument.
+                let unseen = scores.iter_mut().zip(vector_of(v)).filter(|(_, key)| !visible.contains(*key));
+                unseen.for_each(|(score, _)| *score = 0.0);
+            }
+            sum = sum.add(V::load(scores.as_ptr()));
         }
-    }
-}
-
-/// `c[row] = sum over k in terms of a[row, k] * b[k]` for 16 outputs; rows of `a` have 64 elements, those of `c` are
-/// `stride` apart.
-///
-/// # Safety
-/// `b` points to `terms.len()` vectors of 16; `V`'s instruction set exists.
-#[inline(always)]
-unsafe fn weighted<V: Lanes, R: Registers>(
-    a: &[f32],
-    rows: usize,
-    terms: std::ops::Range<usize>,
-    b: *const f32,
-    c: &mut [f32],
-    stride: usize,
-) {
-    assert!(c.len() >= (rows - 1) * stride + LANES && a.len() >= rows * PAGE_POSITIONS);
-    assert!(terms.end <= PAGE_POSITIONS);
-    let start = [0f32; 2 * LANES];
-    let mut row = 0;
-    while row < rows {
-        let some = register_rows(rows - row, R::ROWS);
-        let a = Strided { start: a[row * PAGE_POSITIONS + terms.start..].as_ptr(), stride: 1 };
-        let (depth, b) = (terms.len(), [b]);
-        let tile = Tile::<1, PAGE_POSITIONS> { depth, a, b, from_memory: false, start: &start, width: LANES };
-        // SAFETY: `a` and `c` hold the rows (asserted above), `b` the terms by the caller's promise.
-        unsafe { tile.run::<V, R>(some, c.as_mut_ptr().add(row * stride), stride) };
-        row += some;
+        (max, sum.fold())
     }
 }

@@ -155,49 +155,84 @@ fn store_codes(to: &mut [u8], dtype: DType, slot: usize, from: &[f32], place: im
     (grid[slot], grid[PAGE_POSITIONS + slot]) = (scale, offset);
 }
 
-/// The keys of a head of a page: (64 / 16 groups, head_dim, 16 positions).
+/// The keys of a head of a page: (64 / 16 groups, head_dim, 16 positions), in `to` or where they are
+/// stored so.
 ///
 /// # Safety
 /// `V`'s instruction set exists.
 #[inline(always)]
-pub unsafe fn widen_keys<V: Lanes>(part: &[u8], layout: &KvLayout, to: &mut [f32]) {
-    let from = &part[layout.keys()];
-    let Some(per_word) = layout.codes_per_word() else {
-        // SAFETY: passed on from the caller.
-        return unsafe { widen::<V>(from, layout.dtype, to) };
-    };
+pub unsafe fn widen_keys<V: Lanes>(part: &[u8], layout: &KvLayout, to: &mut [f32]) -> *const f32 {
+    let (from, to) = (&part[layout.keys()], &mut to[..]);
+    // SAFETY: passed on from the caller.
+    unsafe {
+        match layout.dtype {
+            DType::F32 => return bytemuck::cast_slice::<u8, f32>(from).as_ptr(),
+            DType::Bf16 | DType::F16 => widen::<V>(from, layout.dtype, to),
+            DType::Int8 => widen_key_codes::<V, 4>(from, layout.head_dim, to),
+            DType::Int4 => widen_key_codes::<V, 8>(from, layout.head_dim, to),
+        }
+    }
+    to.as_ptr()
+}
+
+/// The values of a head of a page: (head_dim / 16 groups, 64 positions, 16 dimensions); otherwise as [`widen_keys`].
+///
+/// # Safety
+/// `V`'s instruction set exists.
+#[inline(always)]
+pub unsafe fn widen_values<V: Lanes>(part: &[u8], layout: &KvLayout, to: &mut [f32]) -> *const f32 {
+    let (from, to) = (&part[layout.values()], &mut to[..]);
+    // SAFETY: passed on from the caller.
+    unsafe {
+        match layout.dtype {
+            DType::F32 => return bytemuck::cast_slice::<u8, f32>(from).as_ptr(),
+            DType::Bf16 | DType::F16 => widen::<V>(from, layout.dtype, to),
+            DType::Int8 => widen_value_codes::<V, 4>(from, to),
+            DType::Int4 => widen_value_codes::<V, 8>(from, to),
+        }
+    }
+    to.as_ptr()
+}
+
+/// Keys as codes, `PER_WORD` in a word.
+///
+/// # Safety
+/// `V`'s instruction set exists.
+#[inline(always)]
+unsafe fn widen_key_codes<V: Lanes, const PER_WORD: usize>(from: &[u8], head_dim: usize, to: &mut [f32]) {
     let (words, grid) = parts(from);
-    let (bits, mask) = code_bits(per_word);
-    let depth = layout.head_dim.div_ceil(per_word);
-    for (group, to) in to.chunks_exact_mut(layout.head_dim * LANES).enumerate() {
+    let (bits, mask) = code_bits(PER_WORD);
+    let depth = head_dim.div_ceil(PER_WORD);
+    for (group, to) in to.chunks_exact_mut(head_dim * LANES).enumerate() {
         let words = &words[group * depth * LANES..][..depth * LANES];
         // SAFETY: a group has 16 scales and 16 offsets, and 16 words for every few dimensions; the set is the caller's.
         unsafe {
             let scale = V::load_f16(grid[group * LANES..].as_ptr());
             let offset = V::load_f16(grid[PAGE_POSITIONS + group * LANES..].as_ptr());
-            for (words, to) in words.chunks_exact(LANES).zip(to.chunks_mut(per_word * LANES)) {
-                for (within, to) in to.chunks_exact_mut(LANES).enumerate() {
+            let (whole, rest) = to.as_chunks_mut::<LANES>().0.as_chunks_mut::<PER_WORD>();
+            let words = words.as_chunks::<LANES>().0;
+            for (words, to) in words.iter().zip(whole) {
+                for (within, to) in to.iter_mut().enumerate() {
                     let code = V::load_code(words.as_ptr(), (within * bits) as u32, mask);
                     code.fma(scale, offset).store(to.as_mut_ptr());
                 }
+            }
+            for (within, to) in rest.iter_mut().enumerate() {
+                let code = V::load_code(words[depth - 1].as_ptr(), (within * bits) as u32, mask);
+                code.fma(scale, offset).store(to.as_mut_ptr());
             }
         }
     }
 }
 
-/// The values of a head of a page: (head_dim / 16 groups, 64 positions, 16 dimensions).
+/// Values as codes, `PER_WORD` in a word.
 ///
 /// # Safety
 /// `V`'s instruction set exists.
 #[inline(always)]
-pub unsafe fn widen_values<V: Lanes>(part: &[u8], layout: &KvLayout, to: &mut [f32]) {
-    let from = &part[layout.values()];
-    let Some(per_word) = layout.codes_per_word() else {
-        // SAFETY: passed on from the caller.
-        return unsafe { widen::<V>(from, layout.dtype, to) };
-    };
+unsafe fn widen_value_codes<V: Lanes, const PER_WORD: usize>(from: &[u8], to: &mut [f32]) {
     let (words, grid) = parts(from);
-    let (bits, mask) = code_bits(per_word);
+    let (bits, mask) = code_bits(PER_WORD);
     let mut wide = [0f32; 2 * PAGE_POSITIONS];
     // SAFETY: there are 64 scales and 64 offsets; a group of dimensions has 16 words for every few positions; the set
     // is the caller's.
@@ -206,13 +241,16 @@ pub unsafe fn widen_values<V: Lanes>(part: &[u8], layout: &KvLayout, to: &mut [f
             V::load_f16(from.as_ptr()).store(to.as_mut_ptr());
         }
         let (scales, offsets) = wide.split_at(PAGE_POSITIONS);
-        for (index, words) in words.chunks_exact(LANES).enumerate() {
-            let first = index % (PAGE_POSITIONS / per_word) * per_word;
-            let to = &mut to[index * per_word * LANES..][..per_word * LANES];
-            for (within, to) in to.chunks_exact_mut(LANES).enumerate() {
-                let code = V::load_code(words.as_ptr(), (within * bits) as u32, mask);
-                let (scale, offset) = (V::splat(scales[first + within]), V::splat(offsets[first + within]));
-                code.fma(scale, offset).store(to.as_mut_ptr());
+        let (scales, offsets) = (scales.as_chunks::<PER_WORD>().0, offsets.as_chunks::<PER_WORD>().0);
+        let words = words.as_chunks::<LANES>().0.chunks_exact(PAGE_POSITIONS / PER_WORD);
+        let to = to.as_chunks_mut::<LANES>().0.as_chunks_mut::<PER_WORD>().0;
+        for (words, to) in words.zip(to.chunks_exact_mut(PAGE_POSITIONS / PER_WORD)) {
+            for (((words, to), scales), offsets) in words.iter().zip(to).zip(scales).zip(offsets) {
+                for within in 0..PER_WORD {
+                    let code = V::load_code(words.as_ptr(), (within * bits) as u32, mask);
+                    let (scale, offset) = (V::splat(scales[within]), V::splat(offsets[within]));
+                    code.fma(scale, offset).store(to[within].as_mut_ptr());
+                }
             }
         }
     }
@@ -251,8 +289,12 @@ mod tests {
             let (mut keys, mut values) = (vec![0f32; PAGE_POSITIONS * dim], vec![0f32; PAGE_POSITIONS * padded]);
             // SAFETY: the set is the caller's.
             unsafe {
-                widen_keys::<V>(part, layout, &mut keys);
-                widen_values::<V>(part, layout, &mut values);
+                let wide = widen_keys::<V>(part, layout, &mut keys);
+                let wide = std::slice::from_raw_parts(wide, keys.len()).to_vec();
+                keys.copy_from_slice(&wide);
+                let wide = widen_values::<V>(part, layout, &mut values);
+                let wide = std::slice::from_raw_parts(wide, values.len()).to_vec();
+                values.copy_from_slice(&wide);
             }
             let by_position = |at: &dyn Fn(usize, usize) -> f32| -> Vec<Vec<f32>> {
                 (0..PAGE_POSITIONS).map(|slot| (0..dim).map(|d| at(slot, d)).collect()).collect()

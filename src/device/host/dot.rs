@@ -463,10 +463,13 @@ mod x86 {
     struct Maddubs;
 
     impl Maddubs {
-        /// Adds half a group, of codes of 4 bits, `factor` times; `high` takes those of each byte's upper half.
+        /// Adds the products of half a group, of codes of 4 bits, with half of a panel's outputs, `factor` times;
+        /// `high` takes those of each byte's upper half.
+        ///
+        /// Of half a panel, 12 rows keep their sums in registers, so that codes are unpacked once for as many.
         #[inline(always)]
         unsafe fn add_half<const M: usize>(
-            sums: &mut [[__m256i; 2]; M],
+            sums: &mut [__m256i; M],
             (codes, rows): (*const u8, *const i8),
             high: bool,
             factor: i16,
@@ -474,35 +477,47 @@ mod x86 {
             // SAFETY: passed on from the caller.
             unsafe {
                 let mask = _mm256_set1_epi8(15);
-                let mut pairs = [[_mm256_setzero_si256(); 2]; M];
+                let mut w = Maddubs::unpack(codes, high, mask);
+                let mut pairs = [mask; M];
+                for m in 0..M {
+                    pairs[m] = _mm256_maddubs_epi16(w, Maddubs::four(rows, m, 0));
+                }
                 // Where the compiler knows the number it unrolls the loop and runs out of registers.
-                for quad in 0..std::hint::black_box(8) {
-                    let mut w = [mask; 2];
-                    for part in 0..2 {
-                        let codes = _mm256_loadu_si256(codes.add(64 * quad + 32 * part).cast());
-                        w[part] = _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, mask);
-                    }
+                for quad in 1..std::hint::black_box(8) {
+                    w = Maddubs::unpack(codes.add(64 * quad), high, mask);
                     for m in 0..M {
-                        let row = rows.add(m * TILE_INPUTS + 4 * quad);
-                        let four = _mm256_set1_epi32(row.cast::<i32>().read_unaligned());
-                        for part in 0..2 {
-                            pairs[m][part] = _mm256_add_epi16(pairs[m][part], _mm256_maddubs_epi16(w[part], four));
-                        }
+                        let products = _mm256_maddubs_epi16(w, Maddubs::four(rows, m, quad));
+                        pairs[m] = _mm256_add_epi16(pairs[m], products);
                     }
                 }
                 for m in 0..M {
-                    for part in 0..2 {
-                        let products = _mm256_madd_epi16(pairs[m][part], _mm256_set1_epi16(factor));
-                        sums[m][part] = _mm256_add_epi32(sums[m][part], products);
-                    }
+                    let products = _mm256_madd_epi16(pairs[m], _mm256_set1_epi16(factor));
+                    sums[m] = _mm256_add_epi32(sums[m], products);
                 }
             }
+        }
+
+        /// Four codes of 8 outputs.
+        #[inline(always)]
+        unsafe fn unpack(codes: *const u8, high: bool, mask: __m256i) -> __m256i {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let codes = _mm256_loadu_si256(codes.cast());
+                _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, mask)
+            }
+        }
+
+        /// Four inputs of a row, again and again.
+        #[inline(always)]
+        unsafe fn four(rows: *const i8, m: usize, quad: usize) -> __m256i {
+            // SAFETY: passed on from the caller.
+            unsafe { _mm256_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned()) }
         }
     }
 
     impl Dots for Maddubs {
         type V = Avx2;
-        const ROWS: usize = 4;
+        const ROWS: usize = 12;
         const PANELS: usize = 1;
 
         #[inline(always)]
@@ -516,17 +531,21 @@ mod x86 {
                 let second = rows.add(TILE_INPUTS / 2);
                 let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
                 for n in 0..N {
-                    let mut sums = [[_mm256_setzero_si256(); 2]; M];
-                    Maddubs::add_half(&mut sums, (tiles[n], rows), false, 1);
-                    if wide {
-                        Maddubs::add_half(&mut sums, (tiles[n], rows), true, 16);
-                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), false, 1);
-                        Maddubs::add_half(&mut sums, (tiles[n].add(512), second), true, 16);
-                    } else {
-                        Maddubs::add_half(&mut sums, (tiles[n], second), true, 1);
-                    }
-                    for m in 0..M {
-                        values[m][n] = Avx2(_mm256_cvtepi32_ps(sums[m][0]), _mm256_cvtepi32_ps(sums[m][1]));
+                    for part in 0..2 {
+                        let codes = tiles[n].add(32 * part);
+                        let mut sums = [_mm256_setzero_si256(); M];
+                        Maddubs::add_half(&mut sums, (codes, rows), false, 1);
+                        if wide {
+                            Maddubs::add_half(&mut sums, (codes, rows), true, 16);
+                            Maddubs::add_half(&mut sums, (codes.add(512), second), false, 1);
+                            Maddubs::add_half(&mut sums, (codes.add(512), second), true, 16);
+                        } else {
+                            Maddubs::add_half(&mut sums, (codes, second), true, 1);
+                        }
+                        for m in 0..M {
+                            let halves: *mut __m256 = std::ptr::from_mut(&mut values[m][n]).cast();
+                            halves.add(part).write(_mm256_cvtepi32_ps(sums[m]));
+                        }
                     }
                 }
                 values

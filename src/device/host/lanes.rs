@@ -43,6 +43,10 @@ pub trait Lanes: Copy {
     /// The magnitude of self with the sign of `b`.
     unsafe fn copysign(self, b: Self) -> Self;
     unsafe fn to_array(self) -> [f32; LANES];
+    /// As [`fold`] of its lanes.
+    unsafe fn fold(self) -> f32;
+    /// As [`greatest`] of its lanes, but for the sign of a zero.
+    unsafe fn greatest(self) -> f32;
 }
 
 /// Sums the lanes as a balanced tree: lane i with lane i + 8, then + 4, + 2, + 1.
@@ -154,6 +158,14 @@ impl Lanes for Portable {
     unsafe fn to_array(self) -> [f32; LANES] {
         self.0
     }
+    #[inline(always)]
+    unsafe fn fold(self) -> f32 {
+        fold(self.0)
+    }
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        greatest(self.0)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -197,6 +209,13 @@ mod x86 {
             fn load_f16(from: *const u16) -> Self { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
             fn load_code(from: *const u32, shift: u32, mask: u32) -> Self {
                 let words = _mm512_srl_epi32(_mm512_loadu_si512(from.cast()), _mm_cvtsi32_si128(shift as i32));
+                if mask == 15 {
+                    // A look-up masks and converts at once, on a unit that multiplications leave free.
+                    let values = _mm512_setr_ps(
+                        0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+                    );
+                    return Avx512(_mm512_permutexvar_ps(words, values));
+                }
                 Avx512(_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask as i32))))
             }
             fn store(self: Self, to: *mut f32) { _mm512_storeu_ps(to, self.0) }
@@ -222,6 +241,12 @@ mod x86 {
                 Avx512(_mm512_castsi512_ps(_mm512_or_si512(magnitude, sign)))
             }
             fn to_array(self: Self) -> [f32; LANES] { std::mem::transmute(self.0) }
+            fn fold(self: Self) -> f32 {
+                halves::fold(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))
+            }
+            fn greatest(self: Self) -> f32 {
+                halves::greatest(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))
+            }
         }
     }
 
@@ -230,9 +255,9 @@ mod x86 {
         use std::arch::x86_64::*;
 
         macro_rules! halves {
-            ($(fn $name:ident($($arg:ident: $type:ty),*) -> __m256 $body:block)*) => {
+            ($(fn $name:ident($($arg:ident: $type:ty),*) -> $ret:ty $body:block)*) => {
                 $(#[inline(always)]
-                pub unsafe fn $name($($arg: $type),*) -> __m256 {
+                pub unsafe fn $name($($arg: $type),*) -> $ret {
                     // SAFETY: as in `lanes!`.
                     unsafe { $body }
                 })*
@@ -260,6 +285,20 @@ mod x86 {
             fn copysign(a: __m256, b: __m256) -> __m256 {
                 let sign = _mm256_set1_ps(-0.0);
                 _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, b))
+            }
+            fn fold(a: __m256, b: __m256) -> f32 {
+                let eight = _mm256_add_ps(a, b);
+                let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            }
+            fn greatest(a: __m256, b: __m256) -> f32 {
+                // The second operand where one is NaN.
+                let least = _mm256_set1_ps(f32::NEG_INFINITY);
+                let eight = _mm256_max_ps(_mm256_max_ps(a, least), _mm256_max_ps(b, least));
+                let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+                let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
             }
         }
     }
@@ -293,6 +332,8 @@ mod x86 {
                 Avx2(halves::copysign(self.0, b.0), halves::copysign(self.1, b.1))
             }
             fn to_array(self: Self) -> [f32; LANES] { std::mem::transmute([self.0, self.1]) }
+            fn fold(self: Self) -> f32 { halves::fold(self.0, self.1) }
+            fn greatest(self: Self) -> f32 { halves::greatest(self.0, self.1) }
         }
     }
 }

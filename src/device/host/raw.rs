@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::dot::amx;
 use super::isa::{Isa, Kernel, Registers};
 use super::lanes::{LANES, Lanes, fold};
+use crate::model::dtype::DType;
 
 /// Independent chains: enough to cover the latency of two units.
 const CHAINS: usize = 12;
@@ -22,6 +23,54 @@ pub fn raw_fma_gflops(isa: Isa) -> f64 {
     let sum = isa.run(Chains);
     std::hint::black_box(sum);
     2.0 * (CHAINS * ROUNDS * LANES) as f64 / started.elapsed().as_secs_f64() / 1e9
+}
+
+/// Elements that one core widens to f32, in 1e9 per second, from and to the first cache; those that are f32 cost
+/// nothing.
+pub fn raw_widen_rate(isa: Isa, dtype: DType) -> f64 {
+    if dtype == DType::F32 {
+        return f64::INFINITY;
+    }
+    let started = Instant::now();
+    isa.run(Widen(dtype));
+    (WIDEN_ROUNDS * WIDENED * LANES) as f64 / started.elapsed().as_secs_f64() / 1e9
+}
+
+/// Vectors that a round widens.
+const WIDENED: usize = 8;
+const WIDEN_ROUNDS: usize = 500_000;
+
+struct Widen(DType);
+
+impl Kernel for Widen {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes, R: Registers>(self) {
+        let (from, mut to) = ([0x3210_7654u32; WIDENED * LANES / 2], [0f32; WIDENED * LANES]);
+        // SAFETY: there are eight vectors of 16 bits, so two of words as well, and as many of results; the set is the
+        // caller's.
+        unsafe {
+            let (scale, offset) = (V::splat(std::hint::black_box(0.1)), V::splat(std::hint::black_box(-0.7)));
+            for _ in 0..WIDEN_ROUNDS {
+                let from = std::hint::black_box(&from).as_ptr();
+                for v in 0..WIDENED {
+                    let value = match self.0 {
+                        DType::F32 => V::load(to.as_ptr()),
+                        DType::Bf16 => V::load_bf16(from.cast::<u16>().add(v * LANES)),
+                        DType::F16 => V::load_f16(from.cast::<u16>().add(v * LANES)),
+                        DType::Int8 => {
+                            let code = V::load_code(from.add(v / 4 * LANES), (v % 4 * 8) as u32, 255);
+                            code.fma(scale, offset)
+                        }
+                        DType::Int4 => V::load_code(from, (v * 4) as u32, 15).fma(scale, offset),
+                    };
+                    value.store(to.as_mut_ptr().add(v * LANES));
+                }
+                std::hint::black_box(&mut to);
+            }
+        }
+    }
 }
 
 struct Chains;
