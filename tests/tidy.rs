@@ -71,6 +71,7 @@ const GRAPH: &[(&str, &[&str])] = &[
             "model",
             "planner",
             "policy",
+            "rng",
             "schedule",
         ],
     ),
