@@ -22,7 +22,7 @@ use tidemill::model::dtype::DType;
 use tidemill::model::packed::cache;
 use tidemill::planner::model::PlanModel;
 use tidemill::planner::search::rehearse;
-use tidemill::policy::{Policy, Split};
+use tidemill::policy::{Order, Policy, Split};
 use tidemill::rng::Philox;
 use tidemill::schedule::placement::Placement;
 use tidemill::schedule::price::{Demand, Resources, placed, step_work};
@@ -86,6 +86,7 @@ fn setting(seed: u64) -> Setting {
         embed: dice.tier(),
         head: dice.tier(),
         compressed: false,
+        schedule: Order::Mixed,
     };
     let rates = [
         (Link::H2d, [0.3e9, 0.6e9, 1.2e9][dice.below(3)]),

@@ -24,7 +24,7 @@ use tidemill::memory::limits;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::pack::Packer;
-use tidemill::policy::{Policy, Split};
+use tidemill::policy::{Order, Policy, Split};
 use tidemill::schedule::placement::Placement;
 use tidemill::schedule::price::{placed, step_work};
 use tidemill::schedule::step::Op;
@@ -84,6 +84,7 @@ fn executor(model: &Model) -> Executor<Host> {
         embed: Tier::Cpu,
         head: Tier::Cpu,
         compressed: false,
+        schedule: Order::Mixed,
     };
     use tidemill::model::packed::Packed;
     let placement = Placement::new(&model_bytes(config, packed.layout(), &layout), &policy, Tier::Cpu);

@@ -405,60 +405,22 @@ DEVICE void attend(const Call& call, const AttentionTask* tasks, u32 num_heads, 
 // Grid: (tasks, kv heads). Reads every page of a task once: 2 * 64 * head_dim * size bytes a tile and head; 4 * rows *
 // head_dim operations per key. Decoding is bound by those bytes while a group has few heads: expect 60 to 80 % of the
 // memory's bandwidth. Prompts are bound by multiply-adds in f32.
-KERNEL BOUNDS(128, 3)
-    attend_f32(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
-               const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
-               u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-               float* partials, float* out) {
-    ROOM();
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
-    attend<F32>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
-}
-
-KERNEL BOUNDS(128, 3)
-    attend_bf16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
-                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
-                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                float* partials, float* out) {
-    ROOM();
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
-    attend<BF16>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
-}
-
-KERNEL BOUNDS(128, 3)
-    attend_f16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
-               const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
-               u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-               float* partials, float* out) {
-    ROOM();
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
-    attend<F16>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
-}
-
-KERNEL BOUNDS(128, 3)
-    attend_int8(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
-                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
-                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                float* partials, float* out) {
-    ROOM();
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
-    attend<INT8>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
-}
-
-KERNEL BOUNDS(128, 3)
-    attend_int4(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes, const Segment* segments,
-                const u32* pages, const AttentionTask* tasks, const float* qkv, u32 num_heads, u32 num_kv_heads,
-                u32 head_dim, u32 window, float scale, const float* sink_cos, const float* sink_sin, u32 rotary_dim,
-                float* partials, float* out) {
-    ROOM();
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};
-    attend<INT4>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);
-}
+#define ATTEND(name, dtype)                                                                                            \
+    KERNEL BOUNDS(128, 3)                                                                                              \
+        attend_##name(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,                  \
+                      const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,         \
+                      u32 num_heads, u32 num_kv_heads, u32 head_dim, u32 window, float scale, const float* sink_cos,   \
+                      const float* sink_sin, u32 rotary_dim, float* partials, float* out) {                            \
+        ROOM();                                                                                                        \
+        View view = {resident, num_resident, streamed, frame_stride, note_bytes};                                      \
+        Call call = {view, segments, pages, qkv, sink_cos, sink_sin, rotary_dim, partials, out};                       \
+        attend<dtype>(call, tasks, num_heads, num_kv_heads, head_dim, window, scale, room);                            \
+    }
+ATTEND(f32, F32)
+ATTEND(bf16, BF16)
+ATTEND(f16, F16)
+ATTEND(int8, INT8)
+ATTEND(int4, INT4)
 
 // Folds partials in the order of their tiles, and divides by the sums. Grid: (tasks, kv heads). Reads each partial
 // once.
@@ -701,62 +663,21 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
 // Grid: (such segments, kv heads); a block goes through a head of a segment alone, because every stretch needs what the
 // one before left. Reads the keys of a tile twice and the values once per 16 rows. Decoding with some hundred sequences
 // times heads fills the card: expect 40 % of the memory's bandwidth; a long prompt of few sequences does not.
-KERNEL BOUNDS(128, 3) attend_heavy_f32(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                       const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
-                                       u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
-    ROOM();
-    SHARED(u64, reduction, WARPS);
-    SHARED(u32, lists, 3 * VICTIMS);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
-    attend_heavy<F32>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                      lists);
-}
-
-KERNEL BOUNDS(128, 3) attend_heavy_bf16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
-                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
-    ROOM();
-    SHARED(u64, reduction, WARPS);
-    SHARED(u32, lists, 3 * VICTIMS);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
-    attend_heavy<BF16>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                       lists);
-}
-
-KERNEL BOUNDS(128, 3) attend_heavy_f16(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                       const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
-                                       u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
-    ROOM();
-    SHARED(u64, reduction, WARPS);
-    SHARED(u32, lists, 3 * VICTIMS);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
-    attend_heavy<F16>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                      lists);
-}
-
-KERNEL BOUNDS(128, 3) attend_heavy_int8(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
-                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
-    ROOM();
-    SHARED(u64, reduction, WARPS);
-    SHARED(u32, lists, 3 * VICTIMS);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
-    attend_heavy<INT8>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                       lists);
-}
-
-KERNEL BOUNDS(128, 3) attend_heavy_int4(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                                        const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,
-                                        u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {
-    ROOM();
-    SHARED(u64, reduction, WARPS);
-    SHARED(u32, lists, 3 * VICTIMS);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};
-    attend_heavy<INT4>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room, reduction,
-                       lists);
-}
+#define ATTEND_HEAVY(name, dtype)                                                                                      \
+    KERNEL BOUNDS(128, 3)                                                                                              \
+        attend_heavy_##name(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,            \
+                            const Segment* segments, const u32* pages, const u32* heavy, const float* qkv,             \
+                            u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale, float* out) {                  \
+        ROOM();                                                                                                        \
+        SHARED(u64, reduction, WARPS);                                                                                 \
+        SHARED(u32, lists, 3 * VICTIMS);                                                                               \
+        View view = {resident, num_resident, streamed, frame_stride, note_bytes};                                      \
+        Call call = {view, segments, pages, qkv, nullptr, nullptr, 0, nullptr, out};                                   \
+        attend_heavy<dtype>(call, segments[heavy[blockIdx.x]], num_heads, num_kv_heads, head_dim, scale, room,         \
+                            reduction, lists);                                                                         \
+    }
+ATTEND_HEAVY(f32, F32)
+ATTEND_HEAVY(bf16, BF16)
+ATTEND_HEAVY(f16, F16)
+ATTEND_HEAVY(int8, INT8)
+ATTEND_HEAVY(int4, INT4)

@@ -194,78 +194,24 @@ DEVICE void attend(const View& view, const Segment& segment, const u32* pages, c
 // Grid: (tasks, kv heads). Reads a task's pages once, 4 * 64 * head_dim bytes a tile, and computes 4 * 64 * head_dim
 // operations per row and tile in matrix instructions. Bound by those: expect 35 to 50 % of what mma.sync reaches.
 
-KERNEL BOUNDS(128, 2)
-    attend_tensor_f16_64(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                         const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                         u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 64);
-    SHARED(u8, values, 128 * 64);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<F16, 64>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                    window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
-KERNEL BOUNDS(128, 2)
-    attend_tensor_f16_96(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                         const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                         u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 96);
-    SHARED(u8, values, 128 * 96);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<F16, 96>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                    window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
-KERNEL BOUNDS(128, 2)
-    attend_tensor_f16_128(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                          const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                          u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 128);
-    SHARED(u8, values, 128 * 128);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<F16, 128>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                     window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
+#define ATTEND_TENSOR(name, dtype, dims)                                                                               \
+    KERNEL BOUNDS(128, 2)                                                                                              \
+        attend_tensor_##name##_##dims(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,  \
+                                      const Segment* segments, const u32* pages, const AttentionTask* tasks,           \
+                                      const float* qkv, u32 num_heads, u32 num_kv_heads, u32 window, float scale,      \
+                                      float* out) {                                                                    \
+        SHARED(u8, keys, 128 * dims);                                                                                  \
+        SHARED(u8, values, 128 * dims);                                                                                \
+        View view = {resident, num_resident, streamed, frame_stride, note_bytes};                                      \
+        AttentionTask task = tasks[blockIdx.x];                                                                        \
+        attend<dtype, dims>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,                   \
+                            window ? window : 0xffffffffu, scale, keys, values, out);                                  \
+    }
+ATTEND_TENSOR(f16, F16, 64)
+ATTEND_TENSOR(f16, F16, 96)
+ATTEND_TENSOR(f16, F16, 128)
 #if BFLOAT_MATRICES
-
-KERNEL BOUNDS(128, 2)
-    attend_tensor_bf16_64(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                          const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                          u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 64);
-    SHARED(u8, values, 128 * 64);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<BF16, 64>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                     window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
-KERNEL BOUNDS(128, 2)
-    attend_tensor_bf16_96(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                          const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                          u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 96);
-    SHARED(u8, values, 128 * 96);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<BF16, 96>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                     window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
-KERNEL BOUNDS(128, 2)
-    attend_tensor_bf16_128(u8* resident, u32 num_resident, u8* streamed, u64 frame_stride, u32 note_bytes,
-                           const Segment* segments, const u32* pages, const AttentionTask* tasks, const float* qkv,
-                           u32 num_heads, u32 num_kv_heads, u32 window, float scale, float* out) {
-    SHARED(u8, keys, 128 * 128);
-    SHARED(u8, values, 128 * 128);
-    View view = {resident, num_resident, streamed, frame_stride, note_bytes};
-    AttentionTask task = tasks[blockIdx.x];
-    attend<BF16, 128>(view, segments[task.segment], pages, task, qkv, num_heads, num_kv_heads,
-                      window ? window : 0xffffffffu, scale, keys, values, out);
-}
-
+ATTEND_TENSOR(bf16, BF16, 64)
+ATTEND_TENSOR(bf16, BF16, 96)
+ATTEND_TENSOR(bf16, BF16, 128)
 #endif

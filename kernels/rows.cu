@@ -4,6 +4,13 @@
 // hundred rows on; they are small beside the products. A block per row where a row is reduced or gathered, else a
 // thread per element.
 
+// to = from, `count` times 16 bytes; one of them in main memory, mapped. Grid: ceil(count / 64). Small: a copy of the
+// driver's would wait for the large ones that are under way.
+KERNEL BOUNDS(64) copy_lists(const uint4* from, uint4* to, u32 count) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) to[i] = from[i];
+}
+
 // out[r] = table row tokens[r]. Grid: rows. Moves rows * width * (size + 4) bytes; an element of a packed row is one of
 // a sector of 16, so reading is up to 16 times that: few rows, once per pass.
 template <u32 dtype> DEVICE void embed(const u8* panel, u32 width, u32 lane, float* out) {
@@ -55,13 +62,16 @@ KERNEL BOUNDS(256) gather_rows(const float* x, const u32* indices, u32 width, fl
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight (+ bias). LayerNorm: the same of x - mean(x).
-// Grid: rows. Moves 8 * rows * width bytes; rows are read again from the cache.
-KERNEL BOUNDS(256)
-    norm_rows(const float* x, u32 width, const float* weight, const float* bias, u32 kind, float eps, float* out) {
-    SHARED(float, room, 256 / WARP);
+// Adds a row to another, unless it is null, and normalises the sum.
+DEVICE void norm(float* x, const float* y, u32 width, const float* weight, const float* bias, u32 kind, float eps,
+                 float* out, float* room) {
     x += u64(blockIdx.x) * width;
     out += u64(blockIdx.x) * width;
+    if (y) {
+        // A thread reads below what it wrote here.
+        y += u64(blockIdx.x) * width;
+        for (u32 i = threadIdx.x; i < width; i += blockDim.x) x[i] += y[i];
+    }
     float mean = 0.0f;
     if (kind == 1) {
         float sum = 0.0f;
@@ -72,9 +82,25 @@ KERNEL BOUNDS(256)
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) squares = fmaf(x[i] - mean, x[i] - mean, squares);
     float scale = 1.0f / sqrtf(reduce_block<Sum>(squares, room) / float(width) + eps);
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) {
-        float y = (x[i] - mean) * scale;
-        out[i] = bias ? fmaf(y, weight[i], bias[i]) : y * weight[i];
+        float z = (x[i] - mean) * scale;
+        out[i] = bias ? fmaf(z, weight[i], bias[i]) : z * weight[i];
     }
+}
+
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight (+ bias). LayerNorm: the same of x - mean(x).
+// Grid: rows. Moves 8 * rows * width bytes; rows are read again from the cache.
+KERNEL BOUNDS(256)
+    norm_rows(const float* x, u32 width, const float* weight, const float* bias, u32 kind, float eps, float* out) {
+    SHARED(float, room, 256 / WARP);
+    norm(const_cast<float*>(x), nullptr, width, weight, bias, kind, eps, out, room);
+}
+
+// x += y, then out = norm(x), as norm_rows has it. Grid: rows. Moves 16 * rows * width bytes, 4 * rows * width fewer
+// than the two alone.
+KERNEL BOUNDS(256) add_norm_rows(float* x, const float* y, u32 width, const float* weight, const float* bias, u32 kind,
+                                 float eps, float* out) {
+    SHARED(float, room, 256 / WARP);
+    norm(x, y, width, weight, bias, kind, eps, out, room);
 }
 
 // RMSNorm of every query and key head, in place. Grid: (rows, heads + kv heads). Moves 8 bytes per element.
@@ -164,5 +190,37 @@ KERNEL BOUNDS(256) convert_rows(const float* x, u32 width, void* out, u32 out_st
     case F32: return store_f32<F32>(out, at, value);
     case BF16: return store_f32<BF16>(out, at, value);
     default: return store_f32<F16>(out, at, value);
+    }
+}
+
+// Rows rounded to 8 bits and back: of every 64 inputs, multiples of the largest magnitude / 127, ties to even, in
+// another type, padded with zeros. What is not finite stays so. Grid: (ceil(out_stride / 512), rows), a warp for 64
+// inputs. Moves 4 + size bytes per element.
+KERNEL BOUNDS(256) round_rows(const float* x, u32 width, void* out, u32 out_stride, u32 dtype) {
+    u32 lane = threadIdx.x % WARP;
+    u32 first = (blockIdx.x * (256 / WARP) + threadIdx.x / WARP) * TILE;
+    if (first >= out_stride) return;
+    const float* from = x + u64(blockIdx.y) * width;
+    u64 row = u64(blockIdx.y) * out_stride;
+    float values[2], most = 0.0f;
+    UNROLL
+    for (u32 part = 0; part < 2; part++) {
+        u32 i = first + part * WARP + lane;
+        values[part] = i < width ? from[i] : 0.0f;
+        most = fmaxf(most, fabsf(values[part]));
+    }
+    most = reduce_warp<Max>(most);
+    // The inverse of less might be infinite.
+    float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    UNROLL
+    for (u32 part = 0; part < 2; part++) {
+        u32 i = first + part * WARP + lane;
+        if (i >= out_stride) break;
+        float value = rintf(values[part] * inverse) * (most / 127.0f);
+        switch (dtype) {
+        case F32: store_f32<F32>(out, row + i, value); break;
+        case BF16: store_f32<BF16>(out, row + i, value); break;
+        default: store_f32<F16>(out, row + i, value);
+        }
     }
 }

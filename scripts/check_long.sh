@@ -13,6 +13,7 @@ part "advisories" advisories
 part "long tests" cargo test --locked --release -- --ignored
 part "address sanitizer" scripts/sanitize.sh
 part "emulator, sanitized" tests/emulator/test.sh target/emulator 10 sanitize
+part "pauses and re-planning" env REPLANS=200 cargo test --locked --release --test replanning
 part "a thousand placements" env PLACEMENTS=1000 cargo test --locked --release --test placement
 part "two thousand jobs on the card" env CUDA_SEEDS=2000 OPS=50 cargo test --locked --release --test cuda --test ops
 summary

@@ -415,6 +415,17 @@ impl Hardware {
         }
     }
 
+    /// The rate of a link while the others are in use too, in bytes/s.
+    pub fn link_together_bytes_per_s(&self, link: Link) -> Option<f64> {
+        let (disk, links) = (self.disk.as_ref(), self.links.as_ref());
+        match link {
+            Link::DiskRead => disk.map(|disk| disk.read_together_bytes_per_s),
+            Link::DiskWrite => disk.map(|disk| disk.write_together_bytes_per_s),
+            Link::H2d => links.map(|links| links.h2d_together_bytes_per_s),
+            Link::D2h => links.map(|links| links.d2h_together_bytes_per_s),
+        }
+    }
+
     /// The same machine with links that are held back; faster than it is they never get.
     #[must_use]
     pub fn throttled(&self, throttles: &Throttles) -> Self {

@@ -56,6 +56,17 @@ impl Split {
     }
 }
 
+/// `--schedule`: whether prompts and answers share passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Prompts are computed beside the tokens of those who decode, and take the places of those who end.
+    #[default]
+    Mixed,
+    /// A batch begins together: first all of its prompts, then its answers, and the next one when all have ended.
+    Phased,
+}
+
 /// A placement policy, before rounding. Section 3 of the design has the search that finds one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -88,6 +99,9 @@ pub struct Policy {
     pub head: Tier,
     /// Weights on disk are read as compressed planes.
     pub compressed: bool,
+    /// Whether prompts and answers share passes.
+    #[serde(default)]
+    pub schedule: Order,
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use tidemill::model::Model;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::Packed;
 use tidemill::model::packed::pack::Packer;
-use tidemill::policy::{Policy, Split};
+use tidemill::policy::{Order, Policy, Split};
 use tidemill::schedule::placement::Placement;
 use tidemill::schedule::{Pass, Run};
 
@@ -60,6 +60,7 @@ fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
         embed: Tier::Cpu,
         head: Tier::Cpu,
         compressed: false,
+        schedule: Order::Mixed,
     };
     let mut placement = Placement::new(&model_bytes(config, packed.layout(), &layout), &policy, Tier::Cpu);
     // Every row of a pass is scored.

@@ -96,6 +96,22 @@ fn sharing_prompts_changes_nothing() {
 }
 
 #[test]
+fn phases_and_wrong_expectations_change_nothing() {
+    let scratch = Scratch::new();
+    let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 30, 9)));
+    let expected = bytes(&DEMO, &input, "expected.jsonl", &scratch, &[]);
+    let tight = scratch.write("policy.toml", "sequences = 30\nchunk-tokens = 50\npages = 20\n");
+    let tight = ["--policy", tight.to_str().unwrap(), "--expect-output-len", "2"];
+    for (index, extra) in [&["--schedule", "phased"][..], &tight, &[&tight[..], &["--schedule", "phased"]].concat()]
+        .into_iter()
+        .enumerate()
+    {
+        let got = bytes(&DEMO, &input, &format!("got-{index}.jsonl"), &scratch, extra);
+        assert!(got == expected, "{extra:?}: {}", first_difference(&expected, &got));
+    }
+}
+
+#[test]
 fn a_small_cache_changes_nothing() {
     let scratch = Scratch::new();
     let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 24, 5)));

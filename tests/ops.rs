@@ -212,11 +212,15 @@ fn element_wise(pair: &mut Pair, chance: &mut Chance, table: &mut Table) {
             let bias = has_bias.then(|| pair.floats(&normals(chance, width, 1.0)));
             let (host_bias, card_bias) = bias.map_or((None, None), |both| (Some(both.host), Some(both.card)));
             let mut out = pair.zeros(rows * width);
-            let parameters = NormParameters { norm, weight: weight.host, bias: host_bias };
-            pair.host.norm(&x.host, rows, width, &parameters, &mut out.host);
-            let parameters = NormParameters { norm, weight: weight.card, bias: card_bias };
-            pair.card.norm(&x.card, rows, width, &parameters, &mut out.card);
+            let host = NormParameters { norm, weight: weight.host, bias: host_bias };
+            pair.host.norm(&x.host, rows, width, &host, &mut out.host);
+            let card = NormParameters { norm, weight: weight.card, bias: card_bias };
+            pair.card.norm(&x.card, rows, width, &card, &mut out.card);
             table.note(name, pair.close(&out, SAME, name));
+            let mut sum = pair.floats(&normals(chance, rows * width, 1.0));
+            pair.host.add_norm(&mut sum.host, &x.host, rows, width, &host, &mut out.host);
+            pair.card.add_norm(&mut sum.card, &x.card, rows, width, &card, &mut out.card);
+            table.note("add and norm", pair.close(&sum, 0.0, "the sum of add_norm").max(pair.close(&out, SAME, name)));
         }
     }
     let activations = [Activation::Relu, Activation::Silu, Activation::Gelu, Activation::GeluTanh];
@@ -307,6 +311,18 @@ fn product(pair: &mut Pair, chance: &mut Chance, table: &mut Table, dtype: DType
     let what = format!("linear {dtype} {}", if rows <= 8 { "few rows" } else { "many rows" });
     let error = pair.close(&y, product_bound(dtype, rows), &format!("{what}: {rows} x {inputs} x {outputs}"));
     table.note(&what, error);
+    if matches!(dtype, DType::Int8 | DType::Int4) {
+        let what = format!("{what}, rounded");
+        pair.host.round_activations(true);
+        pair.card.round_activations(true);
+        let target = Target { buffer: &mut y.host, stride, column };
+        pair.host.linear(&x.host, rows, &host_w, bias.as_ref().map(|b| &b.host), &mut scratch.host, target);
+        let target = Target { buffer: &mut y.card, stride, column };
+        pair.card.linear(&x.card, rows, &card_w, bias.as_ref().map(|b| &b.card), &mut scratch.card, target);
+        pair.host.round_activations(false);
+        pair.card.round_activations(false);
+        table.note(&what, pair.close(&y, product_bound(dtype, rows), &what));
+    }
     let tokens: Vec<u32> = (0..rows).map(|_| chance.below(outputs as u64) as u32).collect();
     let mut out = pair.zeros(rows * inputs);
     pair.host.embed(&host_w, &tokens, &mut out.host);

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use tidemill::error::Tier;
-use tidemill::policy::{Policy, Split};
+use tidemill::policy::{Order, Policy, Split};
 use tidemill::rng::Philox;
 use tidemill::schedule::check::{Checker, check_fences};
 use tidemill::schedule::fences::Fences;
@@ -43,6 +43,7 @@ fn policy() -> Policy {
         embed: Tier::Gpu,
         head: Tier::Gpu,
         compressed: false,
+        schedule: Order::Mixed,
     }
 }
 

@@ -34,7 +34,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ),
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
     ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
-    ("bench", &["cost", "executor", "schedule"]),
+    ("bench", &["cost", "error", "executor", "kv::policy", "policy", "schedule"]),
     ("eval", &["error"]),
     (
         "calibrate",
@@ -55,7 +55,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "bench::trace",
+            "bench",
             "calibrate",
             "device",
             "durable",

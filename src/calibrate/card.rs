@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::kernels::{Bench, Shape};
 use super::measure::median;
-use crate::device::Device;
 use crate::device::cuda::card::Card;
 use crate::device::cuda::workspace::Workspace;
 use crate::device::cuda::{Cuda, Needs, raw};
+use crate::device::{Device, Stream};
 use crate::error::{Result, Tier};
 use crate::hardware::{Gpu, Hardware, Links};
 use crate::memory::arena::{Arena, Region};
@@ -37,6 +37,22 @@ pub struct CardOptions<'a> {
     pub cache: &'a Path,
 }
 
+/// Shapes, the widest first.
+fn shapes(options: &CardOptions<'_>) -> [Shape; 5] {
+    let rows = if options.quick { 256 } else { ROWS };
+    [Shape::wide(rows), Shape::new(0, rows), Shape::new(1, rows), Shape::new(2, 256), Shape::least()]
+}
+
+/// The widest of the shapes up to `most` whose products a card that reaches a tenth of `flops` computes within
+/// `budget`.
+fn in_time(options: &CardOptions<'_>, most: Shape, flops: f64, budget: Duration) -> Shape {
+    let all = shapes(options);
+    let secs = |shape: &Shape| 10.0 * shape.product_flops() / flops;
+    let narrower = all.iter().skip_while(|&&shape| shape != most);
+    let mut fast = narrower.filter(|shape| secs(shape) <= budget.as_secs_f64());
+    *fast.next().unwrap_or(&all[all.len() - 1])
+}
+
 /// What is measured on: as wide as there is memory for.
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -46,9 +62,7 @@ struct Sizes {
 
 impl Sizes {
     fn fitting(options: &CardOptions<'_>) -> Sizes {
-        let rows = if options.quick { 256 } else { ROWS };
-        let shapes = [Shape::wide(rows), Shape::new(0, rows), Shape::new(1, rows), Shape::new(2, 256)];
-        let sizes = shapes.map(|shape| Sizes { shape, square: SQUARE.min(2 * shape.width()) });
+        let sizes = shapes(options).map(|shape| Sizes { shape, square: SQUARE.min(2 * shape.width()) });
         let fits = |sizes: &&Sizes| sizes.bytes() as u64 <= options.memory_bytes;
         *sizes.iter().find(fits).unwrap_or(&sizes[sizes.len() - 1])
     }
@@ -88,7 +102,8 @@ pub fn with_card(machine: &Hardware, options: &CardOptions<'_>) -> Result<Hardwa
     let ceilings = device.ceilings(sizes.square)?;
     let links = links(&mut device, &mut out, &mut back)?;
     let budget = Duration::from_secs_f64(if options.quick { 2.0 } else { 8.0 });
-    let mut bench = Bench::on_card(device, sizes.shape)?;
+    let shape = in_time(options, sizes.shape, ceilings.flops, budget);
+    let mut bench = Bench::on_card(device, shape)?;
     let kernels = bench.measure(budget, links.step_secs)?;
     let mut hardware = machine.clone();
     let (name, memory_bytes) = (facts.name, facts.memory_bytes);
@@ -115,12 +130,20 @@ fn links(device: &mut Cuda, out: &mut Region, back: &mut Region) -> Result<Links
         }
         Ok(median(&samples).expect("it was timed"))
     };
-    let h2d = timed(&mut || device.copy_in(&[(out.bytes(), 0)], &mut to))?;
-    let d2h = timed(&mut || device.copy_out(&from, &mut [(0, back.bytes_mut())]))?;
-    let short = timed(&mut || device.copy_in(&[(&out.bytes()[..SHORT_BYTES], 0)], &mut to))?;
+    let mut copy_in = |bytes: &[u8]| {
+        device.copy_in(&[(bytes, 0)], &mut to)?;
+        device.wait(&device.mark(Stream::In)?)
+    };
+    let mut copy_out = || {
+        device.copy_out(&from, &mut [(0, back.bytes_mut())])?;
+        device.wait(&device.mark(Stream::Out)?)
+    };
+    let h2d = timed(&mut || copy_in(out.bytes()))?;
+    let d2h = timed(&mut copy_out)?;
+    let short = timed(&mut || copy_in(&out.bytes()[..SHORT_BYTES]))?;
     let both: (Result<f64>, Result<f64>) = std::thread::scope(|scope| {
-        let other = scope.spawn(|| timed(&mut || device.copy_out(&from, &mut [(0, back.bytes_mut())])));
-        let this = timed(&mut || device.copy_in(&[(out.bytes(), 0)], &mut to));
+        let other = scope.spawn(|| timed(&mut copy_out));
+        let this = timed(&mut || copy_in(out.bytes()));
         (this, other.join().expect("copies do not panic"))
     });
     Ok(Links {

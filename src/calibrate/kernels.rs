@@ -36,16 +36,10 @@ const LAYERS: usize = 2;
 const POINTWISE_ROWS: usize = 256;
 /// Rows of products that keep the cores busy while something else is measured.
 const BUSY_ROWS: usize = 64;
-/// Rows that are sampled at once.
-const SAMPLED_ROWS: usize = 32;
 /// The vocabulary that is sampled from.
 const VOCAB_SIZE: usize = 32_000;
-/// Keys that single queries attend to.
-const CONTEXT: usize = 512;
 /// Keys of so few that beginning counts.
 const SHORT: usize = PAGE_POSITIONS;
-/// Queries of a prompt.
-const PROMPT: usize = 512;
 /// How much narrower a layer is that tells what its calls cost: its products take little.
 const NARROW_HALVINGS: u32 = 2;
 /// Bytes of random numbers that everything is filled with.
@@ -60,18 +54,38 @@ pub struct Shape {
     intermediate: usize,
     rows: usize,
     kv_bytes: usize,
+    /// Queries of a prompt.
+    prompt: usize,
+    /// Keys that single queries attend to.
+    context: usize,
+    /// Rows that are sampled at once.
+    sampled: usize,
 }
 
 impl Shape {
     /// The shape of a model with 1.1 B parameters, or of one with widths 2^`halvings` times less; products of up to
     /// `rows` rows.
     pub fn new(halvings: u32, rows: usize) -> Self {
-        Shape { hidden: 2048 >> halvings, intermediate: 5632 >> halvings, rows, kv_bytes: (160 << 20) >> halvings }
+        Shape {
+            hidden: 2048 >> halvings,
+            intermediate: 5632 >> halvings,
+            rows,
+            kv_bytes: (160 << 20) >> halvings,
+            prompt: 512,
+            context: 512,
+            sampled: 32,
+        }
+    }
+
+    /// The narrowest shape, with little of everything, for devices that take long: what is measured is then mostly what
+    /// calls take.
+    pub fn least() -> Self {
+        Shape { rows: 16, kv_bytes: 1 << 20, prompt: 64, context: 128, sampled: 2, ..Shape::new(NARROW_HALVINGS, 16) }
     }
 
     /// The shape of a layer of a model with about 7 B parameters, for devices that need as much to be busy.
     pub fn wide(rows: usize) -> Self {
-        Shape { hidden: 4096, intermediate: 11_264, rows, kv_bytes: 320 << 20 }
+        Shape { hidden: 4096, intermediate: 11_264, kv_bytes: 320 << 20, ..Shape::new(0, rows) }
     }
 
     /// The hidden width.
@@ -81,7 +95,13 @@ impl Shape {
 
     /// Rows of products, at most, and of prompts.
     pub fn rows(&self) -> usize {
-        self.rows.max(PROMPT)
+        self.rows.max(self.prompt)
+    }
+
+    /// FLOPs of all products of a round, about.
+    pub fn product_flops(&self) -> f64 {
+        let rows: usize = ROWS.iter().filter(|&&rows| rows <= self.rows).sum();
+        2.0 * (rows * self.weights() * DType::ALL.len()) as f64
     }
 
     /// Tokens that are sampled from.
@@ -137,7 +157,7 @@ impl Shape {
         let layer: usize = self.products().iter().map(|&(i, o)| packed_bytes(i, o, DType::F32)).sum();
         let qkv = self.layer_heads().qkv_width().max(self.heads(WIDE_GROUP).qkv_width());
         let attended = hidden.max(self.heads(WIDE_GROUP).query_width());
-        let row = |width: usize| 4 * rows.max(PROMPT) * width;
+        let row = |width: usize| 4 * rows.max(self.prompt) * width;
         [
             LAYERS * layer,
             self.num_frames() * self.layout().layer_bytes(),
@@ -149,7 +169,7 @@ impl Shape {
             row(intermediate),
             row(hidden),
             row(intermediate),
-            4 * SAMPLED_ROWS * VOCAB_SIZE,
+            4 * self.sampled * VOCAB_SIZE,
             4 * hidden,
         ]
     }
@@ -259,7 +279,7 @@ impl<D: Device> Bench<D> {
             top_p: 1.0,
             uniform: 0.5,
         };
-        let draws = (0..SAMPLED_ROWS).map(|row| Draw { row, target: Wanted::Sample(rule.clone()), top: 0 }).collect();
+        let draws = (0..shape.sampled).map(|row| Draw { row, target: Wanted::Sample(rule.clone()), top: 0 }).collect();
         Ok(Bench {
             device,
             shape,
@@ -303,8 +323,8 @@ impl<D: Device> Bench<D> {
         let others = [
             Probe::Prompt,
             Probe::Single(1, SHORT),
-            Probe::Single(1, CONTEXT),
-            Probe::Single(WIDE_GROUP, CONTEXT),
+            Probe::Single(1, self.shape.context),
+            Probe::Single(WIDE_GROUP, self.shape.context),
             Probe::Pointwise,
             Probe::WholeLayer,
             Probe::NarrowProducts,
@@ -365,10 +385,10 @@ impl<D: Device> Bench<D> {
         let segment = |group: usize, context: usize| {
             always(Probe::Single(group, context)) / self.single_segments(1, context).len() as f64
         };
-        let (short, long) = (segment(1, SHORT), segment(1, CONTEXT));
-        let page_narrow = (long - short).max(0.0) / (pages_for(CONTEXT) - pages_for(SHORT)) as f64;
+        let (short, long, pages) = (segment(1, SHORT), segment(1, shape.context), pages_for(shape.context) as f64);
+        let page_narrow = (long - short).max(0.0) / (pages - pages_for(SHORT) as f64);
         let segment_secs = (short - page_narrow).max(0.0);
-        let page_wide = ((segment(WIDE_GROUP, CONTEXT) - segment_secs) / pages_for(CONTEXT) as f64).max(page_narrow);
+        let page_wide = ((segment(WIDE_GROUP, shape.context) - segment_secs) / pages).max(page_narrow);
         // Reading a page takes the same for every group; arithmetic goes by the queries.
         let positions = PAGE_POSITIONS as f64;
         // It is no faster than the best product, whatever noise says.
@@ -376,8 +396,8 @@ impl<D: Device> Bench<D> {
         let arithmetic = ((page_wide - page_narrow) / (wide.key_flops() - narrow.key_flops())).max(positions / best);
         let reading = (page_narrow - arithmetic * narrow.key_flops()).max(0.05 * page_narrow);
         // A prompt's pages are read and widened once besides what its keys take.
-        let prompt_keys = (PROMPT * (PROMPT + 1) / 2) as f64;
-        let prompt_pages = pages_for(PROMPT) as f64;
+        let prompt_keys = (shape.prompt * (shape.prompt + 1) / 2) as f64;
+        let prompt_pages = pages_for(shape.prompt) as f64;
         let key_secs =
             (always(Probe::Prompt) - prompt_pages * page_wide).max(0.0) / (prompt_keys - prompt_pages * positions);
         let layer = cost(shape.layer_heads());
@@ -393,7 +413,7 @@ impl<D: Device> Bench<D> {
             attention_bytes_per_s: narrow.frame_bytes / reading,
             attention_segment_secs: segment_secs / shape.heads(1).num_kv_heads as f64,
             pointwise_bytes_per_s: pointwise_rows * layer.pointwise_bytes / always(Probe::Pointwise),
-            sampled_logits_per_s: (SAMPLED_ROWS * VOCAB_SIZE) as f64 / always(Probe::Sampling),
+            sampled_logits_per_s: (shape.sampled * VOCAB_SIZE) as f64 / always(Probe::Sampling),
             step_secs: handover_secs + calls_secs,
         }
     }
@@ -407,7 +427,7 @@ impl<D: Device> Bench<D> {
                 self.layer(shape, rows, Some(dtype), false);
                 self.device.round_activations(false);
             }
-            Probe::Prompt => self.attend(&[self.segment(0, PROMPT, 0)], WIDE_GROUP),
+            Probe::Prompt => self.attend(&[self.segment(0, shape.prompt, 0)], WIDE_GROUP),
             Probe::Single(group, context) => self.attend(&self.single_segments(self.frames_at, context), group),
             Probe::Pointwise => self.layer(shape, POINTWISE_ROWS.min(shape.rows), None, true),
             Probe::WholeLayer => self.layer(narrow, 1, Some(DType::Bf16), true),
@@ -493,7 +513,7 @@ impl<D: Device> Bench<D> {
     /// Single queries, each with frames of its own, of as many sequences as there are frames for.
     fn single_segments(&self, first: usize, context: usize) -> Vec<Segment> {
         let pages = pages_for(context);
-        let count = (self.shape.num_frames() / pages).clamp(1, self.shape.rows.max(PROMPT));
+        let count = (self.shape.num_frames() / pages).clamp(1, self.shape.rows());
         let segment = |row: usize| Segment { first_row: row, ..self.segment(context - 1, 1, first + row * pages) };
         (0..count).map(segment).collect()
     }

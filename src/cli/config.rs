@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, Tier};
-use crate::policy::Split;
+use crate::policy::{Order, Split};
 
 /// `given` (flags and environment) over the file's values.
 ///
@@ -59,6 +59,8 @@ pub struct PolicyFile {
     pub head: Option<Tier>,
     /// Compressed planes on disk.
     pub compressed: Option<bool>,
+    /// As in [`Policy`](crate::policy::Policy).
+    pub schedule: Option<Order>,
 }
 
 impl PolicyFile {

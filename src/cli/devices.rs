@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** a GPU is looked for only where one may be used, and on machines without one nothing is said about it.
 
-use super::flags::{ActivationsChoice, DeviceChoice};
+use super::flags::DeviceChoice;
 use super::say;
 use crate::device::cuda::card::{Card, Problem};
 use crate::device::cuda::{Needs, arithmetic, workspace};
@@ -68,13 +68,7 @@ pub fn workspace_of(config: &ModelConfig, layout: &ModelLayout) -> Workspace {
 ///
 /// # Errors
 /// [`Error::Usage`] for what cards do not compute.
-pub fn numerics(
-    card: &Card,
-    weights: DType,
-    activations: Option<ActivationsChoice>,
-    kv_policy: &dyn KvPolicy,
-    config: &ModelConfig,
-) -> Result<String> {
+pub fn numerics(card: &Card, weights: DType, kv_policy: &dyn KvPolicy, config: &ModelConfig) -> Result<String> {
     if config.head_dim > MOST_HEAD_DIM {
         let what =
             format!("heads of {} are too wide for the GPU's kernels, which take {MOST_HEAD_DIM}", config.head_dim);
@@ -84,12 +78,6 @@ pub fn numerics(
     if matches!(kv_policy.kept(long, long), Kept::Heavy { spread: Spread::Heads { .. }, .. }) {
         let what = format!("--kv-policy {kv_policy}: per-head is not on GPUs yet");
         return Err(Error::usage(what, "use h2o or pyramid, or add --device host"));
-    }
-    if activations == Some(ActivationsChoice::Int8) {
-        return Err(Error::usage(
-            "--activations int8 is arithmetic of the CPU; on a GPU, products of many rows round activations to 16 bits",
-            "leave --activations away, or add --device host",
-        ));
     }
     Ok(format!("{ARITHMETIC} {}", arithmetic(weights, &card.facts)))
 }

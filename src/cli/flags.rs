@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::kv::policy::{self, KvPolicy};
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
+use crate::policy::Order;
 
 /// A number of bytes such as `14GiB`, `512MB` or `1000000`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,6 +181,26 @@ pub fn rounds_activations(choice: Option<ActivationsChoice>, weights: DType) -> 
             "add --weights int4 or int8, or leave --activations away",
         )),
         _ => Ok(rounds),
+    }
+}
+
+/// `--schedule`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleChoice {
+    /// Prompts are computed beside the tokens of those who decode, and take the places of those who end.
+    Mixed,
+    /// A batch begins together: first all of its prompts, then its answers, and the next one when all have ended.
+    Phased,
+}
+
+impl ScheduleChoice {
+    /// The order that it stands for.
+    pub fn order(self) -> Order {
+        match self {
+            ScheduleChoice::Mixed => Order::Mixed,
+            ScheduleChoice::Phased => Order::Phased,
+        }
     }
 }
 

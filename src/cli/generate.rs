@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::config::{self, PolicyFile};
+use super::exact::{Exact, Numerics};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, Size, Switch, WeightsChoice, kv_policy,
-    rounds_activations,
+    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, ScheduleChoice, Size, Switch, WeightsChoice, kv_policy,
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
+use super::replanning::{Replanner, lane};
 use super::resources::{self, Budgets};
 use super::signals::Signals;
 use super::{devices, estimate, pack, say, stats};
@@ -25,9 +26,8 @@ use crate::device::Device;
 use crate::device::cuda::Cuda;
 use crate::device::cuda::card::Card;
 use crate::device::host::Host;
-use crate::engine::{Batch, Counts, Engine};
+use crate::engine::{Advisor, Batch, Counts, Engine};
 use crate::error::{Bytes, Error, Result, Tier};
-use crate::executor::size::model_bytes;
 use crate::executor::{Executor, Parts, Throttle};
 use crate::hardware::{Link, Throttles};
 use crate::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output, Shard};
@@ -42,8 +42,8 @@ use crate::model::packed::read::PackedModel;
 use crate::model::packed::{Packed, cache};
 use crate::planner::job::Job;
 use crate::planner::model::PlanModel;
+use crate::schedule::placement::Placement;
 use crate::schedule::price::placed;
-use crate::schedule::step::Lane;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
 const ARITHMETIC: &str = "3";
@@ -157,6 +157,9 @@ pub struct Arguments {
     /// token.
     #[arg(long, env = "TIDEMILL_PREFIX_SHARING", value_name = "SWITCH", help_heading = "Budgets and numerics")]
     prefix_sharing: Option<Switch>,
+    /// Whether prompts are computed beside answers, or all of a batch first [default: mixed]; changes no token.
+    #[arg(long, env = "TIDEMILL_SCHEDULE", value_name = "SCHEDULE", help_heading = "Budgets and numerics")]
+    schedule: Option<ScheduleChoice>,
     /// Dtype of the KV cache [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<KvChoice>,
@@ -275,9 +278,14 @@ impl Arguments {
         }
     }
 
+    /// The flags that were given, by name.
+    pub fn given(&self) -> toml::Table {
+        toml::Table::try_from(self).expect("flags serialize as a table")
+    }
+
     /// Refuses flags that another command does not have.
     fn refuse(&self, flags: &[&str], command: &str) -> Result<()> {
-        let given = toml::Table::try_from(self).expect("flags serialize as a table");
+        let given = self.given();
         match flags.iter().map(|flag| flag.replace('_', "-")).find(|flag| given.contains_key(flag)) {
             None => Ok(()),
             Some(flag) => {
@@ -353,37 +361,28 @@ impl Arguments {
     }
 
     fn resolve(&self, model: &Model, card: Option<&Card>) -> Result<Resolved> {
-        let policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
+        let mut policy = self.policy.as_deref().map(PolicyFile::read).transpose()?;
+        let schedule = self.schedule.map(ScheduleChoice::order);
+        if let Some(policy) = &mut policy {
+            policy.schedule = schedule.or(policy.schedule);
+        }
         let weights = self.weights.unwrap_or(WeightsChoice::Native);
-        let stored = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
-        let converted = model.packed.as_ref().and_then(PackedModel::weights);
         let config = &model.config;
-        let kv_policy = kv_policy(self.kv_policy.as_deref(), config)?;
-        let kv = KvLayout {
-            num_layers: config.num_layers,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            dtype: self.kv_dtype.unwrap_or(KvChoice::Auto).dtype(stored),
-            scored: kv_policy.needs_scores(),
-        };
         let budgets = self.budgets(card)?;
         let packed = model.packed(weights.dtype())?;
-        let mut bytes = model_bytes(config, packed.layout(), &kv);
-        if card.is_some() {
-            bytes.workspace = devices::workspace_of(config, packed.layout());
-        }
-        let element = weights.dtype().or(converted).unwrap_or(stored);
-        let plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype);
-        let mut plan_model = plan_model.with_scores(kv.scored).with_bytes(bytes);
-        plan_model.cost.integer_activations = rounds_activations(self.activations, element)?;
-        if !resources::may_read_planes(packed.layout(), model.packed.as_ref()) {
-            plan_model.cost.compressed_ratio = 1.0;
-        }
+        let asked = Numerics {
+            weights,
+            kv: self.kv_dtype.unwrap_or(KvChoice::Auto),
+            kv_policy: self.kv_policy.as_deref(),
+            activations: self.activations,
+        };
+        let Exact { kv_policy, kv, element, model: plan_model } = Exact::new(model, &*packed, asked, card.is_some())?;
         let job = self.estimate(model, &*kv_policy);
         let throttles = self.throttles()?;
         let situation = Situation {
             model: &plan_model,
             policy: policy.as_ref(),
+            schedule,
             budgets,
             throttles: &throttles,
             job: &job,
@@ -393,9 +392,9 @@ impl Arguments {
         };
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
-        let batch = resources::batch(&decision.placement, self.prefix_sharing != Some(Switch::Off));
-        let arithmetic =
-            card.map(|card| devices::numerics(card, element, self.activations, &*kv_policy, config)).transpose()?;
+        let shares = self.prefix_sharing != Some(Switch::Off);
+        let batch = resources::batch(&decision.placement, shares, self.expect_output_len);
+        let arithmetic = card.map(|card| devices::numerics(card, element, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
             ("kv_dtype", kv.dtype.to_string()),
@@ -552,6 +551,11 @@ impl Arguments {
     }
 }
 
+/// Why a job cannot go on.
+fn lost_card(name: &str) -> Error {
+    Error::Device { what: format!("{name} is not there any more") }
+}
+
 /// The name that a choice has on the command line.
 fn choice_name(choice: impl clap::ValueEnum) -> String {
     choice.to_possible_value().expect("no choice is hidden").get_name().to_owned()
@@ -569,9 +573,7 @@ fn real_path(path: &Path) -> Option<PathBuf> {
 /// Throttles by lane.
 fn lanes(throttles: &Throttles) -> Throttle {
     let mut lanes = Throttle::default();
-    for (lane, link) in [Lane::DiskRead, Lane::DiskWrite, Lane::H2d, Lane::D2h].into_iter().zip(Link::ALL) {
-        lanes[lane.index()] = throttles.rate(link);
-    }
+    Link::ALL.into_iter().for_each(|link| lanes[lane(link).index()] = throttles.rate(link));
     lanes
 }
 
@@ -609,26 +611,39 @@ impl Running<'_> {
             say::line(said);
         }
         let name = format!("model `{}`", model.name);
-        let placement = &resolved.decision.placement;
-        let (device_bytes, host_bytes) = placement.arenas();
-        let mut host = Arena::new(&name, Tier::Cpu, host_bytes as usize)?;
+        let host = |placement: &Placement| Arena::new(&name, Tier::Cpu, placement.arenas().1 as usize);
         if let Some(card) = card {
             let cache = cache::directory(arguments.cache_dir.as_deref())?;
-            let compiling = || say::line("compiling kernels for this GPU, once");
             let layout = model.packed(resolved.weights)?.layout().clone();
-            let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
-            let device = Cuda::new(card, &needs, &mut host)?;
-            return self.run_on(device, host, job);
+            let mut card = Some(card);
+            let start = |placement: &Placement| {
+                let compiling = || say::line("compiling kernels for this GPU, once");
+                let needs = devices::needs(&model.config, &layout, placement, &cache, &compiling);
+                // A card that was given back is taken again.
+                let card = match card.take() {
+                    Some(card) => card,
+                    None => devices::choose(arguments.device)?.ok_or_else(|| lost_card(&resolved.device))?,
+                };
+                let mut host = host(placement)?;
+                let mut device = Cuda::new(card, &needs, &mut host)?;
+                device.round_activations(resolved.model.cost.integer_activations);
+                Ok((device, host))
+            };
+            return self.run_on(start, job);
         }
-        let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
-        device.round_activations(resolved.model.cost.integer_activations);
-        let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
-        self.run_on(device, host, job)
+        let start = |placement: &Placement| {
+            let (device_bytes, _) = placement.arenas();
+            let mut device = Host::new(Arena::new(&name, resolved.budgets.compute(), device_bytes as usize)?);
+            device.round_activations(resolved.model.cost.integer_activations);
+            let device = if resolved.budgets.gpu.is_some() { device.rehearsing() } else { device };
+            Ok((device, host(placement)?))
+        };
+        self.run_on(start, job)
     }
 
-    /// Runs the job on a device; `host` is main memory beside it.
-    fn run_on<D: Device>(self, device: D, host: Arena, job: job::Job) -> Result<u8> {
-        let Running { arguments, model, resolved, .. } = &self;
+    /// Runs the job on a device that `start` makes for a placement, with main memory beside it.
+    fn run_on<D: Device>(&self, mut start: impl FnMut(&Placement) -> Result<(D, Arena)>, job: job::Job) -> Result<u8> {
+        let Running { arguments, model, resolved, .. } = self;
         let made;
         let packed: Box<dyn Packed> = match model.packed {
             None if resolved.decision.placement.reads_weights() => {
@@ -638,15 +653,22 @@ impl Running<'_> {
             _ => model.packed(resolved.weights)?,
         };
         let offload = arguments.offload_directory()?;
-        let parts = Parts {
-            packed: &*packed,
-            config: &model.config,
-            placement: resolved.decision.placement.clone(),
-            kv: resolved.kv,
-            offload: Some(&offload),
-            throttle: lanes(&resolved.throttles),
+        let mut build = |placement: Placement| {
+            let (device, host) = start(&placement)?;
+            let parts = Parts {
+                packed: &*packed,
+                config: &model.config,
+                placement,
+                kv: resolved.kv,
+                offload: Some(&offload),
+                throttle: lanes(&resolved.throttles),
+            };
+            Executor::new(device, host, parts)
         };
-        let mut executor = Executor::new(device, host, parts)?;
+        let decision = &resolved.decision;
+        let building = Instant::now();
+        let mut executor = build(decision.placement.clone())?;
+        let build_secs = building.elapsed().as_secs_f64();
         if arguments.trace.is_some() {
             executor.trace();
         }
@@ -657,11 +679,27 @@ impl Running<'_> {
             say::data(ready)?;
         }
         let mut progress = Progress::new(arguments.progress(), job.total, job.resumed);
+        // A trace is of one placement, and who waits for every answer is not kept waiting.
+        let planned = decision.planning_secs.zip(decision.hardware.as_ref());
+        let planned = planned.filter(|_| arguments.trace.is_none() && self.standby.is_none());
+        let mut replanner = planned.map(|(planning_secs, hardware)| Replanner {
+            model: &resolved.model,
+            hardware: hardware.clone(),
+            budgets: resolved.budgets,
+            schedule: decision.placement.policy.schedule,
+            lines: job.total.map(|lines| lines - job.resumed),
+            readable: (model.packed.is_some() || decision.placement.reads_weights(), decision.placement.reads_planes()),
+            build,
+            build_secs,
+            planning_secs,
+            watched: Default::default(),
+        });
+        let advisor = replanner.as_mut().map(|replanner| replanner as &mut dyn Advisor<D>);
         let began = Instant::now();
         let job::Job { reader, mut writer, .. } = job;
         let mut counts = Counts::default();
         let deferred = self.signals.defer();
-        let result = engine.run(reader, &mut writer, &self.signals.number, &mut |now| {
+        let result = engine.run(reader, &mut writer, &self.signals.number, advisor, &mut |now| {
             counts = *now;
             progress.show(now);
         });
@@ -673,7 +711,7 @@ impl Running<'_> {
         let counts = result.as_ref().copied().unwrap_or(counts);
         let times = stats::Times { load_secs, wall_secs };
         let told = match (&arguments.stats, &closed) {
-            (Some(path), Ok(summary)) => stats::write(path, resolved, engine.executor(), &counts, summary, &times),
+            (Some(path), Ok(summary)) => stats::write(path, resolved, &engine.used(), &counts, summary, &times),
             _ => Ok(()),
         };
         let traced = arguments.trace.as_ref().map_or(Ok(()), |path| self.write_trace(path, engine.executor_mut()));

@@ -9,16 +9,19 @@ mod devices;
 mod doctor;
 mod estimate;
 mod eval;
+mod exact;
 mod flags;
 mod generate;
 mod pack;
 mod plan;
 mod planning;
 mod progress;
+mod replanning;
 mod resources;
 mod say;
 mod signals;
 mod stats;
+mod sweep;
 mod worker;
 
 use std::path::PathBuf;
@@ -44,6 +47,8 @@ enum Command {
     Worker(Box<worker::Arguments>),
     /// Evaluate a model on scenarios of HELM and on task files.
     Eval(Box<eval::Arguments>),
+    /// Predict and measure a grid of batches, lengths, budgets and numerics; draw what comes of it.
+    Sweep(Box<sweep::Arguments>),
     /// Write a model in the layout that it is computed from, a file per layer.
     Pack(pack::Arguments),
     /// Measure what this machine computes, copies and reads: the profile that plans are made with.
@@ -86,6 +91,11 @@ pub fn main() -> ExitCode {
         .mut_subcommand("eval", |command| {
             let output = |arg: clap::Arg| arg.value_name("DIR").help("The directory for the results");
             hide(command, &eval::FOREIGN).mut_arg("output", output)
+        })
+        .mut_subcommand("sweep", |command| {
+            let output = |arg: clap::Arg| arg.value_name("DIR").help("The directory for results.jsonl and report.html");
+            let seed = |arg: clap::Arg| arg.help("Keys the prompts [default: 0]");
+            hide(command, &sweep::FOREIGN).mut_arg("output", output).mut_arg("seed", seed)
         });
     let arguments = Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     match run(arguments.command) {
@@ -102,6 +112,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Generate(arguments) => generate::run(*arguments),
         Command::Eval(arguments) => eval::run(*arguments),
         Command::Worker(arguments) => worker::run(*arguments),
+        Command::Sweep(arguments) => sweep::run(*arguments),
         Command::Pack(arguments) => pack::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
-use super::flags::{ActivationsChoice, DeviceChoice, Size, kv_policy, rounds_activations};
+use super::flags::{ActivationsChoice, DeviceChoice, ScheduleChoice, Size, kv_policy, rounds_activations};
 use super::planning::this_machine;
 use super::say;
 use crate::error::{Bytes, Error, Result, Tier};
@@ -25,7 +25,7 @@ use crate::planner::job::{Job, Request};
 use crate::planner::lp::{Budgets, Capabilities};
 use crate::planner::model::{Numerics, PlanModel};
 use crate::planner::search::{Plan, Question};
-use crate::policy::Split;
+use crate::policy::{Order, Split};
 use crate::schedule::price::Bottleneck;
 
 /// Sequences of a job of which only lengths are given.
@@ -88,6 +88,9 @@ pub struct Arguments {
     /// positions or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
+    /// Whether prompts are computed beside answers, or all of a batch first [default: mixed].
+    #[arg(long, env = "TIDEMILL_SCHEDULE", value_name = "SCHEDULE", help_heading = "Budgets and numerics")]
+    schedule: Option<ScheduleChoice>,
     /// Links that are held back, such as h2d=2GB/s,disk_read=300MB/s.
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
     throttle: Option<String>,
@@ -114,7 +117,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let (hardware, budgets) = arguments.hardware()?;
     let job = arguments.job(&model)?;
     let capabilities = Capabilities::default();
-    let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+    let schedule = arguments.schedule.map_or(Order::Mixed, ScheduleChoice::order);
+    let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule };
     let started = Instant::now();
     let plan = question.plan()?;
     let planning_secs = started.elapsed().as_secs_f64();
@@ -144,7 +148,11 @@ fn read_json(file: &Path) -> Result<Value> {
     serde_json::from_str(&text).map_err(|error| Error::model(file, format!("is no JSON: {error}")))
 }
 
-fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<DType>> {
+/// The dtype that a flag names; none for `native`.
+///
+/// # Errors
+/// [`Error::Usage`] when there is no such dtype.
+pub fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<DType>> {
     let Some(text) = text.filter(|text| *text != native) else { return Ok(None) };
     let known = DType::ALL.map(DType::name).join(", ");
     let found = DType::ALL.into_iter().find(|element| element.name() == text);
@@ -153,66 +161,97 @@ fn dtype(flag: &str, text: Option<&str>, native: &str) -> Result<Option<DType>> 
         .ok_or_else(|| Error::usage(format!("{flag} {text}: no such dtype"), format!("use {native}, {known}")))
 }
 
-impl Arguments {
-    fn model(&self) -> Result<PlanModel> {
-        let numerics = Numerics {
-            weights: dtype("--weights", self.weights.as_deref(), "native")?,
-            kv: dtype("--kv-dtype", self.kv_dtype.as_deref(), "auto")?,
-        };
-        let spec = self
-            .model
-            .strip_prefix("synth:")
-            .map_or(self.model.as_str(), |rest| rest.rsplit_once('#').map_or(rest, |(config, _)| config));
-        let path = Path::new(spec);
+/// A configuration to plan with, without weights.
+pub struct Configuration {
+    name: String,
+    value: Value,
+    file: PathBuf,
+}
+
+impl Configuration {
+    /// The configuration that `--model` names: a config.json, a directory with one, or `synth:CONFIG.json#SEED`; none
+    /// if there is no such file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn find(spec: &str) -> Result<Option<Configuration>> {
+        let place =
+            spec.strip_prefix("synth:").map_or(spec, |rest| rest.rsplit_once('#').map_or(rest, |parts| parts.0));
+        let path = Path::new(place);
         let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         if !file.is_file() {
-            let hint = "name a config.json (policies/models/ has some) or a model directory";
-            return Err(Error::usage(format!("--model {}: no such configuration", self.model), hint));
+            return Ok(None);
         }
         let name = match path.is_dir() {
             true => path.file_name(),
             false => path.file_stem(),
         };
-        let name = name.map_or_else(|| self.model.clone(), |name| name.to_string_lossy().into_owned());
-        let mut model = PlanModel::from_json(&name, &read_json(&file)?, &file, numerics)?;
-        model.cost.integer_activations = rounds_activations(self.activations, model.cost.weights)?;
-        let scored = kv_policy(self.kv_policy.as_deref(), &model.config)?.needs_scores();
-        Ok(model.with_scores(scored))
+        let name = name.map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned());
+        Ok(Some(Configuration { name, value: read_json(&file)?, file }))
     }
 
-    fn hardware(&self) -> Result<(Hardware, Budgets)> {
-        let mut hardware = match &self.hardware {
-            Some(file) => {
-                let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
-                Hardware::from_toml(&text, &file.display().to_string())?
-            }
-            None => {
-                let cache = cache::directory(self.cache_dir.as_deref())?;
-                let offload = self.offload_dir.clone().unwrap_or_else(|| cache.join("offload"));
-                let memory = limits::default_cpu_memory();
-                this_machine(&cache, &offload, memory, true)?.expect("it was measured")
-            }
-        };
+    /// The model in these numerics.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when it is no configuration that can be planned with, [`Error::Usage`] for numerics that do not
+    /// go with it.
+    pub fn model(
+        &self,
+        numerics: Numerics,
+        activations: Option<ActivationsChoice>,
+        policy: Option<&str>,
+    ) -> Result<PlanModel> {
+        let mut model = PlanModel::from_json(&self.name, &self.value, &self.file, numerics)?;
+        model.cost.integer_activations = rounds_activations(activations, model.cost.weights)?;
+        let scored = kv_policy(policy, &model.config)?.needs_scores();
+        Ok(model.with_scores(scored))
+    }
+}
+
+/// Reads a profile.
+///
+/// # Errors
+/// When it cannot be read, or is none.
+pub fn read_hardware(file: &Path) -> Result<Hardware> {
+    let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+    Hardware::from_toml(&text, &file.display().to_string())
+}
+
+/// What of a machine may be used, as typed.
+#[derive(Clone, Copy, Debug)]
+pub struct Granted<'a> {
+    /// `--device`.
+    pub device: Option<DeviceChoice>,
+    /// `--gpu-memory`, `--cpu-memory`, `--disk-space`.
+    pub sizes: [Option<Size>; 3],
+    /// `--throttle`.
+    pub throttle: Option<&'a str>,
+}
+
+impl Granted<'_> {
+    /// The machine as it may be used, and the budgets; what is not said is a share of what there is.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] for more than there is.
+    pub fn of(&self, mut hardware: Hardware) -> Result<(Hardware, Budgets)> {
         if self.device == Some(DeviceChoice::Host) {
             hardware = hardware.without_gpu();
         }
-        if let (None, Some(size)) = (&hardware.gpu, self.gpu_memory) {
+        if let (None, Some(size)) = (&hardware.gpu, self.sizes[Tier::Gpu as usize]) {
             hardware = hardware.rehearsed(size.0);
         }
-        if let Some(throttle) = &self.throttle {
+        if let Some(throttle) = self.throttle {
             let throttles: Throttles = throttle
                 .parse()
                 .map_err(|what: String| Error::usage(format!("--throttle: {what}"), "write it as h2d=2GB/s"))?;
             hardware = hardware.throttled(&throttles);
         }
-        let flags = [
-            ("--gpu-memory", self.gpu_memory, 0.9, Tier::Gpu),
-            ("--cpu-memory", self.cpu_memory, 0.7, Tier::Cpu),
-            ("--disk-space", self.disk_space, 0.8, Tier::Disk),
-        ];
+        let flags =
+            [("--gpu-memory", 0.9, Tier::Gpu), ("--cpu-memory", 0.7, Tier::Cpu), ("--disk-space", 0.8, Tier::Disk)];
         let mut budgets = [0.0; 3];
-        for (flag, size, share, tier) in flags {
+        for (flag, share, tier) in flags {
             let capacity = hardware.capacity_bytes(tier);
+            let size = self.sizes[tier as usize];
             budgets[tier as usize] = size.map_or(share * capacity as f64, |size| size.0 as f64);
             if budgets[tier as usize] > capacity as f64 {
                 return Err(Error::OverBudget {
@@ -225,6 +264,37 @@ impl Arguments {
             }
         }
         Ok((hardware, Budgets(budgets)))
+    }
+}
+
+impl Arguments {
+    fn model(&self) -> Result<PlanModel> {
+        let numerics = Numerics {
+            weights: dtype("--weights", self.weights.as_deref(), "native")?,
+            kv: dtype("--kv-dtype", self.kv_dtype.as_deref(), "auto")?,
+        };
+        let hint = "name a config.json (policies/models/ has some) or a model directory";
+        let missing = || Error::usage(format!("--model {}: no such configuration", self.model), hint);
+        let configuration = Configuration::find(&self.model)?.ok_or_else(missing)?;
+        configuration.model(numerics, self.activations, self.kv_policy.as_deref())
+    }
+
+    fn hardware(&self) -> Result<(Hardware, Budgets)> {
+        let hardware = match &self.hardware {
+            Some(file) => read_hardware(file)?,
+            None => {
+                let cache = cache::directory(self.cache_dir.as_deref())?;
+                let offload = self.offload_dir.clone().unwrap_or_else(|| cache.join("offload"));
+                let memory = limits::default_cpu_memory();
+                this_machine(&cache, &offload, memory, true)?.expect("it was measured")
+            }
+        };
+        let granted = Granted {
+            device: self.device,
+            sizes: [self.gpu_memory, self.cpu_memory, self.disk_space],
+            throttle: self.throttle.as_deref(),
+        };
+        granted.of(hardware)
     }
 
     fn job(&self, model: &PlanModel) -> Result<Job> {

@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::config::PolicyFile;
 use super::resources::{self, Budgets, Wishes};
@@ -18,7 +19,8 @@ use crate::planner::job::Job;
 use crate::planner::lp::{self, Capabilities};
 use crate::planner::model::PlanModel;
 use crate::planner::predict::{Prediction, predict};
-use crate::planner::search::Question;
+use crate::planner::search::{Plan, Question};
+use crate::policy::{Order, Split};
 use crate::schedule::placement::Placement;
 
 /// Main memory that measuring takes at most.
@@ -30,6 +32,8 @@ pub struct Situation<'a> {
     pub model: &'a PlanModel,
     /// What the policy file says; none if there is no file.
     pub policy: Option<&'a PolicyFile>,
+    /// Whether prompts and answers share passes, where somebody said so.
+    pub schedule: Option<Order>,
     /// Bytes granted.
     pub budgets: Budgets,
     /// Rates that links are held to.
@@ -56,6 +60,8 @@ pub struct Decision {
     pub hardware: Option<Hardware>,
     /// What to say about it.
     pub said: Option<String>,
+    /// Seconds that planning took; none where nothing was planned.
+    pub planning_secs: Option<f64>,
 }
 
 impl Situation<'_> {
@@ -64,7 +70,7 @@ impl Situation<'_> {
     /// # Errors
     /// [`Error::OverBudget`] when nothing fits.
     pub fn decide(&self, measure: bool) -> Result<Decision> {
-        let empty = PolicyFile::default();
+        let empty = PolicyFile { schedule: self.schedule, ..PolicyFile::default() };
         let wishes = Wishes {
             config: &self.model.config,
             bytes: &self.model.bytes,
@@ -89,6 +95,7 @@ impl Situation<'_> {
             budgets: lp::Budgets(self.budgets.by_tier().map(|bytes| bytes as f64)),
             capabilities: Capabilities { cpu_attention: false },
             job: self.job,
+            schedule: self.schedule.unwrap_or_default(),
         }
     }
 
@@ -100,24 +107,14 @@ impl Situation<'_> {
 
     fn plan(&self) -> Result<Decision> {
         let hardware = self.profile(true)?.expect("it was measured");
+        let started = Instant::now();
         let plan = self.question(&hardware).plan()?;
-        let share = |split: &crate::policy::Split| {
-            let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
-            let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
-            parts.collect::<Vec<_>>().join(" ")
+        let said = words_of(&plan);
+        let planned = Decision {
+            planning_secs: Some(started.elapsed().as_secs_f64()),
+            ..self.expect(plan.placement, Some(hardware), Some(said))
         };
-        let policy = &plan.policy;
-        let said = format!(
-            "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
-            share(&policy.weights),
-            share(&policy.kv),
-            policy.sequences,
-            policy.blocks,
-            policy.chunk_tokens,
-            if policy.compressed { ", compressed planes" } else { "" },
-            plan.bottleneck.name(),
-        );
-        Ok(self.expect(plan.placement, Some(hardware), Some(said)))
+        Ok(planned)
     }
 
     /// The decision for a placement, with what is expected of it where the machine is known.
@@ -133,32 +130,7 @@ impl Situation<'_> {
             (said, expected) => said.or(expected),
         };
         let bound_tokens_per_s = bound.map(|(rate, _)| rate);
-        Decision { placement, prediction, bound_tokens_per_s, hardware, said }
-    }
-
-    /// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
-    fn with_card(&self, machine: &Hardware, facts: &Facts, bytes: u64, measure: bool) -> Result<Option<Hardware>> {
-        let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let name: String = facts.name.chars().map(word).collect();
-        let file = self.cache.join("calibration").join(format!("{}-{name}-{METHOD}.toml", machine_name(&self.offload)));
-        let known = std::fs::read_to_string(&file).ok();
-        let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
-        let measured = match known {
-            Some(known) => known,
-            None if !measure => return Ok(None),
-            None => {
-                say::line(&format!("measuring {}, once: up to ten seconds", facts.name));
-                let options = CardOptions { quick: false, memory_bytes: bytes, cache: &self.cache };
-                let hardware = with_card(machine, &options)?;
-                keep(&file, &hardware)?;
-                hardware
-            }
-        };
-        let mut hardware = measured;
-        if let Some(gpu) = &mut hardware.gpu {
-            gpu.memory_bytes = bytes;
-        }
-        Ok(Some(hardware))
+        Decision { placement, prediction, bound_tokens_per_s, hardware, said, planning_secs: None }
     }
 
     /// This machine as the budgets and throttles make it, if it has been measured or is to be.
@@ -166,8 +138,9 @@ impl Situation<'_> {
         let Some(measured) = this_machine(&self.cache, &self.offload, self.budgets.cpu, measure)? else {
             return Ok(None);
         };
+        let places = Places { cache: &self.cache, offload: &self.offload, machine: &measured };
         let hardware = match (self.card, self.budgets.gpu) {
-            (Some(facts), Some(bytes)) => match self.with_card(&measured, facts, bytes, measure)? {
+            (Some(facts), Some(bytes)) => match card_profile(&places, facts, bytes, measure)? {
                 Some(hardware) => hardware,
                 None => return Ok(None),
             },
@@ -176,6 +149,36 @@ impl Situation<'_> {
         };
         Ok(Some(hardware.throttled(self.throttles)))
     }
+}
+
+/// What a plan is, in a line.
+pub fn words_of(plan: &Plan) -> String {
+    let share = |split: &Split| {
+        let tiers = Tier::ALL.into_iter().filter(|&tier| split.share(tier) > 0.0005);
+        let parts = tiers.map(|tier| format!("{:.0} % {tier}", 100.0 * split.share(tier)));
+        parts.collect::<Vec<_>>().join(" ")
+    };
+    let policy = &plan.policy;
+    format!(
+        "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
+        share(&policy.weights),
+        share(&policy.kv),
+        policy.sequences,
+        policy.blocks,
+        policy.chunk_tokens,
+        if policy.compressed { ", compressed planes" } else { "" },
+        plan.bottleneck.name(),
+    )
+}
+
+/// Where a card's profile is kept, and what it is a part of.
+pub struct Places<'a> {
+    /// The cache directory.
+    pub cache: &'a Path,
+    /// Where files for what does not fit are made.
+    pub offload: &'a Path,
+    /// The machine without the card.
+    pub machine: &'a Hardware,
 }
 
 /// This machine, as measured before; measured now if `measure` says so, in at most `memory_bytes`.
@@ -194,6 +197,34 @@ pub fn this_machine(cache: &Path, offload: &Path, memory_bytes: u64, measure: bo
     let options = Options { quick: false, disk: Some(offload.to_owned()), memory_bytes };
     let hardware = calibrate(&options, &mut |_| {})?;
     keep(&file, &hardware)?;
+    Ok(Some(hardware))
+}
+
+/// The machine with the card that computes, if the card has been measured or is to be; `bytes` of its memory.
+///
+/// # Errors
+/// What measuring gives, or keeping the result in the cache.
+pub fn card_profile(places: &Places<'_>, card: &Facts, bytes: u64, measure: bool) -> Result<Option<Hardware>> {
+    let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    let name: String = card.name.chars().map(word).collect();
+    let machine_name = machine_name(places.offload);
+    let file = places.cache.join("calibration").join(format!("{machine_name}-{name}-{METHOD}.toml"));
+    let known = std::fs::read_to_string(&file).ok();
+    let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
+    let mut hardware = match known {
+        Some(known) => known,
+        None if !measure => return Ok(None),
+        None => {
+            say::line(&format!("measuring {}, once: up to ten seconds", card.name));
+            let options = CardOptions { quick: false, memory_bytes: bytes, cache: places.cache };
+            let hardware = with_card(places.machine, &options)?;
+            keep(&file, &hardware)?;
+            hardware
+        }
+    };
+    if let Some(gpu) = &mut hardware.gpu {
+        gpu.memory_bytes = bytes;
+    }
     Ok(Some(hardware))
 }
 

@@ -171,9 +171,9 @@ pub fn may_read_planes(layout: &ModelLayout, packed: Option<&PackedModel>) -> bo
 }
 
 /// How the engine fills passes under a placement.
-pub fn batch(placement: &Placement, share_prompts: bool) -> Batch {
-    let Policy { sequences, chunk_tokens, .. } = placement.policy;
-    Batch { sequences, chunk_tokens, share_prompts }
+pub fn batch(placement: &Placement, share_prompts: bool, expected_len: Option<usize>) -> Batch {
+    let Policy { sequences, chunk_tokens, schedule, .. } = placement.policy;
+    Batch { sequences, chunk_tokens, share_prompts, order: schedule, expected_len }
 }
 
 impl Wishes<'_> {
@@ -206,6 +206,7 @@ impl Wishes<'_> {
             embed: file.embed.unwrap_or(compute),
             head: file.head.unwrap_or(compute),
             compressed: file.compressed.unwrap_or(false),
+            schedule: file.schedule.unwrap_or_default(),
         };
         Placement::new(self.bytes, &policy, compute)
     }

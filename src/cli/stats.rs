@@ -8,10 +8,8 @@ use std::path::Path;
 use serde_json::json;
 
 use super::generate::Resolved;
-use crate::device::Device;
-use crate::engine::Counts;
+use crate::engine::{Counts, Used};
 use crate::error::{Error, Result};
-use crate::executor::Executor;
 use crate::job::Summary;
 use crate::memory::limits::peak_resident;
 use crate::schedule::step::Lane;
@@ -28,10 +26,10 @@ pub struct Times {
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be written.
-pub fn write<D: Device>(
+pub fn write(
     path: &Path,
     resolved: &Resolved,
-    executor: &Executor<D>,
+    used: &Used,
     counts: &Counts,
     summary: &Summary,
     times: &Times,
@@ -39,7 +37,7 @@ pub fn write<D: Device>(
     let per_second = |tokens: u64| tokens as f64 / times.wall_secs.max(1e-9);
     let decision = &resolved.decision;
     let placement = &decision.placement;
-    let lanes = Lane::ALL.into_iter().zip(executor.lane_counts()).filter(|(_, count)| count.busy.as_nanos() > 0);
+    let lanes = Lane::ALL.into_iter().zip(used.lanes).filter(|(_, count)| count.busy.as_nanos() > 0);
     let lanes: serde_json::Map<String, serde_json::Value> = lanes
         .map(|(lane, count)| {
             let value = json!({"busy_s": count.busy.as_secs_f64(), "bytes": count.bytes});
@@ -47,7 +45,7 @@ pub fn write<D: Device>(
         })
         .collect();
     let [gpu, cpu, disk] = resolved.budgets.by_tier();
-    let (device, host) = executor.used_bytes();
+    let [device, host, files] = used.bytes;
     let (gpu_used, cpu_used) = if resolved.budgets.gpu.is_some() { (device, host) } else { (0, device + host) };
     let stats = json!({
         "wall_s": times.wall_secs,
@@ -64,13 +62,17 @@ pub fn write<D: Device>(
         "predicted_tokens_per_s": decision.prediction.map(|prediction| prediction.total_tokens_per_s),
         "bound_tokens_per_s": decision.bound_tokens_per_s,
         "passes": counts.passes,
-        "peak_bytes": {"gpu": gpu_used, "cpu": cpu_used, "disk": placement.bytes[2]},
+        "replanned": counts.replanned,
+        "peak_bytes": {"gpu": gpu_used, "cpu": cpu_used, "disk": files},
         "peak_resident_bytes": peak_resident(),
         "budget_bytes": {"gpu": gpu, "cpu": cpu, "disk": disk},
         "lanes": lanes,
         "policy": placement.policy,
         "numerics": resolved.numerics,
-        "kv": {"policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens},
+        "kv": {
+            "policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens,
+            "pauses": counts.paused,
+        },
         "synthetic": resolved.synthetic,
     });
     let text = serde_json::to_string_pretty(&stats).expect("a JSON value has a text") + "\n";

@@ -113,13 +113,29 @@ pub struct AttentionSpan<'a> {
     pub sinks: Option<&'a Rotation<'a>>,
 }
 
+/// What a device does beside each other, each in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Operations.
+    Compute,
+    /// Copies into the device's memory.
+    In,
+    /// Copies out of it.
+    Out,
+}
+
 /// A place that computes. Buffers hold f32 rows unless said otherwise; `rows` counts the leading rows in use.
 ///
-/// Operations are handed over and may run later, in the order in which they were handed over; what has gone wrong is
-/// told by [`Device::finish`], and nothing is computed after it. Copies are over when they return.
+/// Operations and copies are handed over and may run later, each [`Stream`]'s in the order in which they were handed
+/// over, streams beside each other. Marks order streams, and tell when something is over: what a copy reads and writes,
+/// on both of its sides, is left alone until a mark behind it has been passed. What has gone wrong is told by the next
+/// mark or wait, and nothing is computed after it.
 pub trait Device: Send + Sync + 'static {
     /// Memory of the device.
     type Buffer: Send + Sync + 'static;
+
+    /// A point in what a stream was given, passed when all before it is over.
+    type Mark: Clone + Send + Sync + 'static;
 
     /// The next `bytes` of the device's arena, zeroed. Sizes were summed against the budget beforehand. Buffers of
     /// multiples of 4 KiB, allocated first, begin on such a boundary.
@@ -138,19 +154,51 @@ pub trait Device: Send + Sync + 'static {
     /// As [`Device::bytes`], writable.
     fn bytes_mut<'a>(&self, buffer: &'a mut Self::Buffer) -> Option<&'a mut [u8]>;
 
-    /// Copies parts of main memory into a buffer, each from the byte on that stands beside it.
+    /// Copies parts of main memory into a buffer, each from the byte on that stands beside it, on [`Stream::In`]. Parts
+    /// that do not lie in the arena of main memory that belongs to the device are copied when this returns.
     ///
     /// # Errors
     /// When the device fails.
     fn copy_in(&self, parts: &[(&[u8], usize)], to: &mut Self::Buffer) -> Result<()>;
 
-    /// Copies a buffer's bytes, from the byte on that stands beside each part, to these parts of main memory.
+    /// Copies a buffer's bytes, from the byte on that stands beside each part, to these parts of main memory, on
+    /// [`Stream::Out`]. As with [`Device::copy_in`], parts that lie anywhere are there when this returns.
     ///
     /// # Errors
     /// When the device fails.
     fn copy_out(&self, from: &Self::Buffer, parts: &mut [(usize, &mut [u8])]) -> Result<()>;
 
-    /// Waits until everything that was handed over is computed.
+    /// A mark behind everything that a stream was given so far.
+    ///
+    /// # Errors
+    /// The first thing that went wrong with handing over.
+    fn mark(&self, stream: Stream) -> Result<Self::Mark>;
+
+    /// Makes what a stream is given from now on begin after a mark of another stream.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn follow(&self, stream: Stream, mark: &Self::Mark) -> Result<()>;
+
+    /// Whether a mark has been passed.
+    ///
+    /// # Errors
+    /// What went wrong on the way to it.
+    fn passed(&self, mark: &Self::Mark) -> Result<bool>;
+
+    /// Waits, asleep, until a mark has been passed.
+    ///
+    /// # Errors
+    /// What went wrong on the way to it.
+    fn wait(&self, mark: &Self::Mark) -> Result<()>;
+
+    /// Seconds from one mark to another, both passed.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
+
+    /// Waits until everything that was handed over is over.
     ///
     /// # Errors
     /// The first thing that went wrong, now and every time after.
@@ -169,6 +217,17 @@ pub trait Device: Send + Sync + 'static {
     fn norm(
         &self,
         x: &Self::Buffer,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+
+    /// `x += y`, then as [`Device::norm`].
+    fn add_norm(
+        &self,
+        x: &mut Self::Buffer,
+        y: &Self::Buffer,
         rows: usize,
         width: usize,
         parameters: &NormParameters<Self::Buffer>,

@@ -1,14 +1,18 @@
 //! Which prompts and samples may run now.
 //!
-//! **Invariant:** pages and places are promised before a sequence begins. A prompt with several samples either
-//! reserves for all of them, or begins alone and keeps new prompts out until its last sample has begun; so samples
-//! that wait are of one prompt at most, and there is always one that fits. Samples whose cache evicts share a prompt if
-//! they all fit, else each computes its own.
+//! Prompts begin while the cache is expected to hold everybody to the end (`outlook`), so it is full of what is used
+//! rather than of what may be; who has no room after all is paused (`room`).
+//!
+//! **Invariant:** places are promised before a sequence begins. A prompt with several samples either begins with room
+//! for all of them, or alone, and then keeps new prompts out until its last sample has begun; so samples that wait are
+//! of one prompt at most, and there is always one that fits. Samples whose cache evicts share a prompt if they all fit,
+//! else each computes its own.
 
 use std::collections::HashMap;
 
-use super::prefix::{Found, Path};
-use super::prepare::{Prepared, Reservation, Unfit, Work};
+use super::outlook::Outlook;
+use super::prefix::{Found, Path, Prefixes};
+use super::prepare::{Prepared, PreparedPrompt, Scored, Unfit, Work};
 use super::sample::{Rules, Sample};
 use super::sequence::{Begin, Job, PromptState, Sequence};
 use super::{AHEAD_PROMPTS, Engine};
@@ -19,10 +23,14 @@ use crate::job::request::{FinishReason, LineError};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::Kept;
 
+/// Who was paused comes back when this part of the cache stays free, so that it is not paused again at once.
+const PAUSED_SPARE: usize = 32;
+
 impl<D: Device> Engine<'_, D> {
     /// Takes a line in: errors are answered at once, prompts wait for admission.
     pub(super) fn accept(&mut self, prepared: Prepared, writer: &mut Writer) -> Result<()> {
         let Prepared { header, work } = prepared;
+        self.accepted += 1;
         let work = match work {
             Ok(work) => work,
             Err(Unfit::Line(error)) => return self.fail(&header, &error, writer),
@@ -46,8 +54,8 @@ impl<D: Device> Engine<'_, D> {
         let index = header.index;
         let mut known: HashMap<(u32, u32), _> =
             partial.into_iter().map(|sample| ((sample.prompt, sample.sample), sample.tokens)).collect();
+        let shares = self.shares_beginnings();
         let mut job = Job { header, rules, prompts: Vec::new(), open: 0, error: None };
-        let shares_beginnings = self.shares_beginnings();
         for (prompt_index, prompt) in prompts.into_iter().enumerate() {
             let n = request.sampling.n;
             let mut samples: Vec<Option<Sample>> = (0..n).map(|_| None).collect();
@@ -74,7 +82,6 @@ impl<D: Device> Engine<'_, D> {
             job.open += begin.len() + usize::from(scored.is_some());
             let scores = scored.map_or(0, |scored| prompt.tokens.len() + usize::from(scored.after.is_some()));
             let scores = vec![None; scores];
-            let shares = shares_beginnings && prompt.kept == Kept::All;
             job.prompts.push(PromptState { prompt, scores, samples });
             let mut groups: Vec<Vec<Sample>> =
                 if self.batch.share_prompts { vec![begin] } else { begin.into_iter().map(|one| vec![one]).collect() };
@@ -84,12 +91,11 @@ impl<D: Device> Engine<'_, D> {
             for (group, samples) in groups.into_iter().enumerate() {
                 let scored = scored.filter(|_| group == 0);
                 if scored.is_some() || !samples.is_empty() {
-                    let tokens = &job.prompts[prompt_index].prompt.tokens;
-                    // The row before the first token that is scored predicts it.
-                    let from = scored.map_or(usize::MAX, |scored| scored.from - 1);
-                    let path = if shares { self.prefixes.enter(tokens, from) } else { Path::default() };
-                    self.pending_tokens += tokens.len();
-                    self.pending.push_back(Begin { job: index, prompt: prompt_index, samples, scored, path });
+                    let prompt = &job.prompts[prompt_index].prompt;
+                    let path = path_of(&mut self.prefixes, shares, prompt, scored);
+                    self.pending_tokens += prompt.tokens.len();
+                    let prompt = prompt_index;
+                    self.pending.push_back(Begin { job: index, prompt, samples, scored, path, paused: None });
                 }
             }
         }
@@ -102,44 +108,58 @@ impl<D: Device> Engine<'_, D> {
 
     /// Begins what there is room for.
     pub(super) fn admit(&mut self) {
+        let mut outlook = self.outlook.take().unwrap_or_else(|| self.outlook());
+        self.admit_into(&mut outlook);
+        self.outlook = Some(outlook);
+    }
+
+    fn admit_into(&mut self, outlook: &mut Outlook) {
         while let Some(sequence) = self.waiting.front() {
-            if self.places() == 0 || self.free_pages() < sequence.reserved {
+            let mut with = outlook.clone();
+            self.look_at(sequence, &mut with);
+            if self.places() == 0 || !(self.active.is_empty() || with.pages() <= self.free_pages() as f64) {
                 return;
             }
-            let sequence = self.waiting.pop_front().expect("front exists");
-            self.reserved += sequence.reserved;
-            self.active.push(sequence);
+            *outlook = with;
+            self.active.extend(self.waiting.pop_front());
         }
         // Siblings that will wait for room keep new prompts out.
-        if self.active.iter().any(|sequence| !sequence.siblings.is_empty() && sequence.sibling_pages.is_none()) {
+        if self.active.iter().any(|sequence| !sequence.siblings.is_empty() && !sequence.siblings_go_on) {
+            return;
+        }
+        if self.active.is_empty() {
+            self.closed = false;
+        } else if self.closed {
             return;
         }
         while let Some((index, taken)) = self.next_prompt() {
             let begin = &self.pending[index];
-            let job = &self.jobs[&begin.job];
-            let prompt = &job.prompts[begin.prompt].prompt;
             let siblings = begin.samples.len().saturating_sub(1);
-            let Reservation { alone, sibling, .. } = Reservation::of(prompt, begin.samples.len());
-            let (all, alone) = (alone - taken + sibling * siblings, alone - taken);
-            let lacks = all.saturating_sub(self.free_pages());
-            // Pages that are given up are computed again: not for a prompt that must wait all the same.
-            if lacks > 0 && (lacks <= self.prefixes.idle_pages() || self.active.is_empty()) {
-                self.prefixes.give_up(lacks, (&begin.path, taken), &mut self.pool);
-            }
-            let fits = |pages: usize, places: usize| self.free_pages() >= pages && self.places() >= places;
-            let sibling_pages = if fits(all, siblings + 1) {
-                Some(sibling)
-            } else if siblings > 0 && self.active.is_empty() && prompt.kept != Kept::All {
+            // What it takes can no longer be given up; and who was paused comes back when there is room to spare.
+            let spare = if begin.paused.is_some() { self.pool.len() / PAUSED_SPARE } else { 0 };
+            let free = self.free_pages() as f64 - (self.prefixes.idle_pages_of(&begin.path, taken) + spare) as f64;
+            let with = |all: bool| {
+                let mut with = outlook.clone();
+                self.look_at_prompt(begin, taken, all, &mut with);
+                with
+            };
+            let (all, alone) = (with(true), with(false));
+            let fits = |outlook: &Outlook, places: usize| outlook.pages() <= free && self.places() >= places;
+            let (siblings_go_on, with) = if fits(&all, siblings + 1) {
+                (true, all)
+            } else if !self.active.is_empty() {
+                return;
+            } else if siblings > 0 && self.jobs[&begin.job].prompts[begin.prompt].prompt.kept != Kept::All {
                 self.part_samples(index);
                 continue;
-            } else if siblings > 0 && self.active.is_empty() && fits(alone, 1) {
-                None
             } else {
-                return;
+                // It was let in because it fits when it is alone.
+                (siblings == 0, alone)
             };
+            *outlook = with;
             self.passed_over = if index == 0 { 0 } else { self.passed_over + 1 };
             let begin = self.pending.remove(index).expect("it was looked at");
-            self.begin(begin, sibling_pages, alone);
+            self.begin(begin, siblings_go_on);
         }
     }
 
@@ -154,28 +174,31 @@ impl<D: Device> Engine<'_, D> {
                 Found::Pages(pages) => Some((index, pages)),
                 Found::Soon => None,
             });
-        // Nobody is passed over for ever.
-        let mut found = found.take(if self.passed_over < AHEAD_PROMPTS { usize::MAX } else { 1 });
+        // Nobody is passed over for ever, nor whoever was paused at all.
+        let paused = self.pending.front().is_some_and(|begin| begin.paused.is_some());
+        let strict = paused || self.passed_over >= AHEAD_PROMPTS;
+        let mut found = found.take(if strict { 1 } else { usize::MAX });
         let first = found.next()?;
         if first.1 > 0 { Some(first) } else { found.find(|&(_, pages)| pages > 0).or(Some(first)) }
     }
 
     /// Lets every sample of a prompt in line compute it for itself.
     fn part_samples(&mut self, place: usize) {
-        let Begin { job, prompt, samples, scored, .. } = self.pending.remove(place).expect("it was looked at");
+        let Begin { job, prompt, samples, scored, paused, .. } = self.pending.remove(place).expect("it was looked at");
         let tokens = self.jobs[&job].prompts[prompt].prompt.tokens.len();
         self.pending_tokens += tokens * (samples.len() - 1);
         for (index, sample) in samples.into_iter().enumerate().rev() {
             // Caches that evict share no beginnings.
             let (samples, scored, path) = (vec![sample], scored.filter(|_| index == 0), Path::default());
-            self.pending.insert(place, Begin { job, prompt, samples, scored, path });
+            self.pending.insert(place, Begin { job, prompt, samples, scored, path, paused });
         }
     }
 
-    fn begin(&mut self, begin: Begin, sibling_pages: Option<usize>, reserved: usize) {
-        let Begin { job, prompt, samples, scored, mut path } = begin;
-        self.begun += 1;
-        let pages = self.prefixes.begin(&mut path, self.begun, &mut self.pool);
+    fn begin(&mut self, begin: Begin, siblings_go_on: bool) {
+        let Begin { job, prompt, samples, scored, mut path, paused } = begin;
+        self.begun += u64::from(paused.is_none());
+        let number = paused.unwrap_or(self.begun);
+        let pages = self.prefixes.begin(&mut path, number, &mut self.pool);
         let taken = pages.len() * PAGE_POSITIONS;
         let prepared = &self.jobs[&job].prompts[prompt].prompt;
         let (prompt_tokens, kept) = (&prepared.tokens, prepared.kept);
@@ -184,11 +207,12 @@ impl<D: Device> Engine<'_, D> {
         let mut tokens = prompt_tokens.clone();
         tokens.extend(sample.iter().flat_map(|sample| &sample.tokens).map(|token| token.id));
         let siblings: Vec<Sample> = samples.collect();
-        self.counts.prompt_tokens += prompt_tokens.len() as u64;
-        self.counts.shared_tokens += taken as u64;
+        if paused.is_none() {
+            self.counts.prompt_tokens += prompt_tokens.len() as u64;
+            self.counts.shared_tokens += taken as u64;
+        }
         self.pending_tokens -= prompt_tokens.len();
-        self.reserved += reserved + sibling_pages.unwrap_or(0) * siblings.len();
-        self.promised_places += if sibling_pages.is_some() { siblings.len() } else { 0 };
+        self.promised_places += if siblings_go_on { siblings.len() } else { 0 };
         self.active.push(Sequence {
             job,
             prompt,
@@ -197,13 +221,12 @@ impl<D: Device> Engine<'_, D> {
             computed: taken,
             kept,
             pages,
-            reserved,
-            number: self.begun,
+            number,
             path,
             scored,
             sample,
             siblings,
-            sibling_pages,
+            siblings_go_on,
         });
     }
 
@@ -211,6 +234,7 @@ impl<D: Device> Engine<'_, D> {
     pub(super) fn start_siblings(&mut self, leader: usize) {
         let siblings = std::mem::take(&mut self.active[leader].siblings);
         for sample in siblings {
+            self.begun += 1;
             let leader = &self.active[leader];
             let prompt = &self.jobs[&leader.job].prompts[leader.prompt].prompt;
             let pages: Vec<_> = leader.pages[..leader.kept.pages(leader.prompt_len)].to_vec();
@@ -223,19 +247,18 @@ impl<D: Device> Engine<'_, D> {
                 prompt_len: leader.prompt_len,
                 computed: leader.prompt_len,
                 kept: leader.kept,
-                reserved: Reservation::of(prompt, 2).sibling,
                 pages,
-                number: leader.number,
-                path: Path::default(),
+                number: self.begun,
+                path: self.prefixes.join(&leader.path),
                 scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),
-                sibling_pages: None,
+                siblings_go_on: false,
             };
             sequence.pages.iter().for_each(|&page| self.pool.share(page));
             self.counts.prompt_tokens += sequence.prompt_len as u64;
             self.counts.shared_tokens += sequence.prompt_len as u64;
-            if leader.sibling_pages.is_some() {
+            if leader.siblings_go_on {
                 self.promised_places -= 1;
                 self.active.push(sequence);
             } else {
@@ -244,42 +267,26 @@ impl<D: Device> Engine<'_, D> {
         }
     }
 
-    /// Makes the pages that positions `from .. to` of a sequence are written to its own.
-    pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
-        let sequence = &mut self.active[index];
-        let new = sequence.kept.pages(to).saturating_sub(sequence.pages.len());
-        sequence.pages.extend((0..new).map(|_| self.pool.take()));
-        sequence.reserved -= new;
-        self.reserved -= new;
-        for page in sequence.kept.writes(&(from..to)) {
-            if self.pool.is_shared(sequence.pages[page]) {
-                let own = self.pool.take();
-                self.executor.copy_page(sequence.pages[page], own)?;
-                self.pool.release(std::mem::replace(&mut sequence.pages[page], own));
-                sequence.reserved -= 1;
-                self.reserved -= 1;
-            }
-        }
-        Ok(())
-    }
-
     /// Gives back everything that a sequence holds.
     pub(super) fn release(&mut self, sequence: &Sequence) {
         self.prefixes.end(&sequence.path, sequence.number, &mut self.pool);
         sequence.pages.iter().for_each(|&page| self.pool.release(page));
-        self.reserved -= sequence.reserved;
-        // Siblings that never began, because the request failed.
-        if let Some(pages) = sequence.sibling_pages {
-            self.reserved -= pages * sequence.siblings.len();
+        // Siblings that have not begun.
+        if sequence.siblings_go_on {
             self.promised_places -= sequence.siblings.len();
         }
-    }
-
-    fn free_pages(&self) -> usize {
-        self.pool.free() - self.reserved
     }
 
     pub(super) fn places(&self) -> usize {
         self.batch.sequences.saturating_sub(self.active.len() + self.promised_places)
     }
+}
+
+/// The way of a prompt through the tree of beginnings, if it shares its own.
+pub(super) fn path_of(prefixes: &mut Prefixes, shares: bool, prompt: &PreparedPrompt, scored: Option<Scored>) -> Path {
+    if !shares || prompt.kept != Kept::All {
+        return Path::default();
+    }
+    // The row before the first token that is scored predicts it.
+    prefixes.enter(&prompt.tokens, scored.map_or(usize::MAX, |scored| scored.from - 1))
 }

@@ -4,8 +4,12 @@
 //! its own tokens.
 
 mod admission;
+mod lengths;
+mod outlook;
 mod prefix;
 mod prepare;
+mod replan;
+mod room;
 mod sample;
 mod score;
 mod sequence;
@@ -25,9 +29,15 @@ use crate::job::{Reader, Writer};
 use crate::kv::pages::PagePool;
 use crate::kv::policy::KvPolicy;
 use crate::model::Model;
+use crate::policy::Order;
 use crate::schedule::Pass;
+use lengths::Lengths;
+use outlook::Outlook;
+pub use replan::{Advisor, Left, Used};
+
 use prefix::Prefixes;
 use prepare::{Arrival, Room};
+use replan::Looks;
 use sequence::{Begin, Job, Sequence};
 
 /// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.
@@ -36,6 +46,9 @@ const AHEAD_TOKENS: usize = 1 << 20;
 
 /// Passes without a new line after which none is waited for any more.
 const STARVED: u32 = 8;
+
+/// Why there is always an executor.
+const REPLACED: &str = "a job ends when its executor cannot be replaced";
 
 /// How much is computed together: placement, so it changes no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +59,10 @@ pub struct Batch {
     pub chunk_tokens: usize,
     /// Samples of a prompt share its computation and its pages, and so do prompts that begin alike.
     pub share_prompts: bool,
+    /// Whether prompts and answers share passes.
+    pub order: Order,
+    /// Tokens that answers are expected to have, until they have shown it; as many as they may if there is nothing here.
+    pub expected_len: Option<usize>,
 }
 
 /// What the engine counted.
@@ -67,6 +84,12 @@ pub struct Counts {
     pub evicted_tokens: u64,
     /// Trips over the layers.
     pub passes: u64,
+    /// Answers that have ended.
+    pub ended: u64,
+    /// Sequences that gave their pages to others and were computed again.
+    pub paused: u64,
+    /// Changes to another placement.
+    pub replanned: u64,
     /// Sequences in flight now.
     pub in_flight: u64,
     /// Time spent within passes.
@@ -79,7 +102,8 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Counts);
 /// Runs requests on a loaded model.
 pub struct Engine<'m, D: Device> {
     model: &'m Model,
-    executor: Executor<D>,
+    /// There is one but while it is replaced.
+    executor: Option<Executor<D>>,
     kv_policy: Arc<dyn KvPolicy>,
     pool: PagePool,
     batch: Batch,
@@ -98,8 +122,21 @@ pub struct Engine<'m, D: Device> {
     /// Sequences that have begun.
     begun: u64,
     jobs: HashMap<u64, Job>,
-    /// Pages promised to active sequences and not taken yet.
-    reserved: usize,
+    /// How long answers get.
+    lengths: Lengths,
+    /// What those in flight will need, while none of them has moved.
+    outlook: Option<Outlook>,
+    /// Pages that the next positions of every active sequence need, and all together.
+    noted: Vec<usize>,
+    noted_pages: usize,
+    /// No prompt begins before everybody has ended.
+    closed: bool,
+    /// Lines that were read.
+    accepted: u64,
+    /// What earlier executors have done and taken.
+    before: Used,
+    /// When to ask for another placement.
+    looks: Looks,
     /// Places among the active that are promised to siblings.
     promised_places: usize,
     pass: Pass,
@@ -125,7 +162,7 @@ impl<'m, D: Device> Engine<'m, D> {
         let pool = PagePool::new(executor.placement().pages);
         Engine {
             model,
-            executor,
+            executor: Some(executor),
             kv_policy,
             pool,
             batch,
@@ -137,7 +174,14 @@ impl<'m, D: Device> Engine<'m, D> {
             prefixes: Prefixes::default(),
             begun: 0,
             jobs: HashMap::new(),
-            reserved: 0,
+            lengths: Lengths::new(batch.expected_len),
+            outlook: None,
+            noted: Vec::new(),
+            noted_pages: 0,
+            closed: false,
+            accepted: 0,
+            before: Used::default(),
+            looks: Looks::default(),
             promised_places: 0,
             pass: Pass::default(),
             counts: Counts::default(),
@@ -157,14 +201,14 @@ impl<'m, D: Device> Engine<'m, D> {
         (self.serves, self.batch_wait) = (true, batch_wait);
     }
 
-    /// The executor, for what it counted.
+    /// The executor.
     pub fn executor(&self) -> &Executor<D> {
-        &self.executor
+        self.executor.as_ref().expect(REPLACED)
     }
 
     /// The executor, to take from it what it noted.
     pub fn executor_mut(&mut self) -> &mut Executor<D> {
-        &mut self.executor
+        self.executor.as_mut().expect(REPLACED)
     }
 
     /// Runs everything that `reader` gives, until it ends or `signal` becomes non-zero.
@@ -176,6 +220,7 @@ impl<'m, D: Device> Engine<'m, D> {
         reader: Reader,
         writer: &mut Writer,
         signal: &AtomicUsize,
+        advisor: Option<&mut dyn Advisor<D>>,
         observe: Observer<'_>,
     ) -> Result<Counts> {
         let config = &self.model.config;
@@ -192,7 +237,7 @@ impl<'m, D: Device> Engine<'m, D> {
         };
         std::thread::scope(|scope| {
             let lines = prepare::spawn(scope, reader, self.model, room);
-            let result = self.work(&lines, writer, signal, observe);
+            let result = self.work(&lines, writer, signal, advisor, observe);
             // Whatever ended the run, what was sampled goes into the journal, unless that is what failed.
             let saved = if writer.is_broken() { Ok(()) } else { self.journal(writer) };
             result.and(saved).map(|()| self.counts)
@@ -204,6 +249,7 @@ impl<'m, D: Device> Engine<'m, D> {
         lines: &Receiver<Result<Arrival>>,
         writer: &mut Writer,
         signal: &AtomicUsize,
+        mut advisor: Option<&mut dyn Advisor<D>>,
         observe: Observer<'_>,
     ) -> Result<()> {
         let mut more = true;
@@ -240,6 +286,7 @@ impl<'m, D: Device> Engine<'m, D> {
                 continue;
             }
             self.step(writer)?;
+            self.reconsider(!more, advisor.as_deref_mut(), writer)?;
             self.counts.in_flight = self.active.len() as u64;
             observe(&self.counts);
             self.save(writer)?;
@@ -253,9 +300,7 @@ impl<'m, D: Device> Engine<'m, D> {
 
     /// Pages that a block can have brought in for a layer; no limit where all are there.
     fn block_pages(&self) -> usize {
-        let placement = self.executor.placement();
-        let resident = placement.pages[placement.compute as usize];
-        if resident == self.pool.len() { usize::MAX } else { placement.policy.block_pages }
+        self.executor().placement().most_block_pages()
     }
 
     /// Everything that fits is done; what does not is told with the memory that would do.
@@ -263,7 +308,7 @@ impl<'m, D: Device> Engine<'m, D> {
         if self.postponed == 0 {
             return Ok(());
         }
-        let placement = self.executor.placement();
+        let placement = self.executor().placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
         let ([cache, block], longest) = (self.pages_wanted, self.longest());
         // What a block holds counts where pages are brought in.
@@ -292,6 +337,11 @@ impl<'m, D: Device> Engine<'m, D> {
         self.batch.share_prompts && !self.model.config.positions.depend_on_length()
     }
 
+    /// Whether a batch that will be closed has room for more.
+    fn fills(&self) -> bool {
+        self.batch.order == Order::Phased && !self.closed && self.pending.is_empty() && self.places() > 0
+    }
+
     /// Whether new prompts could be admitted if there were any, or are to be looked at ahead.
     fn wants_lines(&self) -> bool {
         let ahead = self.pending.len() < AHEAD_PROMPTS && self.pending_tokens < AHEAD_TOKENS;
@@ -307,6 +357,8 @@ impl<'m, D: Device> Engine<'m, D> {
         // Long waits are short too: a slow input must not keep a signal waiting.
         let patience = match self.active.is_empty() {
             true => Duration::from_millis(100),
+            // A batch that nobody joins later is worth one.
+            false if self.fills() => Duration::from_millis(100),
             // Looking ahead is worth no wait, nor is an input that has had nothing for a while.
             false if !self.pending.is_empty() || self.places() == 0 || self.starved > STARVED => {
                 left.min(Duration::from_millis(100))

@@ -33,7 +33,7 @@ pub struct Prefixes {
     /// Numbers of nodes that are gone.
     free: Vec<NodeId>,
     children: HashMap<(Option<NodeId>, Tile), NodeId>,
-    /// Ready nodes that no sequence goes through.
+    /// Ready nodes that no sequence goes through: only the tree holds their pages.
     idle: usize,
 }
 
@@ -134,6 +134,16 @@ impl Prefixes {
         pages
     }
 
+    /// Another sequence of the same prompt goes on from what one has computed, and holds the pages that it does.
+    pub fn join(&mut self, path: &Path) -> Path {
+        for &node in &path.nodes {
+            let node = &mut self.nodes[node as usize];
+            self.idle -= usize::from(node.is_idle());
+            node.running += 1;
+        }
+        Path { nodes: path.nodes.clone(), takes: path.takes, published: path.nodes.len() }
+    }
+
     /// What the sequence has computed by now, so many positions in `pages`, is ready.
     pub fn publish(&mut self, path: &mut Path, sequence: u64, computed: usize, pages: &[PageId], pool: &mut PagePool) {
         let upto = path.nodes.len().min(computed / PAGE_POSITIONS);
@@ -180,6 +190,11 @@ impl Prefixes {
     /// Pages that the tree alone holds.
     pub fn idle_pages(&self) -> usize {
         self.idle
+    }
+
+    /// How many of the first `taken` pages of a way the tree alone holds.
+    pub fn idle_pages_of(&self, path: &Path, taken: usize) -> usize {
+        path.nodes[..taken].iter().filter(|&&node| self.nodes[node as usize].is_idle()).count()
     }
 
     /// Gives up `count` pages that the tree alone holds, but not the first `taken` ones of `path`, which its prompt is

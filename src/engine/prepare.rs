@@ -11,7 +11,6 @@ use super::score;
 use crate::error::{Error, Result};
 use crate::job::request::{Conversation, ItemHeader, LineError, Prompt, Request};
 use crate::job::{Event, Item, PartialSample, Reader};
-use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::model::Model;
 use crate::model::chat::ChatInput;
@@ -218,7 +217,7 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     }
     prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
-    let pages = Reservation::of(&prompt, request.sampling.n as usize).least;
+    let pages = least_pages(&prompt, request.sampling.n as usize);
     let block = prompt.kept.widest_layer(positions(len, prompt.max_tokens), room.num_layers);
     if pages > room.pages || block > room.block_pages {
         return Err(Unfit::Pages { cache: pages, block });
@@ -226,31 +225,9 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     Ok(prompt)
 }
 
-/// Pages that a prompt and its samples hold at the same time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reservation {
-    /// With these it can run at all: its samples can take turns.
-    pub least: usize,
-    /// Of the sequence that computes the prompt for all.
-    pub alone: usize,
-    /// Of each further sample.
-    pub sibling: usize,
-}
-
-impl Reservation {
-    /// What `samples` samples of a prompt reserve.
-    pub fn of(prompt: &PreparedPrompt, samples: usize) -> Self {
-        let len = prompt.tokens.len();
-        let pages = prompt.kept.pages(positions(len, prompt.max_tokens));
-        let shares = samples > 1;
-        match prompt.kept {
-            // Whole pages of the prompt stay shared; the last one is copied by whoever goes on from it.
-            Kept::All => {
-                let alone = pages + usize::from(shares);
-                Reservation { least: alone, alone, sibling: pages - len / PAGE_POSITIONS }
-            }
-            // Every page may be written again; samples that do not fit together compute the prompt for themselves.
-            _ => Reservation { least: pages, alone: pages * (1 + usize::from(shares)), sibling: pages },
-        }
-    }
+/// Pages with which a prompt can run at all: its samples can take turns.
+fn least_pages(prompt: &PreparedPrompt, samples: usize) -> usize {
+    let pages = prompt.kept.pages(positions(prompt.tokens.len(), prompt.max_tokens));
+    // Whole pages of the prompt stay shared; the last one is copied by whoever goes on from it.
+    pages + usize::from(samples > 1 && prompt.kept == Kept::All)
 }

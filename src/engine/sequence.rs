@@ -1,7 +1,6 @@
 //! Sequences in flight and the requests that they belong to.
 //!
-//! **Invariant:** a sequence holds exactly the pages of its computed positions (shared ones counted once per
-//! holder) and has reserved what it may still need, so a sequence that was admitted never runs out.
+//! **Invariant:** a sequence holds exactly the pages of its computed positions, shared ones counted once per holder.
 
 use crate::error::Result;
 use crate::job::request::{Answer, Choice, ItemHeader, LineError, PromptAnswer, SampledToken, TokenLogprob, TokenText};
@@ -53,9 +52,7 @@ pub struct Sequence {
     pub kept: Kept,
     /// Pages of the computed positions.
     pub pages: Vec<PageId>,
-    /// Pages that it may still take.
-    pub reserved: usize,
-    /// Counts sequences.
+    /// Counts sequences, in the order in which they first began.
     pub number: u64,
     /// The way of its prompt through the tree of beginnings.
     pub path: Path,
@@ -65,8 +62,8 @@ pub struct Sequence {
     pub sample: Option<Sample>,
     /// Further samples, which begin when the prompt is computed.
     pub siblings: Vec<Sample>,
-    /// Pages reserved for each sibling; none when siblings wait for room.
-    pub sibling_pages: Option<usize>,
+    /// Whether they have their places as soon as it is; else they wait for room.
+    pub siblings_go_on: bool,
 }
 
 /// A prompt that has not begun.
@@ -81,6 +78,8 @@ pub struct Begin {
     pub scored: Option<Scored>,
     /// The prompt's way through the tree of beginnings.
     pub path: Path,
+    /// The number that it had before it was paused.
+    pub paused: Option<u64>,
 }
 
 impl Sequence {

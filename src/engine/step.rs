@@ -4,13 +4,16 @@
 
 use std::time::Instant;
 
+use super::lengths::{Kind, Lengths, is_certain};
+use super::sample::{Rules, Sample};
 use super::sequence::{self, Job, Sequence, prompt_scores};
-use super::{Engine, journal_sample};
+use super::{Engine, REPLACED, journal_sample};
 use crate::device::Device;
 use crate::device::sampling::{Draw, Drawn, Problem, Target};
 use crate::error::{Error, Result};
 use crate::job::Writer;
-use crate::job::request::{LineError, SampledToken};
+use crate::job::request::{FinishReason, LineError, SampledToken};
+use crate::policy::Order;
 use crate::schedule::Run;
 use crate::schedule::compose::{Fill, Wishes};
 
@@ -55,10 +58,13 @@ impl<D: Device> Fill for Filling<'_, '_, D> {
 impl<D: Device> Engine<'_, D> {
     /// Computes one pass and takes its tokens in.
     pub(super) fn step(&mut self, writer: &mut Writer) -> Result<()> {
+        self.outlook = None;
+        self.closed = self.batch.order == Order::Phased;
+        self.make_room(writer)?;
         let (draws, askers) = self.compose()?;
         assert!(self.pass.rows() > 0, "no active sequence fits into a pass of its own");
         let started = Instant::now();
-        let drawn = self.executor.run(&self.pass, &draws)?;
+        let drawn = self.executor.as_mut().expect(REPLACED).run(&self.pass, &draws)?;
         self.counts.busy += started.elapsed();
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
@@ -80,8 +86,9 @@ impl<D: Device> Engine<'_, D> {
             prompt_tokens: prompts.iter().map(|&index| self.active[index].uncomputed()).sum(),
             decoding,
             prompts,
-            blocks: self.executor.placement().policy.blocks,
+            blocks: self.executor().placement().policy.blocks,
             chunk_tokens: self.batch.chunk_tokens,
+            order: self.batch.order,
         };
         let mut filling = Filling { engine: self, asked: Asked::default() };
         wishes.compose(&mut filling)?;
@@ -96,15 +103,20 @@ impl<D: Device> Engine<'_, D> {
         let to = sequence.tokens.len().min(from + most);
         // The prompt ends a chunk: siblings start from it, and length scaling changes there.
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
-        let to = sequence.kept.reach(&(from..to));
-        let outputs = self.executor.placement().output_rows - asked.rows;
+        let to = self.within_pages(index, sequence.kept.reach(&(from..to)));
+        let outputs = self.executor().placement().output_rows - asked.rows;
         let to = sequence.scored.map_or(to, |scored| to.min(from.max(scored.from - 1) + outputs));
         if to == from || sequence.asks(from..to) > outputs {
             return Ok(0);
         }
         self.own_pages(index, from, to)?;
         let sequence = &mut self.active[index];
-        let to = from + self.pass.room(self.executor.placement(), (&sequence.pages, sequence.kept), from..to);
+        let to = from
+            + self.pass.room(
+                self.executor.as_ref().expect(REPLACED).placement(),
+                (&sequence.pages, sequence.kept),
+                from..to,
+            );
         if to == from {
             return Ok(0);
         }
@@ -144,10 +156,13 @@ impl<D: Device> Engine<'_, D> {
                     let sample = sequence.sample.as_mut().expect("only sequences with a sample ask");
                     sequence.tokens.push(token.id);
                     sample.accept(token, &job.rules, self.model)?;
+                    learn(&mut self.lengths, &job.rules, sequence.prompt_len, sample);
                     self.counts.generated_tokens += 1;
                 }
                 Asker::Sibling { sibling, .. } => {
-                    sequence.siblings[sibling].accept(token, &job.rules, self.model)?;
+                    let sample = &mut sequence.siblings[sibling];
+                    sample.accept(token, &job.rules, self.model)?;
+                    learn(&mut self.lengths, &job.rules, sequence.prompt_len, sample);
                     self.counts.generated_tokens += 1;
                 }
             }
@@ -182,7 +197,7 @@ impl<D: Device> Engine<'_, D> {
         // A sibling can end with its first token, before it had a place.
         while let Some(position) = self.waiting.iter().position(|sequence| self.is_done(sequence)) {
             let sequence = self.waiting.remove(position).expect("position is within");
-            sequence.pages.iter().for_each(|&page| self.pool.release(page));
+            self.release(&sequence);
             self.put_away(sequence, writer)?;
         }
         Ok(())
@@ -201,6 +216,7 @@ impl<D: Device> Engine<'_, D> {
         job.open -= own + sequence.siblings.len();
         let finished = job.open == 0;
         if let Some(mut sample) = sequence.sample {
+            self.counts.ended += 1;
             if !finished {
                 journal_sample(writer, sequence.job, sequence.prompt, &mut sample)?;
             }
@@ -224,6 +240,14 @@ impl<D: Device> Engine<'_, D> {
         let answer = sequence::answer(job, self.model)?;
         self.counts.succeeded += 1;
         writer.finish(&header, Ok(&answer))
+    }
+}
+
+/// Notes whether a sample ended with its last token, if what is drawn decides it.
+fn learn(lengths: &mut Lengths, rules: &Rules, prompt_len: usize, sample: &Sample) {
+    if !is_certain(rules.request()) {
+        let ended = sample.finish.as_ref().is_some_and(|(reason, _)| *reason != FinishReason::Length);
+        lengths.note(Kind::new(rules.request().endpoint, prompt_len), sample.tokens.len() - 1, ended);
     }
 }
 

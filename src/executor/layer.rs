@@ -76,19 +76,17 @@ impl<D: Device> Layer<'_, D> {
             device.add(hidden, &a.update, rows * width);
             return;
         }
-        device.add(hidden, &a.update, rows * width);
+        let norm = if first { &self.norms.mlp } else { &self.norms.attn };
+        device.add_norm(hidden, &a.update, rows, width, norm, &mut a.normed);
         if first {
-            device.norm(hidden, rows, width, &self.norms.mlp, &mut a.normed);
-        } else {
-            device.norm(hidden, rows, width, &self.norms.attn, &mut a.normed);
-            std::mem::swap(hidden, &mut a.normed);
+            self.mlp(a, hidden);
+            device.add(hidden, &a.update, rows * width);
+            return;
         }
+        std::mem::swap(hidden, &mut a.normed);
         self.mlp(a, hidden);
-        device.add(hidden, &a.update, rows * width);
-        if !first {
-            device.norm(hidden, rows, width, &self.norms.mlp, &mut a.normed);
-            std::mem::swap(hidden, &mut a.normed);
-        }
+        device.add_norm(hidden, &a.update, rows, width, &self.norms.mlp, &mut a.normed);
+        std::mem::swap(hidden, &mut a.normed);
     }
 
     /// Attention of the normalised (or, with the norm after it, plain) rows into `update`.

@@ -246,6 +246,7 @@ impl<D: Device> Executor<D> {
                 let mut compute = self.computing();
                 let to = &mut place.bytes_mut()[..bytes];
                 fixed.device.copy_out(&compute.frames().memory, &mut [(frame * bytes, to)])?;
+                fixed.device.finish()?;
             }
             (Tier::Disk, frame) => {
                 let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
@@ -258,6 +259,7 @@ impl<D: Device> Executor<D> {
             (tier, frame) if tier == placement.compute => {
                 let mut compute = self.computing();
                 fixed.device.copy_in(&[(&place.bytes()[..bytes], frame * bytes)], &mut compute.frames().memory)?;
+                fixed.device.finish()?;
             }
             (Tier::Disk, frame) => {
                 let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");

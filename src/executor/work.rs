@@ -45,7 +45,8 @@ impl Tools {
 }
 
 impl<D: Device> Workshop<D> {
-    /// Runs one step; gives the bytes that it moved, which are fewer than the step's where they are compressed.
+    /// Runs one step, or hands it to the device; gives the bytes that it moves, which are fewer than the step's where
+    /// they are compressed.
     ///
     /// # Errors
     /// What the disk or the device gives.
@@ -65,10 +66,6 @@ impl<D: Device> Workshop<D> {
             Op::Layer => self.computing().layer(&self.fixed, &self.shared, pass, step),
             Op::Gather => self.computing().gather(&self.fixed, &self.shared, pass, step),
             Op::Head => self.computing().head(&self.fixed, &self.shared, pass, step),
-        }
-        if matches!(step.lane, Lane::Gpu | Lane::Cpu) {
-            // A step is over when what it computed is there: fences count steps.
-            self.device().finish()?;
         }
         Ok(step.bytes)
     }

@@ -47,7 +47,7 @@ impl Request {
 }
 
 /// The shape of a line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
     /// `{"prompt": ...}` or `{"messages": ...}` with sampling fields beside it.
     Plain,

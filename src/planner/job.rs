@@ -30,9 +30,9 @@ pub struct Job {
     pub prompt_keys: f64,
     /// Tokens that a sequence generates.
     pub gen_len: f64,
-    /// Pages that a sequence reserves.
+    /// Pages that a sequence is expected to hold in the end.
     pub pages: f64,
-    /// Pages that the longest sequence reserves.
+    /// Pages that the longest sequence may hold.
     pub most_pages: usize,
     /// Pages that a single layer of the longest sequence works with.
     pub widest_layer: usize,
@@ -51,7 +51,7 @@ pub struct Request {
     pub prompt_len: usize,
     /// Tokens that it will generate.
     pub gen_len: usize,
-    /// Tokens that it may generate: what is reserved for.
+    /// Tokens that it may generate.
     pub max_tokens: usize,
     /// What of it is kept.
     pub kept: Kept,
@@ -63,9 +63,14 @@ impl Request {
         Request { prompt_len, gen_len, max_tokens, kept: kv_policy.kept(prompt_len, max_tokens) }
     }
 
-    /// Pages that are reserved for it.
+    /// Pages that it may hold.
     pub fn pages(&self) -> usize {
         self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
+    }
+
+    /// Pages that it will hold in the end.
+    fn expected_pages(&self) -> usize {
+        self.kept.pages(positions(self.prompt_len, self.gen_len)).max(1)
     }
 
     /// Pages that a single layer of it works with, at most, in a model with more than one.
@@ -112,13 +117,18 @@ impl Job {
             prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
             prompt_keys: mean(&Request::prompt_keys).max(1.0),
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
-            pages: mean(&|request| request.pages() as f64).max(1.0),
+            pages: mean(&|request| request.expected_pages() as f64).max(1.0),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
             widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
             decode_pages: mean(&Request::decode_pages),
             most_keys: mean(&Request::most_keys),
             rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),
         }
+    }
+
+    /// Whether answers are expected to end before their last token.
+    pub fn ends_early(&self) -> bool {
+        self.lengths.iter().any(|request| request.gen_len < request.max_tokens)
     }
 
     /// Prompt and generated tokens of all sequences.

@@ -7,8 +7,12 @@ use std::convert::Infallible;
 
 use super::job::{Job, Request};
 use crate::error::Tier;
+use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
+use crate::kv::policy::positions;
+use crate::policy::{Order, Policy};
 use crate::schedule::compose::{Fill, Wishes};
+use crate::schedule::forecast::Forecast;
 use crate::schedule::placement::{Placement, tier_of};
 use crate::schedule::shape::{BlockShape, Pages};
 
@@ -33,8 +37,6 @@ struct Sequence {
     computed: usize,
     known: usize,
     pages: Vec<PageId>,
-    /// Pages that it may still take.
-    reserved: usize,
 }
 
 /// A pass in the making, and who may be in it.
@@ -45,15 +47,50 @@ struct Crowd {
     pages: [usize; 3],
     /// Sequences that one of these stands for.
     each: f64,
+    /// Answers that end with a token, of all that could; none where lengths are certain.
+    ends: f64,
     active: Vec<Sequence>,
+    /// Those who gave their pages to others, the oldest last.
+    paused: Vec<Sequence>,
+    /// Pages that the next position of every active sequence needs.
+    noted: Vec<usize>,
     pool: PagePool,
-    reserved: usize,
     /// Limits of a block.
     block_rows: usize,
     block_pages: usize,
     /// Blocks of the pass, and the streamed pages of the last one.
     blocks: Vec<BlockShape>,
     streamed: usize,
+}
+
+impl Sequence {
+    fn new(request: Request) -> Self {
+        Sequence { request, computed: 0, known: request.prompt_len, pages: Vec::new() }
+    }
+
+    /// Whether its next row is a generated token.
+    fn decodes(&self) -> bool {
+        self.computed >= self.request.prompt_len && self.known - self.computed == 1
+    }
+
+    /// Adds it to a forecast; answers end with every token that they have not got to with some probability.
+    fn add_to(&self, forecast: &mut Forecast, ends: f64) {
+        let Request { prompt_len, max_tokens, kept, .. } = self.request;
+        let (held, answer) = (self.pages.len(), self.known - prompt_len);
+        let most = positions(prompt_len, max_tokens);
+        let grown = |more: usize| kept.pages((self.known + more).min(most)).saturating_sub(held);
+        let goes_on = |more: usize| if more + answer < max_tokens { (-(more as f64) * ends).exp() } else { 0.0 };
+        forecast.add(held, grown, goes_on);
+    }
+}
+
+/// A request whose answer is as long as chance has it, of the same mean: lengths of answers that end of themselves are
+/// nearly geometric.
+fn drawn(request: &Request, index: usize) -> Request {
+    // Multiples of the golden ratio are spread evenly, whatever part of them is looked at.
+    let share = ((index as f64 + 0.5) * 0.618_033_988_749_894_9).fract();
+    let gen_len = (-(request.gen_len as f64) * (1.0 - share).ln()).ceil() as usize;
+    Request { gen_len: gen_len.clamp(1, request.max_tokens), ..*request }
 }
 
 /// All passes of `job` under `placement`, in order.
@@ -68,9 +105,11 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         compute: placement.compute,
         pages,
         each,
+        ends: if job.ends_early() { 1.0 / job.gen_len } else { 0.0 },
         active: Vec::new(),
+        paused: Vec::new(),
+        noted: Vec::new(),
         pool: PagePool::new(pages),
-        reserved: 0,
         block_rows: fewer(policy.block_rows),
         block_pages: fewer(policy.block_pages).max(job.widest_layer),
         blocks: Vec::new(),
@@ -81,23 +120,28 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let room = crowd.pool.len();
     let fits = |request: &&Request| request.pages() <= room;
     let mut waiting = job.lengths.iter().filter(fits).cycle().take(followed).peekable();
-    let (mut passes, mut begun) = (Vec::new(), 0);
+    let (mut passes, mut begun, mut closed) = (Vec::new(), 0, false);
     // When the third round had begun, and when as many again had: the pass, and how many had begun. Between them lies
     // all that repeats, however unevenly a round begins.
     let mut marks: Vec<(usize, usize)> = Vec::new();
     loop {
-        while let Some(request) = waiting.peek() {
-            if crowd.active.len() == places || crowd.pool.free() - crowd.reserved < request.pages() {
+        closed &= !crowd.active.is_empty();
+        let mut forecast = crowd.forecast();
+        while crowd.active.len() < places && !closed && crowd.admit_paused(&mut forecast) {
+            let Some(request) = waiting.peek() else { break };
+            let request = if crowd.ends > 0.0 { drawn(request, begun) } else { **request };
+            if !crowd.admit(Sequence::new(request), &mut forecast) {
                 break;
             }
-            crowd.begin(**request);
             waiting.next();
             begun += 1;
         }
+        closed = policy.schedule == Order::Phased;
+        crowd.make_room();
         if marks.len() < 2 && begun > (ROUNDS - 2 + marks.len()) * places {
             marks.push((passes.len(), begun));
         }
-        crowd.compose(policy.blocks, fewer(policy.chunk_tokens));
+        crowd.compose(policy, fewer(policy.chunk_tokens));
         if crowd.blocks.is_empty() {
             break;
         }
@@ -113,19 +157,62 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
 }
 
 impl Crowd {
-    fn begin(&mut self, request: Request) {
-        let reserved = request.pages();
-        self.reserved += reserved;
-        self.active.push(Sequence { request, computed: 0, known: request.prompt_len, pages: Vec::new(), reserved });
+    /// What those in flight will need, as the engine sees it once it has learned how long answers get.
+    fn forecast(&self) -> Forecast {
+        let mut forecast = Forecast::default();
+        self.active.iter().for_each(|sequence| sequence.add_to(&mut forecast, self.ends));
+        forecast
     }
 
-    fn compose(&mut self, blocks: usize, chunk_tokens: usize) {
+    /// Begins a sequence if the cache is expected to hold it.
+    fn admit(&mut self, sequence: Sequence, forecast: &mut Forecast) -> bool {
+        let mut with = *forecast;
+        sequence.add_to(&mut with, self.ends);
+        let fits = self.active.is_empty() || with.peak() <= self.pool.free() as f64;
+        if fits {
+            *forecast = with;
+            self.active.push(sequence);
+        }
+        fits
+    }
+
+    /// Begins those again that were paused; whether all have room.
+    fn admit_paused(&mut self, forecast: &mut Forecast) -> bool {
+        while let Some(sequence) = self.paused.pop() {
+            let (request, known) = (sequence.request, sequence.known);
+            if !self.admit(sequence, forecast) {
+                self.paused.push(Sequence { known, ..Sequence::new(request) });
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Pauses the youngest until everybody who decodes, and the oldest, can take the pages of its next position.
+    fn make_room(&mut self) {
+        loop {
+            let needs = |(index, sequence): (usize, &Sequence)| match index == 0 || sequence.decodes() {
+                true => sequence.request.kept.pages(sequence.computed + 1).saturating_sub(sequence.pages.len()),
+                false => 0,
+            };
+            self.noted = self.active.iter().enumerate().map(needs).collect();
+            if self.active.len() < 2 || self.noted.iter().sum::<usize>() <= self.pool.free() {
+                return;
+            }
+            let youngest = self.active.pop().expect("there are two");
+            youngest.pages.iter().for_each(|&page| self.pool.release(page));
+            self.paused.push(Sequence { known: youngest.known, ..Sequence::new(youngest.request) });
+        }
+    }
+
+    fn compose(&mut self, policy: &Policy, chunk_tokens: usize) {
         self.blocks.clear();
-        let decodes = |index: &usize| self.active[*index].computed >= self.active[*index].request.prompt_len;
+        let decodes = |index: &usize| self.active[*index].decodes();
         let (decoding, prompts): (Vec<usize>, Vec<usize>) = (0..self.active.len()).partition(decodes);
         let left = |&index: &usize| self.active[index].known - self.active[index].computed;
         let prompt_tokens = prompts.iter().map(left).sum();
-        let wishes = Wishes { decoding, prompts, prompt_tokens, blocks, chunk_tokens };
+        let (blocks, order) = (policy.blocks, policy.schedule);
+        let wishes = Wishes { decoding, prompts, prompt_tokens, blocks, chunk_tokens, order };
         let Ok(()) = wishes.compose(self);
         self.blocks.retain(|block| block.rows > 0);
     }
@@ -148,7 +235,7 @@ impl Crowd {
 
     /// Draws the tokens that the pass asked for, and takes out who has ended.
     fn retire(&mut self) {
-        let (pool, reserved) = (&mut self.pool, &mut self.reserved);
+        let pool = &mut self.pool;
         self.active.retain_mut(|sequence| {
             if sequence.computed == sequence.known {
                 sequence.known += 1;
@@ -156,7 +243,6 @@ impl Crowd {
             let over = sequence.known == sequence.request.prompt_len + sequence.request.gen_len;
             if over {
                 sequence.pages.iter().for_each(|&page| pool.release(page));
-                *reserved -= sequence.reserved;
             }
             !over
         });
@@ -181,10 +267,17 @@ impl Fill for Crowd {
         if to == from {
             return Ok(0);
         }
+        // Others have been promised what their next positions need.
+        let noted = std::mem::take(&mut self.noted[index]);
+        let free = self.pool.free() - self.noted.iter().sum::<usize>();
+        let most = (sequence.pages.len() + free) * PAGE_POSITIONS;
+        let to = if kept.pages(to) > sequence.pages.len() + free { most.max(from) } else { to };
+        if to == from {
+            self.noted[index] = noted;
+            return Ok(0);
+        }
         while sequence.pages.len() < kept.pages(to) {
             sequence.pages.push(self.pool.take());
-            sequence.reserved -= 1;
-            self.reserved -= 1;
         }
         let (range, pages) = (from..to, &sequence.pages);
         let tiers = |indices: &mut dyn Iterator<Item = usize>| {
@@ -218,7 +311,7 @@ impl Fill for Crowd {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Policy, Split};
+    use crate::policy::Split;
     use crate::schedule::placement::ModelBytes;
 
     fn placement(job: &Job, sequences: usize, chunk_tokens: usize, blocks: usize, kv: Split) -> Placement {
@@ -249,6 +342,7 @@ mod tests {
             embed: Tier::Gpu,
             head: Tier::Gpu,
             compressed: false,
+            schedule: Order::Mixed,
         };
         Placement::new(&model, &policy, Tier::Gpu)
     }

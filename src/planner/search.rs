@@ -14,7 +14,7 @@ use super::rollout::rollout;
 use crate::cost::Costs;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::Hardware;
-use crate::policy::Policy;
+use crate::policy::{Order, Policy};
 use crate::schedule::fences::Fences;
 use crate::schedule::lower::{Carried, lower};
 use crate::schedule::placement::Placement;
@@ -31,8 +31,9 @@ const SIMULATED: usize = 24;
 const OF_A_KIND: usize = 3;
 /// Times that budgets are tightened until a rounded placement fits.
 const ATTEMPTS: usize = 8;
-/// Plans whose whole job is followed, pass by pass.
+/// Plans whose whole job is followed, pass by pass, at least and at most.
 const FOLLOWED: usize = 3;
+const MOST_FOLLOWED: usize = 12;
 /// How much slower a plan may be that does without the disk.
 const DISK_HANDICAP: f64 = 1.02;
 /// Sequences in flight at most.
@@ -53,6 +54,8 @@ pub struct Question<'a> {
     pub capabilities: Capabilities,
     /// What is to be generated.
     pub job: &'a Job,
+    /// Whether prompts and answers share passes.
+    pub schedule: Order,
 }
 
 /// A placement and what is known about it.
@@ -97,11 +100,16 @@ pub struct Rehearsed {
     pub ends: Vec<f64>,
 }
 
-/// An outline with its bound.
-struct Candidate {
+/// An outline with what its program says about a pass.
+struct Solved {
     outline: Outline,
     load: PassLoad,
     solution: Solution,
+}
+
+/// An outline with its bound.
+struct Candidate {
+    solved: Solved,
     /// The job's seconds if every pass were as fast as the program says.
     secs: f64,
 }
@@ -117,7 +125,19 @@ impl<'a> Question<'a> {
     /// # Errors
     /// [`Error::OverBudget`] if nothing fits, with what would.
     pub fn plan(&self) -> Result<Plan> {
-        let candidates = self.candidates();
+        self.best(&self.candidates()).ok_or_else(|| self.refusal(1))
+    }
+
+    /// The best plan with just so many sequences in flight.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] if they do not fit, with what would.
+    pub fn plan_with(&self, sequences: usize) -> Result<Plan> {
+        self.best(&self.candidates_with(sequences)).ok_or_else(|| self.refusal(sequences))
+    }
+
+    /// The best of candidates that are sorted by their bounds; none if nothing fits.
+    fn best(&self, candidates: &[Candidate]) -> Option<Plan> {
         let mut plans: Vec<Plan> = Vec::new();
         // The program does not see how well blocks overlap, so a few outlines of each kind are simulated.
         let kind = |outline: &Outline| {
@@ -126,47 +146,60 @@ impl<'a> Question<'a> {
             (outline.blocks, outline.head, outline.embed, outline.compressed, chunk)
         };
         let mut simulated: Vec<Outline> = Vec::new();
-        for candidate in &candidates {
+        for candidate in candidates {
             // Whatever is bounded above the best cannot win.
             let best = plans.iter().map(|plan| plan.secs).fold(f64::INFINITY, f64::min);
             if simulated.len() >= SIMULATED || candidate.secs > best {
                 break;
             }
-            let count = candidate.outline.sequences as f64;
+            let count = candidate.solved.outline.sequences as f64;
             let alike: Vec<f64> = simulated
                 .iter()
-                .filter(|outline| kind(outline) == kind(&candidate.outline))
+                .filter(|outline| kind(outline) == kind(&candidate.solved.outline))
                 .map(|outline| outline.sequences as f64)
                 .collect();
             if alike.len() >= OF_A_KIND || alike.iter().any(|other| (count / other - 1.0).abs() < 0.1) {
                 continue;
             }
             let Some(plan) = self.finish(candidate) else { continue };
-            simulated.push(candidate.outline);
+            simulated.push(candidate.solved.outline);
             plans.push(plan);
         }
         // What is as fast without the disk leaves it alone.
         let secs = |plan: &Plan| plan.secs * if plan.placement.uses_disk() { DISK_HANDICAP } else { 1.0 };
         let by_secs = |a: &Plan, b: &Plan| secs(a).total_cmp(&secs(b));
         plans.sort_by(by_secs);
-        plans.truncate(FOLLOWED);
-        for plan in &mut plans {
+        let mut followed: Vec<Plan> = Vec::new();
+        for plan in plans.into_iter().take(MOST_FOLLOWED) {
+            // Whole jobs may hold more than a steady pass tells; what looks slower than the best whole one is left.
+            let best = followed.iter().map(secs).fold(f64::INFINITY, f64::min);
+            if followed.len() >= FOLLOWED && secs(&plan) >= best {
+                break;
+            }
             let Prediction { secs, passes, total_tokens_per_s, generated_tokens_per_s } =
                 predict(self.model, self.hardware, &plan.placement, self.job);
-            *plan = Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan.clone() };
+            followed.push(Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan });
         }
-        plans.into_iter().min_by(by_secs).ok_or_else(|| self.refusal())
+        followed.into_iter().min_by(by_secs)
     }
 
     /// The bound that the machine sets to this question whatever the program: the program's own at raw rates.
     pub fn bound(&self) -> Option<(f64, Bottleneck)> {
+        self.bound_of(|question| question.candidates().into_iter().map(|candidate| candidate.solved).collect())
+    }
+
+    /// The same bound with just so many sequences in flight.
+    pub fn bound_with(&self, sequences: usize) -> Option<(f64, Bottleneck)> {
+        self.bound_of(|question| question.solve(&[sequences]))
+    }
+
+    fn bound_of(&self, solve: impl Fn(&Question<'_>) -> Vec<Solved>) -> Option<(f64, Bottleneck)> {
         let ideal = self.hardware.ideal();
         let capabilities = Capabilities { cpu_attention: self.hardware.gpu.is_some() };
-        let question = Question { hardware: &ideal, capabilities, ..*self };
-        let candidates = question.candidates();
+        let solved = solve(&Question { hardware: &ideal, capabilities, ..*self });
         let tokens = self.job.prompt_len + self.job.gen_len;
-        let rate = |candidate: &Candidate| candidate.load.prompts * tokens / candidate.solution.secs;
-        let best = candidates.into_iter().max_by(|a, b| rate(a).total_cmp(&rate(b)))?;
+        let rate = |solved: &Solved| solved.load.prompts * tokens / solved.solution.secs;
+        let best = solved.into_iter().max_by(|a, b| rate(a).total_cmp(&rate(b)))?;
         Some((rate(&best), best.solution.bottleneck))
     }
 
@@ -192,7 +225,7 @@ impl<'a> Question<'a> {
             candidates.sort_by(by_secs);
             let mut near: Vec<usize> = Vec::new();
             for candidate in candidates.iter().take(FINALISTS) {
-                let count = candidate.outline.sequences as f64;
+                let count = candidate.solved.outline.sequences as f64;
                 near.extend([1.0 - apart, 1.0 + apart].map(|factor| (count * factor).round() as usize));
             }
             let most = tried.iter().copied().max().unwrap_or(1);
@@ -206,8 +239,24 @@ impl<'a> Question<'a> {
         candidates
     }
 
+    /// Outlines with just so many sequences in flight, the best first.
+    fn candidates_with(&self, sequences: usize) -> Vec<Candidate> {
+        let mut candidates = self.outlines(&[sequences]);
+        candidates.sort_by(|a, b| a.secs.total_cmp(&b.secs));
+        candidates
+    }
+
     fn outlines(&self, sequences: &[usize]) -> Vec<Candidate> {
-        let mut candidates = Vec::new();
+        let candidate = |solved: Solved| {
+            let secs = self.job_secs(&solved.outline, &solved.solution.shares, 1.0).0;
+            Candidate { solved, secs }
+        };
+        self.solve(sequences).into_iter().map(candidate).collect()
+    }
+
+    /// Outlines that the program finds room for.
+    fn solve(&self, sequences: &[usize]) -> Vec<Solved> {
+        let mut all = Vec::new();
         let compute = self.hardware.compute_tier();
         let mut places = vec![(compute, compute)];
         if compute == Tier::Gpu {
@@ -242,13 +291,12 @@ impl<'a> Question<'a> {
                         if compressed && solution.shares.weights[2] < 1e-6 {
                             continue;
                         }
-                        let secs = self.job_secs(&outline, &solution.shares, 1.0).0;
-                        candidates.push(Candidate { outline, load, solution, secs });
+                        all.push(Solved { outline, load, solution });
                     }
                 }
             }
         }
-        candidates
+        all
     }
 
     /// Numbers of sequences to try: up to what memory holds, about a fifth apart.
@@ -316,21 +364,21 @@ impl<'a> Question<'a> {
 
     /// Rounds, lowers and simulates a candidate; none if it does not fit when rounded.
     fn finish(&self, candidate: &Candidate) -> Option<Plan> {
-        let blocks = candidate.load.blocks(self.job, candidate.outline.blocks);
+        let blocks = candidate.solved.load.blocks(self.job, candidate.solved.outline.blocks);
         let (policy, placement, solution) = self.round(candidate, &blocks)?;
         let shapes = place(&blocks, &placement);
         let costs = placed(&self.model.cost, self.hardware, &placement);
         let rehearsed = rehearse(&placement, &shapes, &costs, 3);
         let pass_secs = rehearsed.ends[1] - rehearsed.ends[0];
-        let (secs, passes) = self.job_secs(&candidate.outline, &solution.shares, pass_secs / solution.secs);
+        let (secs, passes) = self.job_secs(&candidate.solved.outline, &solution.shares, pass_secs / solution.secs);
         Some(Plan {
             total_tokens_per_s: self.job.tokens() / secs,
             generated_tokens_per_s: self.job.requests as f64 * self.job.gen_len / secs,
-            steady: candidate.load,
+            steady: candidate.solved.load,
             pass_secs,
             pass_bound_secs: solution.secs,
             bottleneck: solution.bottleneck,
-            outline: candidate.outline,
+            outline: candidate.solved.outline,
             policy,
             placement,
             secs,
@@ -342,10 +390,10 @@ impl<'a> Question<'a> {
     /// The candidate's placement, with budgets tightened until the rounded one fits.
     fn round(&self, candidate: &Candidate, blocks: &[Block]) -> Option<(Policy, Placement, Solution)> {
         let mut budgets = self.budgets;
-        let mut solution = candidate.solution.clone();
+        let mut solution = candidate.solved.solution.clone();
         for _ in 0..ATTEMPTS {
             let compute = self.hardware.compute_tier();
-            let policy = policy(&candidate.outline, &solution.shares, compute, self.job.widest_layer);
+            let policy = self.policy(&candidate.solved.outline, &solution.shares);
             let placement = Placement::new(&self.model.bytes, &policy, compute);
             let over: Vec<f64> = (0..3).map(|tier| placement.bytes[tier] as f64 - self.budgets.0[tier]).collect();
             if over.iter().all(|&over| over <= 0.0) {
@@ -355,26 +403,50 @@ impl<'a> Question<'a> {
                 *budget -= if over > 0.0 { 1.1 * over + 1e-3 * *budget } else { 0.0 };
             }
             let question = Question { budgets, ..*self };
-            solution = question.problem(candidate.outline, blocks).solve()?;
+            solution = question.problem(candidate.solved.outline, blocks).solve()?;
         }
         None
     }
 
-    /// Why nothing fits.
-    fn refusal(&self) -> Error {
-        // What one sequence takes with everything as far away as it may be.
-        let load = self.job.steady(1, 16);
+    /// The policy of an outline and shares.
+    fn policy(&self, outline: &Outline, shares: &Shares) -> Policy {
+        let [weights, kv, hidden] = shares.splits();
+        let compute = self.hardware.compute_tier();
+        let streamed = (outline.block_pages() * (1.0 - kv.share(compute))).ceil() as usize + 1;
+        Policy {
+            sequences: outline.sequences,
+            chunk_tokens: outline.chunk_tokens,
+            blocks: outline.blocks,
+            block_rows: outline.block_rows,
+            weight_slots: outline.weight_slots,
+            kv_slots: outline.kv_slots,
+            pages: outline.pages,
+            // The longest sequence must fit into a block of its own.
+            block_pages: streamed.max(self.job.widest_layer + 1),
+            weights,
+            kv,
+            hidden,
+            embed: outline.embed,
+            head: outline.head,
+            compressed: outline.compressed,
+            schedule: self.schedule,
+        }
+    }
+
+    /// Why so many sequences do not fit.
+    fn refusal(&self, sequences: usize) -> Error {
+        // What they take with everything as far away as it may be.
+        let load = self.job.steady(sequences, 16);
         let blocks = load.blocks(self.job, 1);
         let compute = self.hardware.compute_tier();
         let far = if self.budgets.0[2] > 0.0 { Tier::Disk } else { Tier::Cpu };
-        let outline = self.outline(1, 16, &blocks, (far, far), false);
+        let outline = self.outline(sequences, 16, &blocks, (far, far), false);
         let outline = Outline { weight_slots: 2, kv_slots: 2, ..outline };
         let mut shares = [0.0; 3];
         shares[far as usize] = 1.0;
         let home = Tier::ALL.map(|tier| f64::from(u8::from(tier == compute)));
         let shares = Shares { weights: shares, kv: shares, attended: 0.0, hidden: home };
-        let placement =
-            Placement::new(&self.model.bytes, &policy(&outline, &shares, compute, self.job.widest_layer), compute);
+        let placement = Placement::new(&self.model.bytes, &self.policy(&outline, &shares), compute);
         let tier = Tier::ALL
             .into_iter()
             .filter(|&tier| placement.bytes[tier as usize] as f64 > self.budgets.0[tier as usize])
@@ -386,36 +458,14 @@ impl<'a> Question<'a> {
             Tier::Cpu => "--cpu-memory",
             Tier::Disk => "--disk-space",
         };
+        let many = if sequences > 1 { format!(" with {sequences} sequences in flight") } else { String::new() };
         Error::OverBudget {
-            what: format!("model `{}`", self.model.name),
+            what: format!("model `{}`{many}", self.model.name),
             tier,
             need: Bytes(need),
             have: Bytes(self.budgets.0[tier as usize] as u64),
             hint: Some(format!("use {flag} {}MiB or more", need.div_ceil(1 << 20))),
         }
-    }
-}
-
-/// The policy of an outline and shares.
-fn policy(outline: &Outline, shares: &Shares, compute: Tier, longest: usize) -> Policy {
-    let [weights, kv, hidden] = shares.splits();
-    let streamed = (outline.block_pages() * (1.0 - kv.share(compute))).ceil() as usize + 1;
-    Policy {
-        sequences: outline.sequences,
-        chunk_tokens: outline.chunk_tokens,
-        blocks: outline.blocks,
-        block_rows: outline.block_rows,
-        weight_slots: outline.weight_slots,
-        kv_slots: outline.kv_slots,
-        pages: outline.pages,
-        // The longest sequence must fit into a block of its own.
-        block_pages: streamed.max(longest + 1),
-        weights,
-        kv,
-        hidden,
-        embed: outline.embed,
-        head: outline.head,
-        compressed: outline.compressed,
     }
 }
 
@@ -485,7 +535,14 @@ mod tests {
             let budgets = Budgets([gpu, between(3, 4.0, 30.0) * bytes, 1e11]);
             let job = Job::uniform(200, 30 + (rng.uniform(4) * 300.0) as usize, 1 + (rng.uniform(5) * 60.0) as usize);
             let capabilities = Capabilities::default();
-            let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+            let question = Question {
+                model: &model,
+                hardware: &hardware,
+                budgets,
+                capabilities,
+                job: &job,
+                schedule: Order::Mixed,
+            };
             let Ok(plan) = question.plan() else { continue };
             planned += 1;
             for tier in 0..3 {
@@ -505,7 +562,8 @@ mod tests {
         let job = Job::uniform(10, 64, 8);
         let capabilities = Capabilities::default();
         let budgets = Budgets([1e6, 1e9, 0.0]);
-        let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+        let question =
+            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule: Order::Mixed };
         let error = question.plan().unwrap_err();
         let Error::OverBudget { tier: Tier::Gpu, need, .. } = &error else { panic!("{error}") };
         let enough = Question { budgets: Budgets([need.0 as f64, 1e9, 0.0]), ..question };
@@ -524,7 +582,14 @@ mod tests {
             let job = Job::uniform(4, 100, 20);
             let budgets = Budgets([0.0, 0.6 * bytes, 1e12]);
             let capabilities = Capabilities::default();
-            let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job };
+            let question = Question {
+                model: &model,
+                hardware: &hardware,
+                budgets,
+                capabilities,
+                job: &job,
+                schedule: Order::Mixed,
+            };
             question.plan().unwrap()
         };
         let slow_disk = plan("disk_read=20MB/s", 7e8);
@@ -543,7 +608,10 @@ mod tests {
         let bytes = model.weight_bytes() as f64;
         let secs = |gpu: f64| {
             let budgets = Budgets([gpu * bytes, 20.0 * bytes, 0.0]);
-            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job }.plan().unwrap().secs
+            Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule: Order::Mixed }
+                .plan()
+                .unwrap()
+                .secs
         };
         let all = [3.0, 4.0, 6.0, 12.0, 40.0].map(secs);
         assert!(all.windows(2).all(|pair| pair[1] <= pair[0] * 1.02), "{all:?}");

@@ -5,6 +5,8 @@
 //! **Invariant:** every sequence that decodes is offered a row; prompts share what the chunk leaves, first come first
 //! served; nobody is in two blocks of a pass.
 
+use crate::policy::Order;
+
 /// Takes sequences into a pass that is being made.
 pub trait Fill {
     /// Why a sequence could not be taken.
@@ -33,6 +35,8 @@ pub struct Wishes {
     pub blocks: usize,
     /// Prompt tokens of the pass, at most.
     pub chunk_tokens: usize,
+    /// Whether answers go on while there are prompts.
+    pub order: Order,
 }
 
 impl Wishes {
@@ -44,7 +48,9 @@ impl Wishes {
     /// # Errors
     /// The first of `fill`.
     pub fn compose<F: Fill>(&self, fill: &mut F) -> Result<(), F::Error> {
-        let total = self.decoding.len();
+        let alone = self.order == Order::Phased && !self.prompts.is_empty();
+        let decoding = if alone { &[][..] } else { &self.decoding[..] };
+        let total = decoding.len();
         let blocks = self.blocks.min(total + self.prompt_tokens).max(1);
         let share = |total: usize, block: usize, parts: usize| total * (block + 1).min(parts) / parts;
         // Fewer prompts than blocks take larger shares, so that the last ones are not cut ever thinner.
@@ -55,7 +61,7 @@ impl Wishes {
             fill.open_block();
             let upto = share(total, block, blocks);
             // Those that found no room in the block before go first.
-            waiting.extend(&self.decoding[offered..upto]);
+            waiting.extend(&decoding[offered..upto]);
             offered = upto;
             for sequence in std::mem::take(&mut waiting) {
                 if fill.take_up(sequence, 1)? == 0 {

@@ -7,6 +7,7 @@
 pub mod check;
 pub mod compose;
 pub mod fences;
+pub mod forecast;
 pub mod lower;
 pub mod pass;
 pub mod placement;

@@ -355,6 +355,11 @@ impl Placement {
         self.pages.iter().sum()
     }
 
+    /// Pages that a block can have brought in for a layer; no limit where all are there.
+    pub fn most_block_pages(&self) -> usize {
+        if self.pages[self.compute as usize] == self.total_pages() { usize::MAX } else { self.policy.block_pages }
+    }
+
     /// The tier that a page lives in: the first pages with the device, then those in main memory, then on disk.
     pub fn page_tier(&self, page: usize) -> Tier {
         tier_of(&self.pages, page)

@@ -46,7 +46,9 @@ program() {
         echo '#include "shim.h"'
         echo "#line 1 \"$name.program\""
         cat "$program"
-        tr '\n' ' ' <"$file" | grep -o 'KERNEL BOUNDS([0-9, ]*) *[a-z0-9_]*(' |
+        # With the file's own macros expanded, and those of common.cuh as they are written.
+        "$compiler" -E -P -DBFLOAT_MATRICES=1 -x c++ "$file" 2>/dev/null | tr '\n' ' ' |
+            grep -o 'KERNEL BOUNDS([0-9, ]*) *[a-z0-9_]*(' |
             sed 's/KERNEL BOUNDS(\([0-9]*\)[^)]*) *\(.*\)(/\1 \2/' | while read -r threads kernel; do
             echo "static emulator::Registration registration_$kernel(\"$sum\", \"$kernel\", $threads,"
             echo "    [](void** arguments) { return emulator::bind(&$kernel, arguments); });"

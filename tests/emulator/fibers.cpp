@@ -376,7 +376,7 @@ Status run_kernel(const Launch& launch) {
         std::memset(shared_memory, uint8_t(~POISON), SHARED_ROOM);
     }
     for (auto& [pointer, alignment] : launch.bound.pointers) {
-        if (pointer && !is_device(pointer, 1))
+        if (pointer && !is_device(pointer, 1) && !is_mapped(pointer))
             return violation(ILLEGAL_ADDRESS, "%s gets a pointer that is not of the device", launch.name.c_str());
         if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
             return violation(ILLEGAL_ADDRESS, "%s gets a misaligned pointer", launch.name.c_str());

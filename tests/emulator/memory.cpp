@@ -35,8 +35,12 @@ struct Allocation {
 };
 
 std::map<uintptr_t, Allocation> allocations;
-// Pinned ranges, and whether they were allocated pinned.
-std::map<uintptr_t, std::pair<size_t, bool>> pinned;
+// Pinned ranges by where they begin.
+struct Pinned {
+    size_t bytes;
+    bool allocated, mapped;
+};
+std::map<uintptr_t, Pinned> pinned;
 size_t used;
 std::mutex mutex;
 
@@ -130,16 +134,16 @@ size_t room_at(const void* address) {
     return found->first + found->second.bytes - reinterpret_cast<uintptr_t>(address);
 }
 
-Status pin(void* address, size_t bytes, bool allocated) {
+Status pin(void* address, size_t bytes, bool allocated, bool mapped) {
     if (bytes == 0) return violation(INVALID_VALUE, "no bytes are pinned");
     if (touches_pinned(address, bytes)) return violation(712, "memory is pinned twice");
-    pinned[reinterpret_cast<uintptr_t>(address)] = {bytes, allocated};
+    pinned[reinterpret_cast<uintptr_t>(address)] = {bytes, allocated, mapped};
     return SUCCESS;
 }
 
 Status unpin(void* address, bool allocated) {
     auto found = pinned.find(reinterpret_cast<uintptr_t>(address));
-    if (found == pinned.end() || found->second.second != allocated)
+    if (found == pinned.end() || found->second.allocated != allocated)
         return violation(713, "memory is given back that was not pinned so");
     pinned.erase(found);
     return SUCCESS;
@@ -150,7 +154,12 @@ bool is_pinned(const void* address, size_t bytes) {
     auto next = pinned.upper_bound(at);
     if (next == pinned.begin()) return false;
     auto found = std::prev(next);
-    return at + bytes <= found->first + found->second.first;
+    return at + bytes <= found->first + found->second.bytes;
+}
+
+bool is_mapped(const void* address) {
+    auto next = pinned.upper_bound(reinterpret_cast<uintptr_t>(address));
+    return is_pinned(address, 1) && std::prev(next)->second.mapped;
 }
 
 bool touches_pinned(const void* address, size_t bytes) {
@@ -158,7 +167,7 @@ bool touches_pinned(const void* address, size_t bytes) {
     auto next = pinned.lower_bound(at + bytes);
     if (next == pinned.begin()) return false;
     auto found = std::prev(next);
-    return found->first + found->second.first > at;
+    return found->first + found->second.bytes > at;
 }
 
 }  // namespace emulator

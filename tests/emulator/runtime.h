@@ -52,9 +52,11 @@ EXPORT size_t room_at(const void* address);
 // Reports writes outside of allocations, as done by `by`.
 EXPORT Status check_guards(const char* by);
 
-EXPORT Status pin(void* address, size_t bytes, bool allocated);
+EXPORT Status pin(void* address, size_t bytes, bool allocated, bool mapped);
 EXPORT Status unpin(void* address, bool allocated);
 EXPORT bool is_pinned(const void* address, size_t bytes);
+// Whether kernels may read and write a byte of main memory.
+EXPORT bool is_mapped(const void* address);
 // Whether a range touches pinned memory at all.
 EXPORT bool touches_pinned(const void* address, size_t bytes);
 
@@ -113,6 +115,8 @@ struct Operation {
 };
 
 struct Stream {
+    // In the order of their making, from 1; the default stream is 0.
+    uint32_t number = 0;
     std::deque<Operation> queue;
 };
 
@@ -130,6 +134,10 @@ EXPORT void run_some();
 EXPORT bool run_one();
 EXPORT Status finish(Stream* stream);
 EXPORT Status finish_all();
+// Notes in the trace (TIDEMILL_EMULATOR_TRACE) that the host waits, or would, if there is something to wait for.
+EXPORT void trace_wait(const char* call);
+// Whether the stream is the one that TIDEMILL_EMULATOR_FAULT=deaf:NUMBER keeps from waiting for events.
+EXPORT bool is_deaf(const Stream* stream);
 // The error that every call gives from now on, if there is one.
 EXPORT Status broken();
 // Counts an event of a kind (oom, launch, ecc, lost); true when it is the one at which TIDEMILL_EMULATOR_FAULT strikes.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -53,15 +54,54 @@ bool strikes(const char* kind) {
     return left-- == 0;
 }
 
-Stream* new_stream() {
+namespace {
+
+Stream* make_stream(uint32_t number) {
     auto* stream = new Stream;
+    stream->number = number;
     streams.push_back(stream);
     return stream;
 }
 
+FILE* trace() {
+    static FILE* file = [] {
+        const char* path = std::getenv("TIDEMILL_EMULATOR_TRACE");
+        return path ? std::fopen(path, "a") : nullptr;
+    }();
+    return file;
+}
+
+// An operation runs that does something; beside it, so many other streams might run.
+void trace_run(const Stream* stream, const Operation& operation, size_t beside) {
+    if (!trace()) return;
+    std::fprintf(trace(), "run %u %zu %s\n", stream->number, beside, operation.name.c_str());
+    std::fflush(trace());
+}
+
+}  // namespace
+
+void trace_wait(const char* call) {
+    if (!trace()) return;
+    std::fprintf(trace(), "wait %s\n", call);
+    std::fflush(trace());
+}
+
+Stream* new_stream() {
+    static uint32_t made = 0;
+    return make_stream(++made);
+}
+
 Stream* default_stream() {
-    static Stream* stream = new_stream();
+    static Stream* stream = make_stream(0);
     return stream;
+}
+
+bool is_deaf(const Stream* stream) {
+    static const int64_t deaf = [] {
+        const char* fault = std::getenv("TIDEMILL_EMULATOR_FAULT");
+        return fault && std::strncmp(fault, "deaf:", 5) == 0 ? std::atoll(fault + 5) : -1;
+    }();
+    return stream->number == deaf;
 }
 
 bool is_stream(const Stream* stream) { return std::find(streams.begin(), streams.end(), stream) != streams.end(); }
@@ -99,6 +139,7 @@ bool run_one() {
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
     if (operation.run) {
+        trace_run(stream, operation, ready.size() - 1);
         if (strikes("ecc")) error = ECC_UNCORRECTABLE;
         else if (strikes("lost")) error = UNAVAILABLE;
         else error = operation.run();

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # test.sh OUTDIR [SEEDS [sanitize]]: builds the emulator and its tests into OUTDIR and runs them with so many seeds (3),
-# then, if asked, the tests of kernels once more with sanitizers.
+# then, if asked, the tests of kernels with as many once more, with sanitizers.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$here/../../kernels
@@ -35,4 +35,4 @@ for seed in $(seq "$seeds"); do TIDEMILL_EMULATOR_SEED=$seed "$out/test_kernels"
 build "$out/sanitized" sanitize
 # What the emulator keeps until its end is no leak.
 export ASAN_OPTIONS=detect_leaks=0
-TIDEMILL_EMULATOR_SEED=1 "$out/sanitized/test_kernels" "$kernels" 1
+for seed in $(seq "$seeds"); do TIDEMILL_EMULATOR_SEED=$seed "$out/sanitized/test_kernels" "$kernels" "$seed"; done

@@ -113,6 +113,17 @@ void norms(Device& device, Random& random) {
                     wanted.insert(wanted.end(), out.begin(), out.end());
                 }
                 near(device.download(in_place, wanted.size()), wanted, 4e-6, "norm_rows");
+                // With a part of the rows added only now.
+                std::vector<float> part = random.normal_values(u32(x.size())), rest = x;
+                for (size_t i = 0; i < x.size(); i++) {
+                    rest[i] -= part[i];
+                    part[i] = x[i] - rest[i];
+                }
+                float *sum = device.upload(rest), *out = device.room<float>(wanted.size());
+                device.launch("rows.cu", "add_norm_rows", {3, 1, 256, 0}, sum, device.upload(part), width,
+                              device.upload(weight), biased ? device.upload(bias) : nullptr, kind, 1e-5f, out);
+                near(device.download(sum, x.size()), x, 1e-6, "add_norm_rows, the sum");
+                near(device.download(out, wanted.size()), wanted, 8e-6, "add_norm_rows");
             }
         }
     }
@@ -205,6 +216,23 @@ void elementwise(Device& device, Random& random) {
                 put_element(wanted, dtype, value);
                 float a = get_element(&got[i * size], dtype), b = get_element(wanted, dtype);
                 check(a == b || (std::isnan(a) && std::isnan(b)), "convert_rows");
+            }
+            // The same rounded to 8 bits: of every 64 inputs multiples of a step.
+            device.launch("rows.cu", "round_rows", {(stride + 511) / 512, rows, 256, 0}, device.upload(x), width,
+                          static_cast<void*>(out), stride, dtype);
+            got = device.download(out, rows * stride * size);
+            for (u32 i = 0; i < rows * stride; i++) {
+                u32 row = i / stride, at = i % stride, end = std::min(width, at / 64 * 64 + 64);
+                float most = 0.0f, value = at < width ? x[row * width + at] : 0.0f;
+                bool finite = true;
+                for (u32 j = at / 64 * 64; j < end; j++) {
+                    most = std::max(most, std::fabs(x[row * width + j]));
+                    finite = finite && std::isfinite(x[row * width + j]);
+                }
+                if (!finite) continue;
+                u8 wanted[4];
+                put_element(wanted, dtype, std::rint(value * (most > 1e-30f ? 127.0f / most : 0.0f)) * (most / 127.0f));
+                check(get_element(&got[i * size], dtype) == get_element(wanted, dtype), "round_rows");
             }
         }
     }

@@ -7,9 +7,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 
 use super::cublas::Cublas;
 use super::libraries::{self, Which};
@@ -200,8 +200,7 @@ impl Card {
             unusable(what, "see with `nvidia-smi` what else uses the card")
         })?;
         // SAFETY: no memory is had from cudarc, whose tracking of slices is what this turns off: device memory is one
-        // arena of our own that outlives every use, and every copy and step is waited for before another lane, as the
-        // fences of the schedule have it, may touch what it touched.
+        // arena of our own that outlives every use, and marks order the streams as the fences of the schedule have it.
         unsafe { context.disable_event_tracking() };
         Ok(Card { facts, nvrtc, cublas, context })
     }
@@ -219,40 +218,4 @@ impl Card {
 /// A failure of the driver while something was done.
 pub fn failed(doing: &str, error: DriverError) -> Error {
     Error::Device { what: format!("{doing}: {}", text(error)) }
-}
-
-/// A stream, and an event that threads wait for it with.
-pub struct Queue {
-    stream: Arc<CudaStream>,
-    /// Threads that wait for it sleep.
-    over: CudaEvent,
-}
-
-impl Queue {
-    /// A stream of a context.
-    ///
-    /// # Errors
-    /// What the driver says.
-    pub fn new(context: &Arc<CudaContext>) -> Result<Queue, DriverError> {
-        let stream = context.new_stream()?;
-        let over = context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
-        Ok(Queue { stream, over })
-    }
-
-    /// The stream.
-    pub fn raw(&self) -> sys::CUstream {
-        self.stream.cu_stream()
-    }
-
-    /// Waits, asleep, until everything that was put into the stream so far is over.
-    pub fn wait_asleep(&self) -> Result<(), DriverError> {
-        // Another thread may record it again meanwhile: then this one waits for more than its own, never for less.
-        self.over.record(&self.stream)?;
-        self.over.synchronize()
-    }
-
-    /// Waits, awake, until everything that was put into the stream so far is over.
-    pub fn wait(&self) -> Result<(), DriverError> {
-        self.stream.synchronize()
-    }
 }

@@ -28,11 +28,21 @@ pub struct Program {
     pub file: &'static str,
     source: &'static str,
     kernels: &'static [&'static str],
+    /// Kernels that cards have which multiply bf16.
+    bf16_kernels: &'static [&'static str],
 }
 
 macro_rules! program {
     ($file:literal, $kernels:expr) => {
-        Program { file: $file, source: include_str!(concat!("../../../kernels/", $file)), kernels: &$kernels }
+        program!($file, $kernels, [])
+    };
+    ($file:literal, $kernels:expr, $bf16_kernels:expr) => {
+        Program {
+            file: $file,
+            source: include_str!(concat!("../../../kernels/", $file)),
+            kernels: &$kernels,
+            bf16_kernels: &$bf16_kernels,
+        }
     };
 }
 
@@ -41,16 +51,19 @@ pub const PROGRAMS: [Program; 7] = [
     program!(
         "rows.cu",
         [
+            "copy_lists",
             "embed_rows",
             "add_rows",
             "gather_rows",
             "norm_rows",
+            "add_norm_rows",
             "norm_heads",
             "rotate_heads",
             "activate_rows",
             "add_elements",
             "add_bias",
             "convert_rows",
+            "round_rows",
         ]
     ),
     program!("weights.cu", ["dequantize_panels", "linear_rows"]),
@@ -74,14 +87,8 @@ pub const PROGRAMS: [Program; 7] = [
     ),
     program!(
         "attention_tensor.cu",
-        [
-            "attend_tensor_f16_64",
-            "attend_tensor_f16_96",
-            "attend_tensor_f16_128",
-            "attend_tensor_bf16_64",
-            "attend_tensor_bf16_96",
-            "attend_tensor_bf16_128",
-        ]
+        ["attend_tensor_f16_64", "attend_tensor_f16_96", "attend_tensor_f16_128"],
+        ["attend_tensor_bf16_64", "attend_tensor_bf16_96", "attend_tensor_bf16_128"]
     ),
     program!("sample.cu", ["sample_rows"]),
 ];
@@ -181,13 +188,14 @@ impl Kernels {
         let mut kernels = Kernels { functions: HashMap::new(), modules: Vec::new(), context };
         kernels.context.bind_to_thread().map_err(|error| failed("taking the context", error))?;
         for (program, (image, was_kept)) in PROGRAMS.iter().zip(images) {
-            match kernels.add(program, &image) {
+            let has_bf16 = card.facts.has_bf16();
+            match kernels.add(program, &image, has_bf16) {
                 Ok(()) => make.keep(program, &image, was_kept),
                 // Whatever was kept is not what it should be.
                 Err(_) if was_kept => {
                     let image = make.compile(program)?;
                     kernels
-                        .add(program, &image)
+                        .add(program, &image, has_bf16)
                         .map_err(|error| failed(&format!("loading {}", program.file), error))?;
                     make.keep(program, &image, false);
                 }
@@ -197,13 +205,14 @@ impl Kernels {
         Ok(kernels)
     }
 
-    fn add(&mut self, program: &Program, image: &[u8]) -> Result<(), DriverError> {
+    fn add(&mut self, program: &Program, image: &[u8], has_bf16: bool) -> Result<(), DriverError> {
         // Portable code is a text that ends in zero.
         let image = [image, &[0]].concat();
         // SAFETY: the image is whole and lives through the call.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
         self.modules.push(module);
-        for &name in program.kernels {
+        let of_bf16 = program.bf16_kernels.iter().filter(|_| has_bf16);
+        for &name in program.kernels.iter().chain(of_bf16) {
             let c_name = std::ffi::CString::new(name).expect("names have no zero bytes");
             // SAFETY: the module is loaded.
             let function = unsafe { result::module::get_function(module, c_name) }?;

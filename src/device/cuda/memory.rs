@@ -106,14 +106,25 @@ impl Pinned {
     pub fn new(context: &Arc<CudaContext>, arena: &Arena) -> Result<Pinned, DriverError> {
         let hold = arena.hold();
         context.bind_to_thread()?;
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: the range is a mapping that `hold` keeps until it is unregistered.
-        unsafe { sys::cuMemHostRegister_v2(hold.start().cast(), hold.bytes(), sys::CU_MEMHOSTREGISTER_PORTABLE) }
-            .result()?;
+        unsafe { sys::cuMemHostRegister_v2(hold.start().cast(), hold.bytes(), flags) }.result()?;
         Ok(Pinned { context: context.clone(), hold })
     }
-}
 
-impl Pinned {
+    /// The address by which kernels know bytes of the arena.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn mapped(&self, bytes: &[u8]) -> Result<CUdeviceptr, DriverError> {
+        assert!(self.holds(bytes), "bytes of the arena");
+        self.context.bind_to_thread()?;
+        let mut address = 0;
+        // SAFETY: the bytes lie in memory that is registered, and mapped; the address goes to a place that is there.
+        unsafe { sys::cuMemHostGetDevicePointer_v2(&mut address, bytes.as_ptr().cast_mut().cast(), 0) }.result()?;
+        Ok(address)
+    }
+
     /// Whether bytes lie within the arena.
     pub fn holds(&self, bytes: &[u8]) -> bool {
         let within = (bytes.as_ptr() as usize).checked_sub(self.hold.start() as usize);
@@ -124,7 +135,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
-        // SAFETY: it was registered, and copies from or to it are over: each is waited for where it is made.
+        // SAFETY: it was registered, and copies from or to it are over: the device waits for its streams before.
         let _ = unsafe { sys::cuMemHostUnregister(self.hold.start().cast()) };
     }
 }

@@ -3,8 +3,8 @@
 //! Everything is found at run time: driver and card ([`card`]), compiler and matrix products ([`libraries`]). Kernels
 //! are compiled for the card that is there (`kernels`).
 //!
-//! Three streams: one that computes, one for each direction of copies. The fences of the schedule order the lanes, and
-//! with them the streams: a copy is over when it returns, a step when its stream has been waited for.
+//! Three streams: one that computes, one for each direction of copies. What is asked for is put into them and no more;
+//! marks are events in them, by which the lanes order the streams as the fences of the schedule have it.
 //!
 //! Activations are f32 between operations. Products of few rows take them as they are; those of more round them, and
 //! the weights, to 16 bits (f32 weights stay f32), and sum up in f32.
@@ -23,6 +23,7 @@ mod nvrtc;
 pub mod raw;
 pub mod report;
 mod sampling;
+mod streams;
 mod turn;
 pub mod workspace;
 
@@ -35,17 +36,20 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUstream;
 
 use super::sampling::{Draw, Drawn};
-use super::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Target};
+use super::{
+    AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Stream, Target,
+};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::kv::pages::Segment;
 use crate::memory::arena::Arena;
 use crate::model::config::{Activation, Norm};
 use crate::model::dtype::DType;
-use crate::model::packed::panels::{PANEL_OUTPUTS, panel_bytes};
-use card::{Card, Facts, Queue, failed};
+use crate::model::packed::panels::{PANEL_OUTPUTS, TILE_INPUTS, panel_bytes};
+use card::{Card, Facts, failed};
 use cublas::{Element, Product, Products};
 use kernels::{Kernels, words};
 use memory::{DeviceArena, DeviceBuffer, Pinned};
+use streams::{Events, Mark, Queue};
 use turn::{State, Turn};
 use workspace::Workspace;
 
@@ -75,6 +79,8 @@ pub struct Cuda {
     context: Arc<CudaContext>,
     workspace: Workspace,
     facts: Facts,
+    /// Whether products with weights of small integers round activations to 8 bits.
+    rounds: bool,
 }
 
 /// What a device is made with.
@@ -130,7 +136,9 @@ impl Cuda {
                 crate::memory::limits::available_memory(),
             )
         })?;
-        let queue = || Queue::new(&context).map_err(|error| failed("making a stream", error));
+        let events = Events::new(&context);
+        let mapped_lists = pinned.mapped(host_lists.bytes()).map_err(|error| failed("mapping lists", error))?;
+        let queue = || Queue::new(&context, &events).map_err(|error| failed("making a stream", error));
         let (compute, h2d, d2h) = (queue()?, queue()?, queue()?);
         // SAFETY: stream and workspace are dropped after the handle.
         let attached = unsafe {
@@ -143,7 +151,7 @@ impl Cuda {
             compute,
             h2d,
             d2h,
-            state: Mutex::new(State::new(host_lists)),
+            state: Mutex::new(State::new(host_lists, mapped_lists)),
             widened,
             partials,
             weighed,
@@ -154,6 +162,7 @@ impl Cuda {
             context,
             workspace,
             facts,
+            rounds: false,
         })
     }
 
@@ -167,21 +176,37 @@ impl Cuda {
         element(weights, &self.facts)
     }
 
-    /// Copies on a stream, and waits for them. Copies of memory that is not registered go through the default stream.
+    /// Copies on a stream; waits for copies of memory that is not registered, which go through the default stream.
     fn copy(
         &self,
         queue: &Queue,
         doing: &str,
+        all_registered: bool,
         copies: impl FnOnce(CUstream) -> Result<(), result::DriverError>,
     ) -> Result<()> {
-        self.context.bind_to_thread().map_err(|error| failed(doing, error))?;
-        let copied = copies(queue.raw());
-        // Also after a failure: nothing may be under way to or from borrowed memory when this returns.
-        let waited = queue.wait_asleep();
-        // A copy from memory that is not registered returns when the driver has its bytes, maybe before the card has.
-        // SAFETY: the default stream always exists.
-        let all_waited = unsafe { result::stream::synchronize(result::stream::null()) };
-        copied.and(waited).and(all_waited).map_err(|error| failed(doing, error))
+        let copy = || {
+            self.context.bind_to_thread()?;
+            if all_registered {
+                return copies(queue.raw());
+            }
+            // The default stream knows nothing of what this one has to come after.
+            queue.wait()?;
+            let copied = copies(queue.raw());
+            // A copy from memory that is not registered returns when the driver has its bytes, maybe before the card
+            // has. Also after a failure: nothing may be under way to or from borrowed memory when this returns.
+            // SAFETY: the default stream always exists.
+            let waited = unsafe { result::stream::synchronize(result::stream::null()) };
+            copied.and(waited).and(queue.wait())
+        };
+        copy().map_err(|error| failed(doing, error))
+    }
+
+    fn queue(&self, stream: Stream) -> &Queue {
+        match stream {
+            Stream::Compute => &self.compute,
+            Stream::In => &self.h2d,
+            Stream::Out => &self.d2h,
+        }
     }
 }
 
@@ -189,7 +214,9 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // What is dropped next needs the context on this thread, and nothing under way. Nobody is left to tell.
         let _ = self.context.bind_to_thread();
-        let _ = self.compute.wait();
+        for queue in [&self.compute, &self.h2d, &self.d2h] {
+            let _ = queue.wait();
+        }
     }
 }
 
@@ -242,6 +269,25 @@ fn element_code(element: Element) -> u32 {
     }
 }
 
+/// A normalisation's parameters, as kernels take them.
+struct Scale {
+    weight: u64,
+    bias: u64,
+    kind: u32,
+    eps: f32,
+}
+
+impl Scale {
+    fn of(parameters: &NormParameters<DeviceBuffer>, width: usize) -> Scale {
+        let (kind, eps) = match parameters.norm {
+            Norm::Rms { eps } => (0u32, eps),
+            Norm::Layer { eps } => (1, eps),
+        };
+        let bias = parameters.bias.as_ref().map_or(0, |bias| bias.first(4 * width));
+        Scale { weight: parameters.weight.first(4 * width), bias, kind, eps }
+    }
+}
+
 /// A matrix's pieces, as kernels read them.
 fn pieces(matrix: &Matrix<'_, DeviceBuffer>) -> Vec<PanelPiece> {
     let panel = panel_bytes(matrix.inputs, matrix.dtype);
@@ -265,6 +311,8 @@ struct Linear<'a> {
     bias: Option<&'a DeviceBuffer>,
     scratch: &'a mut DeviceBuffer,
     y: Target<'a, DeviceBuffer>,
+    /// Whether rows are rounded to 8 bits.
+    rounds: bool,
 }
 
 impl Linear<'_> {
@@ -276,9 +324,10 @@ impl Linear<'_> {
     }
 
     fn few_rows(&self, turn: &mut Turn<'_>) -> Result<(), String> {
-        let Linear { x, rows, w, bias, y, .. } = self;
+        let Linear { rows, w, bias, y, .. } = self;
         let list = pieces(w);
         let [pieces] = turn.upload([bytemuck::cast_slice(&list)])?;
+        let operand = self.operand(turn, Element::F32, w.inputs)?;
         let bias = bias.map_or(0, |bias| bias.first(4 * w.outputs));
         turn.launch(
             "linear_rows",
@@ -286,7 +335,7 @@ impl Linear<'_> {
             256,
             0,
             &mut words![
-                x.first(4 * rows * w.inputs),
+                operand,
                 *rows,
                 pieces,
                 list.len(),
@@ -305,15 +354,16 @@ impl Linear<'_> {
     fn operand(&self, turn: &Turn<'_>, element: Element, width: usize) -> Result<u64, String> {
         let Linear { x, rows, w, scratch, .. } = self;
         let from = x.first(4 * rows * w.inputs);
-        if element == Element::F32 {
+        if element == Element::F32 && !self.rounds {
             return Ok(from);
         }
         let operand = scratch.first(element.size() * rows * width);
         for first in (0..*rows).step_by(LAUNCH_ROWS) {
             let from = from + 4 * (first * w.inputs) as u64;
             let to = operand + (element.size() * first * width) as u64;
-            let grid = (width.div_ceil(256), LAUNCH_ROWS.min(rows - first));
-            turn.launch("convert_rows", grid, 256, 0, &mut words![from, w.inputs, to, width, element_code(element)])?;
+            let (name, together) = if self.rounds { ("round_rows", 512) } else { ("convert_rows", 256) };
+            let grid = (width.div_ceil(together), LAUNCH_ROWS.min(rows - first));
+            turn.launch(name, grid, 256, 0, &mut words![from, w.inputs, to, width, element_code(element)])?;
         }
         Ok(operand)
     }
@@ -405,13 +455,14 @@ impl Linear<'_> {
 
 impl Device for Cuda {
     type Buffer = DeviceBuffer;
+    type Mark = Mark;
 
     fn allocate(&mut self, bytes: usize) -> DeviceBuffer {
         self.arena.carve(bytes)
     }
 
     fn round_activations(&mut self, round: bool) {
-        assert!(!round, "products on cards round activations to 16 bits, which is decided by the weights");
+        self.rounds = round;
     }
 
     fn used_bytes(&self) -> usize {
@@ -427,10 +478,14 @@ impl Device for Cuda {
     }
 
     fn copy_in(&self, parts: &[(&[u8], usize)], to: &mut DeviceBuffer) -> Result<()> {
-        self.copy(&self.h2d, "copying to the card", |stream| {
+        let all_registered = parts.iter().all(|(part, _)| self.pinned.holds(part));
+        self.copy(&self.h2d, "copying to the card", all_registered, |stream| {
             parts.iter().filter(|(part, _)| !part.is_empty()).try_for_each(|&(part, offset)| {
                 let to = to.at(offset, part.len());
-                // SAFETY: the target lies in a buffer of the card; the source is borrowed until the copy is over.
+                // SAFETY: the target lies in a buffer of the card. The source, if it is registered, lies in the arena
+                // that stays mapped and registered until all streams have been waited for; the fences keep everybody
+                // from writing to it before the mark behind the copy is passed. Else it is borrowed until the copy is
+                // over.
                 unsafe {
                     match self.pinned.holds(part) {
                         true => result::memcpy_htod_async(to, part, stream),
@@ -442,10 +497,13 @@ impl Device for Cuda {
     }
 
     fn copy_out(&self, from: &DeviceBuffer, parts: &mut [(usize, &mut [u8])]) -> Result<()> {
-        self.copy(&self.d2h, "copying from the card", |stream| {
+        let all_registered = parts.iter().all(|(_, part)| self.pinned.holds(part));
+        self.copy(&self.d2h, "copying from the card", all_registered, |stream| {
             parts.iter_mut().filter(|(_, part)| !part.is_empty()).try_for_each(|(offset, part)| {
                 let from = from.at(*offset, part.len());
-                // SAFETY: the source lies in a buffer of the card; the target is borrowed until the copy is over.
+                // SAFETY: the source lies in a buffer of the card. The target, if it is registered, lies in the arena
+                // that stays mapped and registered until all streams have been waited for; the fences keep everybody
+                // from it before the mark behind the copy is passed. Else it is borrowed until the copy is over.
                 unsafe {
                     match self.pinned.holds(part) {
                         true => result::memcpy_dtoh_async(part, from, stream),
@@ -454,6 +512,31 @@ impl Device for Cuda {
                 }
             })
         })
+    }
+
+    fn mark(&self, stream: Stream) -> Result<Mark> {
+        let mark = self.queue(stream).mark().map_err(|error| failed("marking", error))?;
+        match stream {
+            Stream::Compute => Turn::marked(self, &mark)?,
+            Stream::In | Stream::Out => {}
+        }
+        Ok(mark)
+    }
+
+    fn follow(&self, stream: Stream, mark: &Mark) -> Result<()> {
+        self.queue(stream).follow(mark).map_err(|error| failed("ordering streams", error))
+    }
+
+    fn passed(&self, mark: &Mark) -> Result<bool> {
+        mark.passed().map_err(|error| failed("computing", error))
+    }
+
+    fn wait(&self, mark: &Mark) -> Result<()> {
+        mark.wait().map_err(|error| failed("computing", error))
+    }
+
+    fn between(&self, from: &Mark, to: &Mark) -> Result<f64> {
+        from.secs_until(to).map_err(|error| failed("timing", error))
     }
 
     fn finish(&self) -> Result<()> {
@@ -502,15 +585,26 @@ impl Device for Cuda {
         parameters: &NormParameters<DeviceBuffer>,
         out: &mut DeviceBuffer,
     ) {
-        let (kind, eps) = match parameters.norm {
-            Norm::Rms { eps } => (0u32, eps),
-            Norm::Layer { eps } => (1, eps),
-        };
         self.turn(|turn| {
-            let bias = parameters.bias.as_ref().map_or(0, |bias| bias.first(4 * width));
-            let weight = parameters.weight.first(4 * width);
+            let Scale { weight, bias, kind, eps } = Scale::of(parameters, width);
             let (x, out) = (x.first(4 * rows * width), out.first(4 * rows * width));
             turn.launch("norm_rows", (rows, 1), 256, 0, &mut words![x, width, weight, bias, kind, eps, out])
+        });
+    }
+
+    fn add_norm(
+        &self,
+        x: &mut DeviceBuffer,
+        y: &DeviceBuffer,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<DeviceBuffer>,
+        out: &mut DeviceBuffer,
+    ) {
+        self.turn(|turn| {
+            let Scale { weight, bias, kind, eps } = Scale::of(parameters, width);
+            let [x, y, out] = [&*x, y, &*out].map(|rows_of| rows_of.first(4 * rows * width));
+            turn.launch("add_norm_rows", (rows, 1), 256, 0, &mut words![x, y, width, weight, bias, kind, eps, out])
         });
     }
 
@@ -529,10 +623,11 @@ impl Device for Cuda {
         let element = self.element(w.dtype);
         // Rows of 16-bit elements begin on 16 bytes, as tensor cores want them.
         let width = if element == Element::F32 { w.inputs } else { w.inputs.next_multiple_of(8) };
-        let linear = Linear { x, rows, w, bias, scratch, y };
+        let integers = matches!(w.dtype, DType::Int8 | DType::Int4);
+        let rounds = self.rounds && integers && w.inputs >= TILE_INPUTS;
+        let linear = Linear { x, rows, w, bias, scratch, y, rounds };
         // Very narrow rows would not fit into the scratch when they are padded.
         let few = rows <= FEW_ROWS || width * element.size() > 4 * w.inputs;
-        let integers = matches!(w.dtype, DType::Int8 | DType::Int4);
         self.turn(|turn| match rows {
             _ if few => linear.few_rows(turn),
             _ if rows <= SOME_ROWS && integers => linear.some_rows(turn, width),

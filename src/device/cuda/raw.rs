@@ -6,11 +6,17 @@ use std::time::Instant;
 
 use super::Cuda;
 use super::cublas::{Element, Product};
+use super::memory::DeviceBuffer;
 use crate::device::Device;
 use crate::error::Result;
 
 /// Repetitions of what is timed.
 const TIMES: usize = 10;
+
+/// A product that takes so long tells what there is to be told.
+const LONG_SECS: f64 = 1e-3;
+/// Width of the first squares.
+const NARROW: usize = 64;
 
 /// Ceilings of a card.
 #[derive(Clone, Copy, Debug)]
@@ -27,12 +33,29 @@ pub fn bytes(n: usize) -> usize {
 }
 
 impl Cuda {
-    /// Measures the ceilings with a product of squares of width `n`.
+    /// Measures the ceilings with products of squares, wider and wider until one takes long or they are `most` wide.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn ceilings(&mut self, n: usize) -> Result<Ceilings> {
-        let room = self.allocate(bytes(n));
+    pub fn ceilings(&mut self, most: usize) -> Result<Ceilings> {
+        let room = self.allocate(bytes(most));
+        let mut n = NARROW.min(most);
+        while 2 * n <= most && self.timed(1, |device| device.multiply(&room, n))? < LONG_SECS {
+            n *= 2;
+        }
+        let square = 2 * n * n;
+        let multiply_secs = self.timed(TIMES, |device| device.multiply(&room, n))?;
+        let (from, to) = (room.at(0, 2 * square), room.at(2 * square, 2 * square));
+        let copy_secs = self.timed(TIMES, |device| device.turn(|turn| turn.copy(from, to, 2 * square)))?;
+        Ok(Ceilings {
+            flops: 2.0 * (n as f64).powi(3) / multiply_secs,
+            // A copy reads and writes.
+            memory_bytes_per_s: 4.0 * square as f64 / copy_secs,
+        })
+    }
+
+    /// A product of squares of width `n` within `room`.
+    fn multiply(&self, room: &DeviceBuffer, n: usize) {
         let square = 2 * n * n;
         let product = Product {
             element: Element::F16,
@@ -45,23 +68,16 @@ impl Cuda {
             stride: n,
             beta: 0.0,
         };
-        let multiply_secs = self.timed(|device| device.turn(|turn| turn.multiply(&product)))?;
-        let (from, to) = (room.at(0, 2 * square), room.at(2 * square, 2 * square));
-        let copy_secs = self.timed(|device| device.turn(|turn| turn.copy(from, to, 2 * square)))?;
-        Ok(Ceilings {
-            flops: 2.0 * (n as f64).powi(3) / multiply_secs,
-            // A copy reads and writes.
-            memory_bytes_per_s: 4.0 * square as f64 / copy_secs,
-        })
+        self.turn(|turn| turn.multiply(&product));
     }
 
     /// Seconds that something takes, once it has been done before.
-    fn timed(&self, work: impl Fn(&Cuda)) -> Result<f64> {
+    fn timed(&self, times: usize, work: impl Fn(&Cuda)) -> Result<f64> {
         work(self);
         self.finish()?;
         let began = Instant::now();
-        (0..TIMES).for_each(|_| work(self));
+        (0..times).for_each(|_| work(self));
         self.finish()?;
-        Ok(began.elapsed().as_secs_f64().max(1e-9) / TIMES as f64)
+        Ok(began.elapsed().as_secs_f64().max(1e-9) / times as f64)
     }
 }

@@ -142,13 +142,14 @@ impl Lists {
         let rows = self.tasks.iter().map(|task| task.row as usize + 1).max().unwrap_or(0);
         let logits = logits.first(4 * rows * vocab_size);
         let answer_bytes = [size_of::<Answer>() * count, 4 * self.num_tops, 4 * self.num_tops];
-        let [answers, top_tokens, top_logprobs] = turn.answers(answer_bytes, self.bytes())?;
-        let [tasks, tokens, biases, counts] = turn.upload([
+        let lists = [
             bytemuck::cast_slice(&self.tasks),
             bytemuck::cast_slice(&self.tokens),
             bytemuck::cast_slice(&self.biases),
             bytemuck::cast_slice(&self.counts),
-        ])?;
+        ];
+        let ([tasks, tokens, biases, counts], [answers, top_tokens, top_logprobs]) =
+            turn.exchange(lists, answer_bytes)?;
         let workspace = &turn.device().workspace;
         let grid = count.min(workspace.weighed_rows);
         let weighed = turn.device().weighed.first(grid * workspace.weighed_row);
@@ -205,7 +206,7 @@ pub fn sample(
     draws: &[(usize, &Draw)],
     drawn: &mut Vec<Drawn>,
 ) -> Result<(), String> {
-    // Answers are counted once as such and once beside them; gaps are few.
+    // Gaps are few.
     let room = turn.capacity() / 2;
     let mut lists = Lists::default();
     for &(row, draw) in draws {

@@ -1,7 +1,12 @@
 //! Operations one after the other: their lists on the way to the card, their launches, and the first failure.
 //!
-//! **Invariant:** one operation at a time has its turn. A list stays as it is until the stream has been waited for.
+//! Lists are put into main memory that kernels see, and brought to the card by a kernel: a copy would wait for the
+//! link's other copies, which are large.
+//!
+//! **Invariant:** one operation at a time has its turn. A list stays as it is until the stream has passed it.
 
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::MutexGuard;
 
 use cudarc::driver::result::{self, DriverError};
@@ -9,25 +14,39 @@ use cudarc::driver::result::{self, DriverError};
 use super::Cuda;
 use super::card::text;
 use super::cublas::Product;
-use super::kernels::Shape;
+use super::kernels::{Shape, words};
+use super::streams::Mark;
 use crate::error::{Error, Result};
 use crate::memory::arena::Region;
 
 /// Lists begin on this boundary.
 const ALIGNMENT: usize = 16;
+/// Threads of a block that brings lists.
+const LIST_THREADS: usize = 64;
 
 /// What operations change.
 pub struct State {
-    /// Main memory that lists are copied from; the same place on the card is what they are copied to.
+    /// Main memory that lists come from, used in turn; the same place on the card is where they go.
     lists: Region,
+    /// Its address, for kernels.
+    mapped: u64,
     used: usize,
+    /// Lists on their way, oldest first.
+    flying: VecDeque<Flying>,
     failure: Option<String>,
 }
 
+/// A list that the stream may not have passed.
+struct Flying {
+    range: Range<usize>,
+    /// The first mark behind it; none yet for the newest.
+    mark: Option<Mark>,
+}
+
 impl State {
-    /// Nothing listed, nothing failed.
-    pub fn new(lists: Region) -> State {
-        State { lists, used: 0, failure: None }
+    /// Nothing listed, nothing failed. `mapped` is how kernels know `lists`.
+    pub fn new(lists: Region, mapped: u64) -> State {
+        State { lists, mapped, used: 0, flying: VecDeque::new(), failure: None }
     }
 }
 
@@ -76,63 +95,71 @@ impl<'a> Turn<'a> {
         self.state.lists.len()
     }
 
-    /// Makes room for lists of so many bytes.
-    fn reserve(&mut self, bytes: usize) -> Result<(), String> {
+    /// Takes room for lists of so many bytes, one after the other; waits for lists of before that lie there. Gives
+    /// where it begins.
+    fn take(&mut self, bytes: usize) -> Result<usize, String> {
         assert!(bytes <= self.capacity(), "lists of {bytes} bytes, there is room for {}", self.capacity());
         if self.state.used + bytes > self.capacity() {
-            self.wait()?;
+            self.state.used = 0;
         }
-        Ok(())
-    }
-
-    /// Waits for everything that was handed over; lists are used up.
-    pub fn wait(&mut self) -> Result<(), String> {
-        self.device.compute.wait().map_err(|error| doing("computing", error))?;
-        self.state.used = 0;
-        Ok(())
+        let range = self.state.used..self.state.used + bytes;
+        let overlaps = |flying: &Flying| flying.range.start < range.end && range.start < flying.range.end;
+        if let Some(last) = self.state.flying.iter().rposition(overlaps) {
+            match &self.state.flying[last].mark {
+                Some(mark) => mark.wait(),
+                None => self.device.compute.wait(),
+            }
+            .map_err(|error| doing("computing", error))?;
+            self.state.flying.drain(..=last);
+        }
+        self.state.used = range.end;
+        self.state.flying.push_back(Flying { range: range.clone(), mark: None });
+        Ok(range.start)
     }
 
     /// Puts lists on the card, behind everything that was handed over; gives their addresses there.
     pub fn upload<const N: usize>(&mut self, parts: [&[u8]; N]) -> Result<[u64; N], String> {
-        self.reserve(list_bytes(&parts.map(<[u8]>::len)))?;
-        let start = self.state.used;
-        let addresses = parts.map(|part| {
-            let at = self.state.used;
-            self.state.lists.bytes_mut()[at..at + part.len()].copy_from_slice(part);
-            self.state.used += part.len().next_multiple_of(ALIGNMENT);
-            self.device.lists.at(at, part.len())
-        });
-        let end = self.state.used;
-        if end > start {
-            let to = self.device.lists.at(start, end - start);
-            // SAFETY: the target is the lists' place on the card; the source lives as long as the device, and these
-            // bytes of it do not change until the stream has been waited for.
-            unsafe { result::memcpy_htod_async(to, &self.state.lists.bytes()[start..end], self.device.compute.raw()) }
-                .map_err(|error| doing("handing over lists", error))?;
-        }
-        Ok(addresses)
+        self.exchange(parts, []).map(|(addresses, [])| addresses)
     }
 
-    /// Room on the card for answers of so many bytes each; together with lists of `beside` bytes, for which room stays.
-    pub fn answers<const N: usize>(&mut self, parts: [usize; N], beside: usize) -> Result<[u64; N], String> {
-        self.reserve(list_bytes(&parts) + beside)?;
-        Ok(parts.map(|bytes| {
-            let at = self.state.used;
-            self.state.used += bytes.next_multiple_of(ALIGNMENT);
-            self.device.lists.at(at, bytes)
-        }))
+    /// As [`Turn::upload`], with room on the card for answers of so many bytes each, one after the other.
+    pub fn exchange<const N: usize, const M: usize>(
+        &mut self,
+        parts: [&[u8]; N],
+        answers: [usize; M],
+    ) -> Result<([u64; N], [u64; M]), String> {
+        let listed = list_bytes(&parts.map(<[u8]>::len));
+        let start = self.take(listed + list_bytes(&answers))?;
+        let device = self.device;
+        let mut at = start;
+        let mut place = |bytes: usize| {
+            let place = at;
+            at += bytes.next_multiple_of(ALIGNMENT);
+            place
+        };
+        let parts = parts.map(|part| {
+            let at = place(part.len());
+            self.state.lists.bytes_mut()[at..at + part.len()].copy_from_slice(part);
+            device.lists.at(at, part.len())
+        });
+        let answers = answers.map(|bytes| device.lists.at(place(bytes), bytes));
+        self.bring(self.state.mapped + start as u64, device.lists.at(start, listed), listed)?;
+        Ok((parts, answers))
+    }
+
+    /// Copies lists by a kernel.
+    fn bring(&self, from: u64, to: u64, bytes: usize) -> Result<(), String> {
+        let count = bytes.div_ceil(ALIGNMENT);
+        let grid = (count.div_ceil(LIST_THREADS), 1);
+        self.launch("copy_lists", grid, LIST_THREADS as u32, 0, &mut words![from, to, count])
     }
 
     /// Fetches answers that were computed; waits for them.
     pub fn fetch(&mut self, address: u64, bytes: usize) -> Result<Vec<u8>, String> {
         let at = (address - self.device.lists.at(0, 0)) as usize;
-        let from = self.device.lists.at(at, bytes);
-        let stream = self.device.compute.raw();
-        let to = &mut self.state.lists.bytes_mut()[at..at + bytes];
-        // SAFETY: the source is the lists' place on the card; the target lives as long as the device, and is waited for
-        // before it is read.
-        unsafe { result::memcpy_dtoh_async(to, from, stream) }.map_err(|error| doing("fetching answers", error))?;
+        self.bring(self.device.lists.at(at, bytes), self.state.mapped + at as u64, bytes)?;
         self.device.compute.wait().map_err(|error| doing("computing", error))?;
+        self.state.flying.clear();
         Ok(self.state.lists.bytes()[at..at + bytes].to_vec())
     }
 
@@ -148,7 +175,8 @@ impl<'a> Turn<'a> {
         let shape = Shape { grid, block, shared };
         // SAFETY: the context was bound when the turn began. All addresses that operations pass are of buffers on the
         // card, as long as the kernel's contract says (`DeviceBuffer::at` asserts it), and live until the device goes;
-        // so a kernel reaches the card's memory alone, never this process's.
+        // so a kernel reaches the card's memory alone, never this process's, but for the lists, which nobody touches
+        // before the stream has passed them.
         unsafe { self.device.kernels.launch(name, shape, self.device.compute.raw(), arguments) }
             .map_err(|error| doing(name, error))
     }
@@ -166,12 +194,30 @@ impl<'a> Turn<'a> {
             .map_err(|error| doing("copying on the card", error))
     }
 
+    /// Notes a mark behind all operations so far; tells the first failure.
+    pub(super) fn marked(device: &'a Cuda, mark: &Mark) -> Result<()> {
+        let mut state = device.state();
+        for flying in state.flying.iter_mut().rev().take_while(|flying| flying.mark.is_none()) {
+            flying.mark = Some(mark.clone());
+        }
+        told(&state)
+    }
+
     /// Waits for everything; tells the first failure.
     pub(super) fn finish(device: &'a Cuda) -> Result<()> {
-        device.turn(|turn| turn.wait());
-        match &device.state().failure {
-            None => Ok(()),
-            Some(what) => Err(Error::Device { what: what.clone() }),
-        }
+        device.turn(|turn| {
+            let queues = [&device.compute, &device.h2d, &device.d2h];
+            let waited = queues.iter().try_for_each(|queue| queue.wait());
+            turn.state.flying.clear();
+            waited.map_err(|error| doing("computing", error))
+        });
+        told(&device.state())
+    }
+}
+
+fn told(state: &State) -> Result<()> {
+    match &state.failure {
+        None => Ok(()),
+        Some(what) => Err(Error::Device { what: what.clone() }),
     }
 }

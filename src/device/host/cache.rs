@@ -289,11 +289,12 @@ mod tests {
             let (mut keys, mut values) = (vec![0f32; PAGE_POSITIONS * dim], vec![0f32; PAGE_POSITIONS * padded]);
             // SAFETY: the set is the caller's.
             unsafe {
-                let (key_count, value_count) = (keys.len(), values.len());
                 let wide = widen_keys::<V>(part, layout, &mut keys);
-                keys = std::slice::from_raw_parts(wide, key_count).to_vec();
+                let wide = std::slice::from_raw_parts(wide, keys.len()).to_vec();
+                keys.copy_from_slice(&wide);
                 let wide = widen_values::<V>(part, layout, &mut values);
-                values = std::slice::from_raw_parts(wide, value_count).to_vec();
+                let wide = std::slice::from_raw_parts(wide, values.len()).to_vec();
+                values.copy_from_slice(&wide);
             }
             let by_position = |at: &dyn Fn(usize, usize) -> f32| -> Vec<Vec<f32>> {
                 (0..PAGE_POSITIONS).map(|slot| (0..dim).map(|d| at(slot, d)).collect()).collect()

@@ -19,11 +19,15 @@ mod shared;
 mod softmax;
 mod tiles;
 
+use std::time::Instant;
+
 pub use raw::{raw_fma_gflops, raw_int8_gops, raw_widen_rate};
 use rayon::prelude::*;
 
 use super::sampling::{Draw, Drawn};
-use super::{AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Target};
+use super::{
+    AttentionSpan, Device, Frames, HeadNorms, Heads, KvViewMut, Matrix, NormParameters, Rotation, Stream, Target,
+};
 use crate::error::Result;
 use crate::kv::layout::KvLayout;
 use crate::kv::pages::{PageId, Segment};
@@ -121,6 +125,8 @@ fn panels<'a>(matrix: &Matrix<'a, Region>) -> Panels<'a> {
 
 impl Device for Host {
     type Buffer = Region;
+    /// Everything is over when it returns, so a mark is a moment.
+    type Mark = Instant;
 
     fn allocate(&mut self, bytes: usize) -> Region {
         self.arena.carve(bytes)
@@ -156,6 +162,26 @@ impl Device for Host {
         Ok(())
     }
 
+    fn mark(&self, _: Stream) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn follow(&self, _: Stream, _: &Instant) -> Result<()> {
+        Ok(())
+    }
+
+    fn passed(&self, _: &Instant) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn wait(&self, _: &Instant) -> Result<()> {
+        Ok(())
+    }
+
+    fn between(&self, from: &Instant, to: &Instant) -> Result<f64> {
+        Ok((*to - *from).as_secs_f64())
+    }
+
     fn finish(&self) -> Result<()> {
         Ok(())
     }
@@ -181,6 +207,19 @@ impl Device for Host {
         let x = &x.as_slice::<f32>()[..rows * width];
         let out = &mut out.as_mut_slice::<f32>()[..rows * width];
         rows::norm(self.isa, parameters.norm, x, weight, bias, out);
+    }
+
+    fn add_norm(
+        &self,
+        x: &mut Region,
+        y: &Region,
+        rows: usize,
+        width: usize,
+        parameters: &NormParameters<Region>,
+        out: &mut Region,
+    ) {
+        self.add(x, y, rows * width);
+        self.norm(x, rows, width, parameters, out);
     }
 
     fn linear(

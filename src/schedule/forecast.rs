@@ -1,0 +1,96 @@
+//! How many pages the sequences in flight will hold, from how long each is expected to go on.
+//!
+//! Every sequence grows by a token a pass until it ends and gives back what it alone holds. Over some stretches of
+//! time the expected change and its variance are summed; the greatest of them is what must be free now. Where lengths
+//! are certain this is no more than reserving for each, and less where they end at different times.
+//!
+//! **Invariant:** within a stretch a sequence counts as alive as at its beginning and as long as at its end, so with
+//! certain lengths the forecast is never too low.
+
+/// Ends of the stretches, in tokens from now.
+const ENDS: [usize; 20] =
+    [2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 1 << 32];
+/// Standard deviations above the mean that are kept free.
+const DEVIATIONS: f64 = 1.0;
+
+/// Pages needed beyond those that are held now.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Forecast {
+    mean: [f64; ENDS.len()],
+    variance: [f64; ENDS.len()],
+}
+
+impl Forecast {
+    /// Adds a sequence: pages that go back when it ends, pages that it will hold more after so many further tokens,
+    /// and the probability that it goes on for more than so many.
+    pub fn add(&mut self, alone: usize, grown: impl Fn(usize) -> usize, goes_on: impl Fn(usize) -> f64) {
+        let (mut from, down) = (0, alone as f64);
+        for (stretch, &end) in ENDS.iter().enumerate() {
+            let (alive, up) = (goes_on(from), grown(end) as f64);
+            self.mean[stretch] += alive * up - (1.0 - alive) * down;
+            self.variance[stretch] += alive * (1.0 - alive) * (up + down).powi(2);
+            from = end;
+        }
+    }
+
+    /// Pages that must be free, or could be freed, now.
+    pub fn peak(&self) -> f64 {
+        let needs = self.mean.iter().zip(&self.variance).map(|(mean, variance)| mean + DEVIATIONS * variance.sqrt());
+        needs.fold(0.0, f64::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGE: usize = 64;
+
+    /// Adds a sequence of `len` positions that ends after `left` more.
+    fn add(forecast: &mut Forecast, len: usize, left: usize) {
+        let held = len.div_ceil(PAGE);
+        let grown = |more: usize| (len + more.min(left)).div_ceil(PAGE) - held;
+        forecast.add(held, grown, |more| if more < left { 1.0 } else { 0.0 });
+    }
+
+    #[test]
+    fn sequences_that_end_make_room_for_those_that_grow() {
+        let mut forecast = Forecast::default();
+        // 20 pages go back after 64 tokens, before the other has taken 16 more.
+        add(&mut forecast, 20 * PAGE, 64);
+        add(&mut forecast, PAGE, 16 * PAGE);
+        assert!(forecast.peak() <= 3.0, "{}", forecast.peak());
+    }
+
+    #[test]
+    fn uncertain_lengths_need_less_than_the_longest_and_more_than_the_mean() {
+        let (mut forecast, count, mean) = (Forecast::default(), 100, 64.0);
+        for _ in 0..count {
+            forecast.add(1, |more| more.min(1024) / PAGE, |more| (-(more as f64) / mean).exp());
+        }
+        let peak = forecast.peak();
+        assert!(peak > 20.0 && peak < 100.0, "{peak}");
+    }
+
+    proptest! {
+        /// Whatever sequences there are, if all lengths are certain nothing ever needs more than the forecast, nor does
+        /// the forecast ask for more than a reservation for each.
+        #[test]
+        fn certain_lengths_never_need_more(sequences in prop::collection::vec((1usize..3000, 1usize..5000), 1..40)) {
+            let mut forecast = Forecast::default();
+            sequences.iter().for_each(|&(len, left)| add(&mut forecast, len, left));
+            let pages = |positions: usize| positions.div_ceil(PAGE) as f64;
+            let held: f64 = sequences.iter().map(|&(len, _)| pages(len)).sum();
+            let at = |time: usize| -> f64 {
+                let going = sequences.iter().filter(|&&(_, left)| time < left);
+                going.map(|&(len, _)| pages(len + time)).sum()
+            };
+            let most = (0..5000).map(at).fold(held, f64::max);
+            let reserved: f64 = sequences.iter().map(|&(len, left)| pages(len + left)).sum();
+            prop_assert!(held + forecast.peak() >= most, "{} and {most}", held + forecast.peak());
+            prop_assert!(held + forecast.peak() <= reserved);
+        }
+    }
+}
