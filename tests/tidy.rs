@@ -33,7 +33,22 @@ const GRAPH: &[(&str, &[&str])] = &[
         &["error", "kv", "memory::arena", "memory::limits", "model::config", "model::dtype", "model::packed::panels"],
     ),
     ("executor", &["device", "error", "kv", "memory::arena", "memory::disk", "model", "schedule"]),
-    ("engine", &["device::Device", "device::sampling", "error", "executor", "job", "kv", "model", "rng", "schedule"]),
+    (
+        "engine",
+        &[
+            "device::Device",
+            "device::sampling",
+            "error",
+            "executor",
+            "job",
+            "kv",
+            "model",
+            "planner::job",
+            "policy::Order",
+            "rng",
+            "schedule",
+        ],
+    ),
     ("bench", &["cost", "error", "executor", "kv::policy", "policy", "schedule"]),
     ("eval", &["error"]),
     (

@@ -61,7 +61,7 @@ pub struct Batch {
     pub share_prompts: bool,
     /// Whether prompts and answers share passes.
     pub order: Order,
-    /// Tokens that answers are expected to have, until they have shown it; as many as they may if there is nothing here.
+    /// Tokens that answers are expected to have until they have shown it; as many as they may where nobody says.
     pub expected_len: Option<usize>,
 }
 

@@ -1,8 +1,8 @@
 //! Another placement on the way, when lengths turn out otherwise than planned or the job nears its end.
 //!
-//! It is asked as answers end (after the first few, then whenever twice as many have), when no prompts are left and half
-//! of those in flight have ended, and when a link has been slower than planned for a while. A change pauses everybody, gives all memory back, and takes it anew;
-//! who was paused is computed again, so no bit changes.
+//! It is asked as answers end (after the first few, then whenever twice as many have), when no prompts are left and
+//! half of those in flight have ended, and when a link has been slower than planned for a while. A change pauses
+//! everybody, gives all memory back, and takes it anew; who was paused is computed again, so no bit changes.
 //!
 //! **Invariant:** memory of the old placement is given back before any of the new one is taken.
 
