@@ -3,7 +3,6 @@
 //! `REPLANS=N` draws N seeds instead of 8; the long check draws 200.
 #![allow(missing_docs)]
 
-#[allow(dead_code)]
 mod support;
 
 use std::path::Path;
