@@ -15,6 +15,7 @@ use crate::device::cuda::card::Facts;
 use crate::durable;
 use crate::error::{Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
+use crate::memory::disk::free_space;
 use crate::planner::job::Job;
 use crate::planner::lp::{self, Capabilities};
 use crate::planner::model::PlanModel;
@@ -189,8 +190,15 @@ pub fn this_machine(cache: &Path, offload: &Path, memory_bytes: u64, measure: bo
     let file = cache.join("calibration").join(format!("{}-{METHOD}.toml", machine_name(offload)));
     let known = std::fs::read_to_string(&file).ok();
     let known = known.and_then(|text| Hardware::from_toml(&text, &file.display().to_string()).ok());
-    if known.is_some() || !measure {
-        return Ok(known);
+    if let Some(mut hardware) = known {
+        // Rates stay; what is free on a disk does not.
+        if let (Some(disk), Some(place)) = (&mut hardware.disk, existing(offload)) {
+            disk.capacity_bytes = free_space(&place)?;
+        }
+        return Ok(Some(hardware));
+    }
+    if !measure {
+        return Ok(None);
     }
     say::line("measuring this machine, once: up to ten seconds");
     let memory_bytes = memory_bytes.min(CALIBRATION_BYTES);
@@ -228,12 +236,17 @@ pub fn card_profile(places: &Places<'_>, card: &Facts, bytes: u64, measure: bool
     Ok(Some(hardware))
 }
 
+/// The nearest directory above a place that exists; the place need not, yet.
+fn existing(place: &Path) -> Option<PathBuf> {
+    // A relative path's last ancestor is the empty path.
+    let named = |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
+    place.ancestors().map(named).find(|directory| directory.is_dir())
+}
+
 /// A name for what is measured: the machine, its threads, and the disk.
 fn machine_name(offload: &Path) -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    // The directory need not exist yet; a relative path's last ancestor is the empty path.
-    let named = |directory: &Path| if directory.as_os_str().is_empty() { PathBuf::from(".") } else { directory.into() };
-    let existing = offload.ancestors().find_map(|directory| std::fs::metadata(named(directory)).ok());
+    let existing = existing(offload).and_then(|directory| std::fs::metadata(directory).ok());
     let disk = existing.map_or(0, |directory| directory.dev());
     format!("{}-{}-threads-disk-{disk:x}", host.trim(), rayon::current_num_threads())
 }
