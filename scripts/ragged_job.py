@@ -1,18 +1,21 @@
-"""A job of ragged lengths beside FlexGen's way of doing it, on the same executor and kernels.
+"""A job of ragged lengths beside FlexGen's way of doing it, on the same executor, kernels, placement and memory.
 
-    python3 scripts/ragged_job.py [--bin target/release/tidemill] [--prompts 800] [--grid 8,16,32] [--output DIR]
+    python3 scripts/ragged_job.py [--bin target/release/tidemill] [--prompts 640] [--pages 140] [--grid 8,12,16]
 
 Prompts have log-normal lengths from 32 to 2,048 tokens, answers geometric ones from 1 to 512: any of a few token ids
-ends them. Nobody is told the lengths. A small model of seeded weights is rehearsed in three tiers over throttled links;
-budgets are such that weights stream. Measured are generated tokens/s of
+ends them, and nobody is told when. A small model of seeded weights is rehearsed in three tiers: all layers stream from
+main memory and disk over throttled links, the cache of PAGES pages stays with the device. Measured are generated
+tokens/s of
 
-- `mixed`: the program as a user starts it, with its own plan,
+- `mixed`: mixed passes, prompts begin as the lengths learned so far allow,
 - `sorted`: FlexGen's way at its best. Prompts are sorted by length and cut into batches; every batch is padded to its
-  longest prompt, computed in phases, and runs until its last answer has ended (known beforehand here). Memory and
-  placement are as planned for `mixed`; of every size of the grid a sample of the batches is run, of the best one all,
-- `as it is`: unsorted, every prompt padded to the longest, every answer run to its 512 tokens; two batches.
+  longest prompt, computed in phases, and runs until its last answer has ended (known beforehand here). A sample of the
+  batches is run for every size of the grid,
+- `as it is`: unsorted, every prompt padded to the longest, every answer run to its 512 tokens; one batch of as many as
+  the cache holds.
 
-Standard library only.
+The bound: a pass cannot be shorter than the slower link takes for the weights, and no more sequences are in flight than
+the cache holds pages for, at the mean number of pages that these sequences have. Standard library only.
 """
 
 import argparse
@@ -30,6 +33,8 @@ CONFIG = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16",
 }
 SHORTEST, LONGEST, ANSWER, PAGE = 32, 2048, 512, 64
+# Of the layers' weights.
+DISK = 0.4
 
 
 def trace(count, mean_answer, seed):
@@ -42,21 +47,18 @@ def trace(count, mean_answer, seed):
             for index, length in enumerate(lengths)]
 
 
-def run(arguments, folder, lines, extra):
-    """Runs lines; gives statistics and answers."""
+def run(arguments, folder, lines):
+    """Runs lines under the policy in the folder; gives statistics and answers."""
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for old in folder.glob("out.jsonl*"):
         old.unlink()
     done = subprocess.run(
         [arguments.bin, "generate", "--model", folder / "packed", "--input", folder / "in.jsonl", "--output",
-         folder / "out.jsonl", "--device", "host", "--gpu-memory", arguments.gpu_memory, "--cpu-memory",
-         arguments.cpu_memory, "--throttle", arguments.throttle, "--progress", "none", "--stats",
-         folder / "stats.json", "--offload-dir", folder / "offload", *extra],
+         folder / "out.jsonl", "--device", "host", "--gpu-memory", "1GiB", "--policy", folder / "policy.toml",
+         "--throttle", arguments.throttle, "--progress", "none", "--stats", folder / "stats.json"],
         stderr=subprocess.PIPE, encoding="utf-8", check=False)
     if done.returncode != 0:
         raise SystemExit(f"error: {done.stderr}")
-    if arguments.verbose:
-        print(done.stderr, flush=True)
     stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     return stats, answers
@@ -78,70 +80,76 @@ def padded(lines, lengths, size, to_the_end):
     return result
 
 
-def policy_text(policy, size, batch_tokens):
-    """The planned policy with another batch: as many rows a pass as a batch of prompts has, in blocks of the same
-    rows."""
-    rows = policy["block-rows"]
-    blocks = max(policy["blocks"], -(-batch_tokens // rows))
-    split = lambda share: "{ " + ", ".join(f"{tier} = {value}" for tier, value in share.items()) + " }"
+def policy_text(sequences, chunk_tokens, blocks, block_rows, pages, schedule):
     return "\n".join([
-        f"sequences = {size}", f"chunk-tokens = {batch_tokens}", f"blocks = {blocks}", f"block-rows = {rows}",
-        f"weight-slots = {policy['weight-slots']}", f"kv-slots = {policy['kv-slots']}", f"pages = {policy['pages']}",
-        f"block-pages = {policy['block-pages']}", f"weights = {split(policy['weights'])}", f"kv = {split(policy['kv'])}",
-        "hidden = { gpu = 0, cpu = 1, disk = 0 }" if blocks > policy["blocks"] else f"hidden = {split(policy['hidden'])}",
-        f'embed = "{policy["embed"]}"', f'head = "{policy["head"]}"', 'schedule = "phased"', ""])
+        f"sequences = {sequences}", f"chunk-tokens = {chunk_tokens}", f"blocks = {blocks}", f"block-rows = {block_rows}",
+        "weight-slots = 3", "kv-slots = 2", f"pages = {pages}", f"block-pages = {pages}",
+        f"weights = {{ gpu = 0, cpu = {1 - DISK}, disk = {DISK} }}", "kv = { gpu = 1, cpu = 0, disk = 0 }",
+        "hidden = { gpu = 1, cpu = 0, disk = 0 }", 'embed = "gpu"', 'head = "gpu"', f'schedule = "{schedule}"', ""])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", default="target/release/tidemill")
-    parser.add_argument("--prompts", type=int, default=800)
+    parser.add_argument("--prompts", type=int, default=640)
+    parser.add_argument("--pages", type=int, default=140)
     parser.add_argument("--answer", type=int, default=64, help="mean tokens of an answer")
-    parser.add_argument("--grid", default="8,16,32", help="batch sizes of FlexGen's way; empty for none")
-    parser.add_argument("--sample", type=int, default=6, help="batches of every size that choose the best one")
-    parser.add_argument("--gpu-memory", default="48MiB")
-    parser.add_argument("--cpu-memory", default="24MiB")
-    parser.add_argument("--throttle", default="h2d=400MB/s,disk_read=250MB/s")
-    parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--keep", type=pathlib.Path)
+    parser.add_argument("--grid", default="8,12,16", help="batch sizes of FlexGen's way")
+    parser.add_argument("--sample", type=int, default=5, help="batches that are run of every size")
+    parser.add_argument("--link", type=float, default=400, help="h2d in MB/s; the disk does half of it")
     arguments = parser.parse_args()
     arguments.bin = str(pathlib.Path(arguments.bin).resolve())
+    arguments.throttle = f"h2d={arguments.link}MB/s,disk_read={arguments.link / 2}MB/s"
     with tempfile.TemporaryDirectory() as name:
-        folder = arguments.keep or pathlib.Path(name)
-        folder.mkdir(exist_ok=True)
+        folder = pathlib.Path(name)
         (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        if not (folder / "packed").exists():
-            subprocess.run([arguments.bin, "synth", "--config", folder / "config.json", "--seed", "1", "--output",
-                            folder / "source"], check=True, stderr=subprocess.DEVNULL)
-            subprocess.run([arguments.bin, "pack", "--model", folder / "source", "--output", folder / "packed"],
-                           check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([arguments.bin, "synth", "--config", folder / "config.json", "--seed", "1", "--output",
+                        folder / "source"], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([arguments.bin, "pack", "--model", folder / "source", "--output", folder / "packed"],
+                       check=True, stderr=subprocess.DEVNULL)
         lines = trace(arguments.prompts, arguments.answer, 1)
-        print("| way | batch | generated tokens/s | wall s | passes | computed tokens | pauses |\n|---|---|---|---|---|---|---|")
+        print("| way | batch | generated tokens/s | wall s | passes | rows computed | pauses |\n|---|---|---|---|---|---|---|",
+              flush=True)
 
-        def row(way, batch, useful, stats):
+        def row(way, batch, lengths, lines, policy):
+            """Runs `lines` under a policy; `lengths` are the useful tokens, none for all that are generated."""
+            (folder / "policy.toml").write_text(policy, encoding="utf-8")
+            stats, answers = run(arguments, folder, lines)
+            useful = sum(lengths) if lengths else stats["generated_tokens"]
             rate = useful / stats["wall_s"]
             print(f"| {way} | {batch} | {rate:.1f} | {stats['wall_s']:.1f} | {stats['passes']} | "
                   f"{stats['computed_tokens']} | {stats['kv']['pauses']} |", flush=True)
-            return rate
+            return rate, stats, answers
 
-        stats, answers = run(arguments, folder, lines, [])
+        pages = arguments.pages
+        mixed, stats, answers = row("mixed", "as fits", None, lines, policy_text(96, 256, 1, 352, pages, "mixed"))
         lengths = [answer["usage"]["completion_tokens"] for answer in answers]
-        mixed = row("mixed", stats["policy"]["sequences"], sum(lengths), stats)
-        told, _ = run(arguments, folder, lines, ["--expect-output-len", str(arguments.answer)])
-        row("mixed, told the mean length", told["policy"]["sequences"], sum(lengths), told)
-        print(f"\nbound {told['bound_tokens_per_s']:.1f} tokens/s in all, measured {told['total_tokens_per_s']:.1f}, "
-              f"predicted {told['predicted_tokens_per_s']:.1f}; prompts {sum(len(line['prompt']) for line in lines)} "
-              f"tokens, answers {sum(lengths)}, the longest {max(lengths)}\n")
-        best = (0.0, 0)
-        for size in [int(size) for size in arguments.grid.split(",") if size]:
+        streamed = stats["lanes"]["h2d"]["bytes"] / stats["passes"]
+        pass_secs = max(streamed / arguments.link / 1e6,
+                        stats["lanes"]["disk_read"]["bytes"] / stats["passes"] / arguments.link * 2 / 1e6)
+        # Pages that a sequence holds, on average over its passes.
+        held = sum(-(-(len(line["prompt"]) + at) // PAGE) for line, length in zip(lines, lengths) for at in range(length))
+        resident = pages / (held / sum(lengths))
+        bound = resident / pass_secs
+        best = 0.0
+        for size in [int(size) for size in arguments.grid.split(",")]:
             batches = padded(lines, lengths, size, False)
-            sample = batches[::max(1, len(batches) // arguments.sample)]
+            sample = batches[len(batches) // arguments.sample // 2::max(1, len(batches) // arguments.sample)]
             tokens = max(sum(len(line["prompt"]) for line in batch) for _, batch in sample)
-            (folder / "policy.toml").write_text(policy_text(told["policy"], size, tokens), encoding="utf-8")
-            stats, _ = run(arguments, folder, [line for _, batch in sample for line in batch],
-                           ["--policy", folder / "policy.toml"])
-            rate = row(f"sorted, {len(sample)} of {len(batches)} batches", size, sum(useful for useful, _ in sample), stats)
-            best = max(best, (rate, size))
+            policy = policy_text(size, tokens, -(-tokens // 1024) + 1, 1024 + LONGEST, pages, "phased")
+            rate, _, _ = row(f"sorted, {len(sample)} of {len(batches)} batches", size,
+                             [useful for useful, _ in sample], [line for _, batch in sample for line in batch], policy)
+            best = max(best, rate)
+        size = pages // -(-(LONGEST + ANSWER) // PAGE)
+        useful, batch = padded(lines, lengths, size, True)[0]
+        mean = sum(lengths) / len(lengths) * size
+        policy = policy_text(size, size * LONGEST, size + 1, 1024 + LONGEST, pages, "phased")
+        as_it_is, _, _ = row("as it is, one batch of the mean useful tokens", size, [mean], batch, policy)
+        print(f"\nPrompts {sum(len(line['prompt']) for line in lines)} tokens, answers {sum(lengths)}, the longest "
+              f"{max(lengths)}; {arguments.prompts / resident:.1f} prompts for each of {resident:.1f} resident.\n"
+              f"A pass takes {1e3 * pass_secs:.1f} ms at least: bound {bound:.1f} generated tokens/s, "
+              f"{100 * mixed / bound:.1f} % of it measured.\n"
+              f"Mixed is {mixed / best:.2f} times FlexGen's way at its best, {mixed / as_it_is:.1f} times as it is.")
 
 
 if __name__ == "__main__":
