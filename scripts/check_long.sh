@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is too heavy for scripts/check.sh: the tests marked `#[ignore]`, optimised, and the dependencies once more.
-# A thousand random placements over three tiers (tests/placement.rs draws 40 in the check).
+# A thousand random placements over three tiers (tests/placement.rs draws 30 in the check).
 # Jobs on the card or its emulator (tests/cuda.rs draws 20 in the check).
 # Ignored tests: tests/long.rs (100,000 lines in bounded memory, 50 kills) and model::synth::tests::speed.
 set -euo pipefail

@@ -1,6 +1,6 @@
 //! Any placement over three tiers gives the bytes of the single-tier run, within the budgets that it was given.
 //!
-//! `PLACEMENTS=N` draws N policies instead of 40; the long check draws 1,000.
+//! `PLACEMENTS=N` draws N policies instead of 30; the long check draws 1,000.
 #![allow(missing_docs)]
 
 mod support;
@@ -39,7 +39,7 @@ fn stats(path: &Path) -> Value {
 
 #[test]
 fn random_policies_change_no_byte_and_keep_the_budgets() {
-    let count: u64 = std::env::var("PLACEMENTS").map_or(40, |count| count.parse().unwrap());
+    let count: u64 = std::env::var("PLACEMENTS").map_or(30, |count| count.parse().unwrap());
     let scratch = Scratch::new();
     let native = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED].map(|mix| (mix, &[][..]));
     let rounded = [(DEMO, INTEGERS), (WINDOW, INT4), (TIED, INT8)];
