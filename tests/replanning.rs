@@ -13,7 +13,7 @@ use support::jobs::Chance;
 use support::{Scratch, read_jsonl};
 use tidemill::device::host::Host;
 use tidemill::engine::{Advisor, Batch, Counts, Engine, Left, Used};
-use tidemill::error::{Result, Tier};
+use tidemill::error::{Error, Result, Tier};
 use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts};
 use tidemill::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output};
@@ -21,6 +21,7 @@ use tidemill::kv::layout::KvLayout;
 use tidemill::kv::policy::parse;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
+use tidemill::model::config::ModelConfig;
 use tidemill::model::dtype::DType;
 use tidemill::model::packed::Packed;
 use tidemill::model::packed::pack::Packer;
@@ -113,6 +114,16 @@ impl Advisor<Host> for Whim<'_> {
     }
 }
 
+fn layout(model: &Model, scored: bool) -> KvLayout {
+    let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = model.config;
+    KvLayout { num_layers, num_kv_heads, head_dim, dtype: DType::Bf16, scored }
+}
+
+fn batch(placement: &Placement, order: Order, share_prompts: bool, expected_len: Option<usize>) -> Batch {
+    let Policy { sequences, chunk_tokens, .. } = placement.policy;
+    Batch { sequences, chunk_tokens, share_prompts, order, expected_len }
+}
+
 fn options(model: &Model, input: &Path, output: &Path) -> JobOptions {
     let config = &model.config;
     JobOptions {
@@ -140,13 +151,7 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
         let mut chance = Chance::new(seed);
         let kv_policy = parse(policies[[0, 1, 0, 2, 0, 3][(seed % 6) as usize]]).unwrap();
         let input = scratch.jsonl("in.jsonl", &lines(seed / 6));
-        let kv = KvLayout {
-            num_layers: model.config.num_layers,
-            num_kv_heads: model.config.num_kv_heads,
-            head_dim: model.config.head_dim,
-            dtype: DType::Bf16,
-            scored: kv_policy.needs_scores(),
-        };
+        let kv = layout(&model, kv_policy.needs_scores());
         let run = |name: &str, placement: Placement, batch: Batch, advisor: Option<&mut Whim<'_>>| {
             let output = scratch.path(name);
             let Opening::Run(job) = job::open(options(&model, &input, &output)).unwrap() else { panic!("a new job") };
@@ -170,10 +175,6 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
             let bytes = model_bytes(&model.config, Packer::new(&model, None).layout(), &kv);
             Placement::new(&bytes, &policy, Tier::Cpu)
         };
-        let batch = |placement: &Placement, order: Order, share_prompts: bool, expected_len: Option<usize>| {
-            let Policy { sequences, chunk_tokens, .. } = placement.policy;
-            Batch { sequences, chunk_tokens, share_prompts, order, expected_len }
-        };
         let plain = batch(&roomy, Order::Mixed, false, None);
         let (answers, counts) = run("expected", roomy, plain, None);
         assert_eq!((counts.paused, counts.replanned), (0, 0));
@@ -191,4 +192,51 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
         expected.push((counts.paused, counts.replanned));
     }
     assert!(total.paused > 5 * count && total.replanned >= count, "{expected:?}");
+}
+
+/// Advises once, and then has no memory for it.
+struct Poor<'a>(Whim<'a>);
+
+impl Advisor<Host> for Poor<'_> {
+    fn advise(&mut self, _: Left, _: &Placement) -> Option<Placement> {
+        Some(placement(&mut self.0.chance, self.0.model, &self.0.kv))
+    }
+
+    fn is_slow(&mut self, _: &Used) -> bool {
+        false
+    }
+
+    fn build(&mut self, _: Placement) -> Result<Executor<Host>> {
+        Err(Error::Device { what: "no memory for this".into() })
+    }
+}
+
+#[test]
+fn a_placement_that_cannot_be_built_ends_the_run_and_another_goes_on() {
+    let scratch = Scratch::new();
+    let model = Model::open("demo").unwrap();
+    let kv = layout(&model, false);
+    let input = scratch.jsonl("in.jsonl", &lines(3));
+    let run = |name: &str, advisor: Option<&mut dyn Advisor<Host>>| {
+        let Opening::Run(job) = job::open(options(&model, &input, &scratch.path(name))).unwrap() else {
+            panic!("done")
+        };
+        let (reader, mut writer) = (job.reader, job.writer);
+        let placement = placement(&mut Chance::new(4), &model, &kv);
+        let batch = batch(&placement, Order::Mixed, true, None);
+        let mut engine = Engine::new(&model, executor(&model, placement, kv), parse("full").unwrap(), batch);
+        let result = engine.run(reader, &mut writer, &AtomicUsize::new(0), advisor, &mut |_| {});
+        // What was done can still be told.
+        assert!(engine.used().bytes[1] + engine.used().bytes[0] > 0);
+        writer.close(result.is_ok()).unwrap();
+        result
+    };
+    run("expected.jsonl", None).unwrap();
+    let mut poor = Poor(Whim { chance: Chance::new(5), model: &model, kv });
+    let error = run("out.jsonl", Some(&mut poor)).unwrap_err().to_string();
+    assert!(error.contains("no memory for this"), "{error}");
+    let counts = run("out.jsonl", None).unwrap();
+    assert!(counts.succeeded < 45, "{} lines were done again", counts.succeeded);
+    let read = |name: &str| std::fs::read(scratch.path(name)).unwrap();
+    assert!(read("out.jsonl") == read("expected.jsonl"));
 }

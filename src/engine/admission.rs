@@ -111,6 +111,9 @@ impl<D: Device> Engine<'_, D> {
 
     /// Begins what there is room for.
     pub(super) fn admit(&mut self) {
+        if self.places() == 0 || self.waiting.is_empty() && self.pending.is_empty() {
+            return;
+        }
         let mut outlook = self.outlook.take().unwrap_or_else(|| self.outlook());
         self.admit_into(&mut outlook);
         self.outlook = Some(outlook);
@@ -118,12 +121,13 @@ impl<D: Device> Engine<'_, D> {
 
     fn admit_into(&mut self, outlook: &mut Outlook) {
         while let Some(sequence) = self.waiting.front() {
-            let mut with = outlook.clone();
-            self.look_at(sequence, &mut with);
-            if self.places() == 0 || !(self.active.is_empty() || with.pages() <= self.free_pages() as f64) {
+            let before = outlook.forecast;
+            self.look_at(sequence, outlook);
+            let fits = self.active.is_empty() || outlook.forecast.peak() <= self.free_pages() as f64;
+            if self.places() == 0 || !fits {
+                outlook.forecast = before;
                 return;
             }
-            *outlook = with;
             self.active.extend(self.waiting.pop_front());
         }
         // Siblings that will wait for room keep new prompts out.
@@ -155,19 +159,15 @@ impl<D: Device> Engine<'_, D> {
             // What it takes can no longer be given up; and who was paused comes back when there is room to spare.
             let spare = if begin.paused.is_some() { self.pool.len() / PAUSED_SPARE } else { 0 };
             let free = self.free_pages() as f64 - (self.prefixes.idle_pages_of(&begin.path, taken) + spare) as f64;
-            let with = |all: bool| {
-                let mut with = outlook.clone();
-                self.look_at_prompt(begin, taken, all, &mut with);
-                with
-            };
-            let all = with(true);
-            if all.pages() <= free && self.places() > siblings {
-                *outlook = all;
+            let before = outlook.forecast;
+            self.look_at_prompt(begin, taken, true, outlook);
+            if outlook.forecast.peak() <= free && self.places() > siblings {
                 return Some((index, true));
             }
+            outlook.forecast = before;
             // It was let in because it fits when it is alone.
             if self.active.is_empty() {
-                *outlook = with(false);
+                self.look_at_prompt(begin, taken, false, outlook);
                 return Some((index, siblings == 0));
             }
         }
@@ -177,30 +177,20 @@ impl<D: Device> Engine<'_, D> {
     /// Prompts that may begin next, the most welcome first, and how many pages of its beginning each finds ready. The
     /// first in line goes first, unless its beginning is being computed or a later one finds more ready; the next few
     /// may take the room that is too small for it.
-    fn candidates(&self) -> Vec<(usize, usize)> {
-        if self.places() == 0 {
-            return Vec::new();
-        }
-        let found = self.pending.iter().enumerate();
-        let mut found = found.filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
+    fn candidates(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let pending = self.pending.iter().enumerate().take(if self.places() > 0 { usize::MAX } else { 0 });
+        let mut found = pending.filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
             Found::Pages(pages) => Some((index, pages)),
             Found::Soon => None,
         });
+        let first = found.next();
         // Nobody is passed over for ever, nor whoever was paused at all.
-        let Some(first) = found.next() else { return Vec::new() };
         let paused = self.pending.front().is_some_and(|begin| begin.paused.is_some());
-        if paused || self.passed_over >= AHEAD_PROMPTS {
-            return vec![first];
-        }
-        let mut candidates = Vec::new();
-        if first.1 == 0 {
-            candidates.extend(found.clone().find(|&(_, pages)| pages > 0));
-        }
-        candidates.push(first);
-        if self.passed_over < PASSED_OVER {
-            candidates.extend(found.take(SMALLER));
-        }
-        candidates
+        let strict = paused || self.passed_over >= AHEAD_PROMPTS;
+        let looks = !strict && first.is_some_and(|(_, pages)| pages == 0);
+        let ready = if looks { found.clone().find(|&(_, pages)| pages > 0) } else { None };
+        let smaller = if strict || self.passed_over >= PASSED_OVER { 0 } else { SMALLER };
+        ready.into_iter().chain(first).chain(found.take(smaller))
     }
 
     /// Whether samples that do not fit together compute their prompt for themselves.

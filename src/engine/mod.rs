@@ -33,11 +33,10 @@ use crate::policy::Order;
 use crate::schedule::Pass;
 use lengths::Lengths;
 use outlook::Outlook;
-pub use replan::{Advisor, Left, Used};
-
 use prefix::Prefixes;
 use prepare::{Arrival, Room};
 use replan::Looks;
+pub use replan::{Advisor, Left, Used};
 use sequence::{Begin, Job, Sequence};
 
 /// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.

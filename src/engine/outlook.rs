@@ -19,20 +19,16 @@ use crate::schedule::forecast::Forecast;
 const SCORED: usize = 64;
 
 /// The sequences in flight as far as they were looked at, and what is known about lengths.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Outlook {
-    forecast: Forecast,
+    /// Who may not begin after all is taken out by putting back what was here before.
+    pub forecast: Forecast,
     survivals: HashMap<Kind, Survival>,
 }
 
 impl Outlook {
-    /// What the cache must have free for them.
-    pub fn pages(&self) -> f64 {
-        self.forecast.peak()
-    }
-
-    /// Adds a sequence that holds some pages alone and will hold `grown(n)` more after n further tokens. `sample` is
-    /// what it generates of `most` tokens.
+    /// Adds a sequence that holds some pages alone and will hold `grown(n)` more after n further tokens; one without a
+    /// sample is only scored.
     fn add(
         &mut self,
         lengths: &Lengths,

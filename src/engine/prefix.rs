@@ -197,13 +197,11 @@ impl Prefixes {
         path.nodes[..taken].iter().filter(|&&node| self.nodes[node as usize].is_idle()).count()
     }
 
-    /// Gives up `count` pages that the tree alone holds, but not the first `taken` ones of `path`, which its prompt is
-    /// about to take: the ends of beginnings first.
-    pub fn give_up(&mut self, count: usize, (path, taken): (&Path, usize), pool: &mut PagePool) {
-        let taken = &path.nodes[..taken];
+    /// Gives up `count` pages that the tree alone holds: the ends of beginnings first.
+    pub fn give_up(&mut self, count: usize, pool: &mut PagePool) {
         let mut idle: Vec<(usize, NodeId)> = Vec::new();
         for id in 0..self.nodes.len() as NodeId {
-            if self.nodes[id as usize].is_idle() && !taken.contains(&id) {
+            if self.nodes[id as usize].is_idle() {
                 idle.push((self.depth(id), id));
             }
         }
@@ -273,9 +271,9 @@ mod tests {
         tree.end(&b, 2, &mut pool);
         pages.iter().for_each(|&page| pool.release(page));
         assert_eq!((pool.free(), tree.idle_pages()), (4, 2));
-        tree.give_up(9, (&c, 1), &mut pool);
+        tree.give_up(1, &mut pool);
         assert_eq!((pool.free(), tree.look(&c)), (5, Found::Pages(1)));
-        tree.give_up(9, (&c, 0), &mut pool);
+        tree.give_up(9, &mut pool);
         assert_eq!((pool.free(), tree.look(&c)), (6, Found::Pages(0)));
     }
 
@@ -339,7 +337,7 @@ mod tests {
                     }
                     5 => {
                         let (free, idle) = (pool.free(), tree.idle_pages());
-                        tree.give_up(which, (&Path::default(), 0), &mut pool);
+                        tree.give_up(which, &mut pool);
                         prop_assert_eq!(pool.free() - free, which.min(idle));
                     }
                     _ => {}

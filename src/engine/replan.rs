@@ -116,11 +116,13 @@ impl<D: Device> Engine<'_, D> {
     /// What all executors of this job have done and taken.
     pub fn used(&self) -> Used {
         let Used { mut lanes, bytes } = self.before;
-        for (lane, now) in lanes.iter_mut().zip(self.executor().lane_counts()) {
+        // There is none after one that could not be built.
+        let Some(executor) = &self.executor else { return self.before };
+        for (lane, now) in lanes.iter_mut().zip(executor.lane_counts()) {
             (lane.busy, lane.bytes) = (lane.busy + now.busy, lane.bytes + now.bytes);
         }
-        let (device, host) = self.executor().used_bytes();
-        let now = [device as u64, host as u64, self.executor().placement().bytes[Tier::Disk as usize]];
+        let (device, host) = executor.used_bytes();
+        let now = [device as u64, host as u64, executor.placement().bytes[Tier::Disk as usize]];
         let most = |tier: usize| bytes[tier].max(now[tier]);
         Used { lanes, bytes: [most(0), most(1), most(2)] }
     }

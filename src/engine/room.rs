@@ -10,14 +10,12 @@
 use std::ops::Range;
 
 use super::admission::path_of;
-use super::prefix::Path;
 use super::sequence::{Begin, Sequence};
 use super::{Engine, journal_sample};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::kv::layout::PAGE_POSITIONS;
-use crate::kv::pages::PageId;
 
 impl<D: Device> Engine<'_, D> {
     /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies of those that
@@ -70,28 +68,24 @@ impl<D: Device> Engine<'_, D> {
     /// Makes the pages that positions `from .. to` of a sequence are written to its own.
     pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
         self.noted_pages -= std::mem::take(&mut self.noted[index]);
-        let kept = self.active[index].kept;
-        while self.active[index].pages.len() < kept.pages(to) {
-            let page = self.take_page();
-            self.active[index].pages.push(page);
+        let lacks = self.pages_needed(&self.active[index], from..to).saturating_sub(self.pool.free());
+        if lacks > 0 {
+            self.prefixes.give_up(lacks, &mut self.pool);
         }
+        let sequence = &mut self.active[index];
+        let kept = sequence.kept;
+        let new = kept.pages(to).saturating_sub(sequence.pages.len());
+        sequence.pages.extend((0..new).map(|_| self.pool.take()));
         for page in kept.writes(&(from..to)) {
             let shared = self.active[index].pages[page];
             if self.pool.is_shared(shared) {
-                let own = self.take_page();
+                let own = self.pool.take();
                 self.executor_mut().copy_page(shared, own)?;
                 self.active[index].pages[page] = own;
                 self.pool.release(shared);
             }
         }
         Ok(())
-    }
-
-    fn take_page(&mut self) -> PageId {
-        if self.pool.free() == 0 {
-            self.prefixes.give_up(1, (&Path::default(), 0), &mut self.pool);
-        }
-        self.pool.take()
     }
 
     /// Pauses the sequence that began last; siblings that have not begun to decode before all others.

@@ -59,12 +59,12 @@ impl PagePool {
     }
 
     /// Takes a free page of the tier that is emptiest, so that every sequence has its share of every tier; the caller
-    /// has reserved it, so there is one.
+    /// has made room, so there is one.
     pub fn take(&mut self) -> PageId {
         let share = |tier: &&mut (Vec<PageId>, usize)| tier.0.len() as f64 / (tier.1.max(1)) as f64;
         // The last of equals wins in `max_by`, the fastest tier should.
         let emptiest = self.tiers.iter_mut().rev().max_by(|a, b| share(a).total_cmp(&share(b)));
-        let page = emptiest.and_then(|(free, _)| free.pop()).expect("admission reserves pages before they are taken");
+        let page = emptiest.and_then(|(free, _)| free.pop()).expect("room is made before pages are taken");
         self.holders[page as usize] = 1;
         page
     }

@@ -52,8 +52,9 @@ struct Crowd {
     active: Vec<Sequence>,
     /// Those who gave their pages to others, the oldest last.
     paused: Vec<Sequence>,
-    /// Pages that the next position of every active sequence needs.
+    /// Pages that the next position of every active sequence needs, and all together.
     noted: Vec<usize>,
+    noted_pages: usize,
     pool: PagePool,
     /// Limits of a block.
     block_rows: usize,
@@ -109,6 +110,7 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         active: Vec::new(),
         paused: Vec::new(),
         noted: Vec::new(),
+        noted_pages: 0,
         pool: PagePool::new(pages),
         block_rows: fewer(policy.block_rows),
         block_pages: fewer(policy.block_pages).max(job.widest_layer),
@@ -126,15 +128,18 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let mut marks: Vec<(usize, usize)> = Vec::new();
     loop {
         closed &= !crowd.active.is_empty();
-        let mut forecast = crowd.forecast();
-        while crowd.active.len() < places && !closed && crowd.admit_paused(&mut forecast) {
-            let Some(request) = waiting.peek() else { break };
-            let request = if crowd.ends > 0.0 { drawn(request, begun) } else { **request };
-            if !crowd.admit(Sequence::new(request), &mut forecast) {
-                break;
+        let wanted = !crowd.paused.is_empty() || waiting.peek().is_some();
+        if wanted && !closed && crowd.active.len() < places {
+            let mut forecast = crowd.forecast();
+            while crowd.active.len() < places && crowd.admit_paused(&mut forecast) {
+                let Some(request) = waiting.peek() else { break };
+                let request = if crowd.ends > 0.0 { drawn(request, begun) } else { **request };
+                if !crowd.admit(Sequence::new(request), &mut forecast) {
+                    break;
+                }
+                waiting.next();
+                begun += 1;
             }
-            waiting.next();
-            begun += 1;
         }
         closed = policy.schedule == Order::Phased;
         crowd.make_room();
@@ -196,7 +201,8 @@ impl Crowd {
                 false => 0,
             };
             self.noted = self.active.iter().enumerate().map(needs).collect();
-            if self.active.len() < 2 || self.noted.iter().sum::<usize>() <= self.pool.free() {
+            self.noted_pages = self.noted.iter().sum();
+            if self.active.len() < 2 || self.noted_pages <= self.pool.free() {
                 return;
             }
             let youngest = self.active.pop().expect("there are two");
@@ -268,14 +274,13 @@ impl Fill for Crowd {
             return Ok(0);
         }
         // Others have been promised what their next positions need.
-        let noted = std::mem::take(&mut self.noted[index]);
-        let free = self.pool.free() - self.noted.iter().sum::<usize>();
+        let free = self.pool.free() - (self.noted_pages - self.noted[index]);
         let most = (sequence.pages.len() + free) * PAGE_POSITIONS;
         let to = if kept.pages(to) > sequence.pages.len() + free { most.max(from) } else { to };
         if to == from {
-            self.noted[index] = noted;
             return Ok(0);
         }
+        self.noted_pages -= std::mem::take(&mut self.noted[index]);
         while sequence.pages.len() < kept.pages(to) {
             sequence.pages.push(self.pool.take());
         }
