@@ -1,17 +1,20 @@
-"""The whole job of one Llama shape here and in llama.cpp, in turn: bench_results/peers.md.
+"""The same jobs here and in programs that PyPI offers, in turn: bench_results/peers.md and peers-offload.md.
 
-    python3 scripts/compare_peers.py [--bin target/release/tidemill] [--rounds 3] [--peer-kv f16] [--no-write]
+    python3 scripts/compare_peers.py memory [--batches 1,8,64,256] [--rounds 3]
+    python3 scripts/compare_peers.py offload [--cap 2GiB] [--rounds 1]
 
-Both complete the same prompts with random weights of 4 bits on the same threads: llama.cpp through llama-cpp-python
-(Q4_0, all sequences in one context, greedy tokens chosen with numpy), tidemill through `generate`. Runs alternate, so
-that what else the machine does hits both; ratios are of neighbouring runs. Loading is reported beside, never counted.
-Needs numpy and, from PyPI, llama-cpp-python and gguf. Its AMX code crashes when gcc 12 compiled it (that compiler drops
-the stores of the tile configuration): CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" pip install helps.
+`memory`: the 1.1 B Llama shape, which fits, with as many prompts as sequences in flight. `offload`: a 7 B shape in a
+control group of 2 GiB, which it does not fit into; needs root, and 25 GB of disk in --work. All complete the same prompts
+with random weights on the same threads: llama.cpp (Q4_0), transformers (bf16; with accelerate where the model does not
+fit), and tidemill through `generate`. Runs alternate, so that what else the machine does hits all; ratios are of
+neighbouring runs. Loading never counts, except in tidemill's own core seconds. A peer whose package is missing is left
+out and named. Peers with their settings: scripts/peers/. FlexGen needs a card: scripts/gpu_check.sh.
 """
 
 import argparse
-import ctypes
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,284 +23,297 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "policies" / "models" / "llama-1.1b.json"
-KV_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
-EXTRA = "llama.cpp Q4_0"
+PEERS = ROOT / "scripts" / "peers"
+sys.path.insert(0, str(PEERS))
+import job  # noqa: E402
+import llama_cpp_peer  # noqa: E402
+
 OURS = ["--weights", "int4", "--kv-dtype", "int4", "--activations", "int8"]
+NAMES = {"memory": "policies/models/llama-1.1b.json", "offload": "policies/models/mistral-7b.json"}
+NEEDS = {"llama_cpp_peer": ("llama_cpp", "gguf", "numpy"), "transformers_peer": ("torch", "transformers", "accelerate")}
 
 
-def prompt(index, length, vocab):
-    return [3 + (index * 7919 + k * 104_729) % (vocab - 10) for k in range(length)]
+class Cap:
+    """A control group that holds whatever runs in it to so many bytes, page cache included."""
+
+    def __init__(self, size, name):
+        number, unit = size[:-3], size[-3:]
+        self.bytes = int(float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
+        first = pathlib.Path("/sys/fs/cgroup/memory")
+        self.old = first.is_dir()
+        self.path = (first if self.old else first.parent) / f"tidemill-{name}-{os.getpid()}"
+        self.path.mkdir()
+        self.write("memory.limit_in_bytes" if self.old else "memory.max", self.bytes)
+
+    def write(self, name, value):
+        (self.path / name).write_text(str(value))
+
+    def enter(self):
+        self.write("cgroup.procs", os.getpid())
+
+    def peak(self):
+        return int((self.path / ("memory.max_usage_in_bytes" if self.old else "memory.peak")).read_text())
+
+    def close(self):
+        self.path.rmdir()
 
 
-def make_gguf(path, config):
-    """A Llama of this shape, every matrix in Q4_0 with random codes, without a tokenizer."""
-    import gguf
-    import numpy
-
-    random = numpy.random.default_rng(1)
-    writer = gguf.GGUFWriter(path, "llama")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim, vocab = width // heads, config["vocab_size"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(vocab)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    writer.add_tokenizer_model("none")
-
-    def matrix(name, outputs, inputs):
-        # A block is a scale in f16 and 32 codes of 4 bits around 8; weights get a deviation of 0.02.
-        blocks = random.integers(0, 256, (outputs, inputs // 32, 18), dtype=numpy.uint8)
-        blocks[:, :, :2] = numpy.frombuffer(numpy.float16(0.02 / 4.6).tobytes(), dtype=numpy.uint8)
-        writer.add_tensor(name, blocks.reshape(outputs, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    def scale(name):
-        writer.add_tensor(name, numpy.ones(width, dtype=numpy.float32))
-
-    kv_width, inner = head_dim * config["num_key_value_heads"], config["intermediate_size"]
-    matrix("token_embd.weight", vocab, width)
-    matrix("output.weight", vocab, width)
-    scale("output_norm.weight")
-    for layer in range(config["num_hidden_layers"]):
-        name = f"blk.{layer}.{{}}.weight".format
-        scale(name("attn_norm"))
-        scale(name("ffn_norm"))
-        for part, outputs, inputs in (
-            ("attn_q", width, width), ("attn_k", kv_width, width), ("attn_v", kv_width, width),
-            ("attn_output", width, width), ("ffn_gate", inner, width), ("ffn_up", inner, width),
-            ("ffn_down", width, inner),
-        ):
-            matrix(name(part), outputs, inputs)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def forget(folder):
+    """Takes files out of the page cache, so that nobody reads what others paid for."""
+    os.sync()
+    for path in pathlib.Path(folder).rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run_peer(options):
-    """Loads the model and runs the job `options.rounds` times; prints a JSON line for each, when told to on stdin."""
-    import llama_cpp
-    import numpy
+class Failed(Exception):
+    """A peer that ended before its job did."""
 
-    log = []
-    keep = llama_cpp.llama_log_callback(lambda level, text, data: log.append(text.decode()))
-    llama_cpp.llama_log_set(keep, None)
-    llama_cpp.llama_backend_init()
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.use_extra_bufts = not options.plain
-    model = llama_cpp.llama_model_load_from_file(options.gguf.encode(), parameters)
-    assert model, "".join(log)
-    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    sequences, length, generated = options.prompts, options.prompt_len, options.generated
 
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = sequences * (length + generated)
-    settings.n_batch, settings.n_ubatch, settings.n_seq_max = options.batch, options.ubatch, sequences
-    settings.n_threads = settings.n_threads_batch = options.threads
-    settings.type_k = settings.type_v = getattr(llama_cpp, KV_TYPES[options.peer_kv])
-    settings.flash_attn_type = options.flash
-    settings.kv_unified = options.unified
-    context = llama_cpp.llama_init_from_model(model, settings)
-    assert context, "".join(log)
-    memory = llama_cpp.llama_get_memory(context)
-    prompts = numpy.array([prompt(index, length, vocab) for index in range(sequences)], dtype=numpy.int32)
+class Shape:
+    """How much a job has to do."""
 
-    batch = llama_cpp.llama_batch_init(options.batch, 0, 1)
-    view = lambda pointer, kind: numpy.ctypeslib.as_array(
-        ctypes.cast(pointer, ctypes.POINTER(kind)), (options.batch,))
-    tokens, positions = view(batch.token, ctypes.c_int32), view(batch.pos, ctypes.c_int32)
-    counts, asked = view(batch.n_seq_id, ctypes.c_int32), view(batch.logits, ctypes.c_int8)
-    counts[:] = 1
+    def __init__(self, prompts, prompt_len, generated):
+        self.prompts, self.prompt_len, self.generated = prompts, prompt_len, generated
+        self.tokens = prompts * (prompt_len + generated)
 
-    def decode(ids, at, owners, wanted):
-        batch.n_tokens = len(ids)
-        tokens[: len(ids)], positions[: len(ids)], asked[: len(ids)] = ids, at, wanted
-        for place, owner in enumerate(owners):
-            batch.seq_id[place][0] = owner
-        status = llama_cpp.llama_decode(context, batch)
-        assert status == 0, f"llama_decode: {status}"
-
-    def best():
-        """The likeliest token of every place that was asked in the last batch, in order."""
-        rows = int(asked[: batch.n_tokens].sum())
-        logits = numpy.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (rows, vocab))
-        return logits.argmax(axis=1).astype(numpy.int32)
-
-    together = options.batch // length
-    wanted = numpy.tile(numpy.arange(length) == length - 1, together)
-    facts = llama_cpp.llama_print_system_info().decode()
-    buffers = [text.split(":", 1)[1].split("model")[0].strip() for text in log if "model buffer size" in text]
-    print(json.dumps({"info": facts, "buffers": buffers}), flush=True)
-    for _ in sys.stdin:
-        llama_cpp.llama_memory_clear(memory, True)
-        started, used = time.perf_counter(), time.process_time()
-        first = []
-        for group in range(0, sequences, together):
-            some = prompts[group : group + together]
-            count = some.size
-            decode(some.ravel(), numpy.tile(numpy.arange(length), len(some)),
-                   numpy.repeat(numpy.arange(group, group + len(some)), length), wanted[:count])
-            first.append(best())
-        last = numpy.concatenate(first)
-        prefilled = time.perf_counter()
-        for step in range(generated - 1):
-            decode(last, length + step, range(sequences), 1)
-            last = best()
-        ended = time.perf_counter()
-        run = {"prefill": prefilled - started, "decode": ended - prefilled, "cpu": time.process_time() - used}
-        print(json.dumps(run), flush=True)
+    def __str__(self):
+        return f"{self.prompts} x {self.prompt_len} + {self.generated}"
 
 
 class Peer:
-    """llama.cpp in a process of its own."""
+    """A peer's program in a process of its own, loaded when it is made."""
 
-    def __init__(self, arguments, gguf, plain):
-        given = ["--gguf", gguf] + (["--plain"] if plain else [])
-        names = ("prompts", "prompt_len", "generated", "batch", "ubatch", "threads", "peer_kv", "flash")
-        for name in names:
-            given += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
-        given += ["--unified"] if arguments.unified else []
+    def __init__(self, name, script, shape, given, threads, cap=None):
+        self.name = name
+        command = [sys.executable, PEERS / f"{script}.py", "--threads", threads, "--prompts", shape.prompts,
+                   "--prompt-len", shape.prompt_len, "--generated", shape.generated, *given]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = json.loads(self.process.stdout.readline())
+            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            preexec_fn=cap and cap.enter, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        self.facts = self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failed(f"{self.name} ended with exit code {self.process.wait()}")
+        return json.loads(line)
 
     def run(self):
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        result = self.answer()
+        return {"whole": result["prefill"] + result["decode"], **result}
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
 
-def pack(arguments, folder):
-    """Our model, packed once, so that loading is short."""
-    command = [arguments.bin, "pack", "--model", f"synth:{CONFIG}#1", "--output", folder / "packed", "--weights", "int4"]
+class Tidemill:
+    """Our program, which is started anew for every run."""
+
+    def __init__(self, binary, packed, folder, shape, vocab, threads, cap=None):
+        self.name, self.facts, self.shape, self.folder, self.cap = "tidemill", "", shape, folder, cap
+        source = folder / "in.jsonl"
+        with open(source, "w", encoding="utf-8") as file:
+            for index in range(shape.prompts):
+                line = {"prompt": job.prompt(index, shape.prompt_len, vocab), "max_tokens": shape.generated,
+                        "temperature": 0, "ignore_eos": True}
+                file.write(json.dumps(line) + "\n")
+        # In a control group nearly all of it, rather than the 70 % that are the default; the process needs some itself.
+        budget = ["--cpu-memory", str(cap.bytes - (128 << 20))] if cap else []
+        self.command = [
+            binary, "generate", "--model", packed, "--input", source, "--output", folder / "out.jsonl", "--stats",
+            folder / "stats.json", "--progress", "none", "--threads", str(threads), "--device", "host", *budget, *OURS]
+
+    def run(self):
+        for old in self.folder.glob("out.jsonl*"):
+            old.unlink()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(self.command, stderr=subprocess.PIPE, text=True, preexec_fn=self.cap and self.cap.enter)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode != 0:
+            raise SystemExit(done.stderr)
+        stats = json.loads((self.folder / "stats.json").read_text())
+        assert stats["generated_tokens"] == self.shape.prompts * self.shape.generated
+        planned = [line for line in done.stderr.splitlines() if line.startswith(("model ", "planned:"))]
+        self.facts = "tidemill " + " ".join(OURS) + ": " + "; ".join(planned)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return {"whole": stats["wall_s"], "cpu": cpu, "bound": stats["bound_tokens_per_s"]}
+
+    def close(self):
+        pass
+
+
+def alternate(runners, rounds):
+    """Runs of every runner by name: `rounds` of them in turn, or as many as `rounds` says for a name."""
+    runs = {runner.name: [] for runner in runners}
+    for turn in range(max(rounds.values())):
+        for runner in runners:
+            if turn < rounds[runner.name]:
+                runs[runner.name].append(runner.run())
+                print(runner.name, runs[runner.name][-1], file=sys.stderr)
+    for runner in runners:
+        runner.close()
+    return runs
+
+
+def middle(runs, key):
+    return statistics.median(run[key] for run in runs)
+
+
+def rows(shape, runs):
+    """A line of the table for each runner; what we are compared with is tidemill's run of the same round."""
+    ours = runs["tidemill"]
+    for name, own in runs.items():
+        def rate(key, count):
+            return f"{count / middle(own, key):.1f}" if key in own[0] and count else ""
+
+        def ratio(key):
+            return statistics.median(peer[key] / mine[key] for peer, mine in zip(own, ours))
+
+        prefill = rate("prefill", shape.prompts * shape.prompt_len)
+        decode = rate("decode", shape.prompts * (shape.generated - 1))
+        ratios = ("", "") if name == "tidemill" else (f"**{ratio('whole'):.2f}**", f"{ratio('cpu'):.2f}")
+        each = ", ".join(f"{run['whole']:.1f}" for run in own)
+        yield (f"| {shape} | {name} | {shape.tokens / middle(own, 'whole'):.1f} | {prefill} | {decode} | {each} | "
+               f"{middle(own, 'cpu'):.1f} | {ratios[0]} | {ratios[1]} |")
+
+
+HEAD = ("| prompts x tokens + generated | program | tokens/s, whole job | prefill | decode | seconds of each round | "
+        "core seconds | tidemill is faster by | by core seconds |\n|---|---|---|---|---|---|---|---|---|")
+
+
+def has(script):
+    missing = [name for name in NEEDS[script] if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{script} is left out: no {', '.join(missing)}", file=sys.stderr)
+    return not missing
+
+
+def binary_of(arguments):
+    return str(pathlib.Path(arguments.bin).resolve())
+
+
+def pack(arguments, model, folder):
+    command = [binary_of(arguments), "pack", "--model", model, "--output", folder, "--weights", "int4"]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
-def run_ours(arguments, folder):
-    """Seconds of the job without loading, and those of all cores with it."""
-    vocab = json.loads(CONFIG.read_text())["vocab_size"]
-    source, stats = folder / "in.jsonl", folder / "stats.json"
-    with open(source, "w", encoding="utf-8") as file:
-        for index in range(arguments.prompts):
-            line = {"prompt": prompt(index, arguments.prompt_len, vocab), "max_tokens": arguments.generated,
-                    "temperature": 0, "ignore_eos": True}
-            file.write(json.dumps(line) + "\n")
-    output = folder / "out.jsonl"
-    for old in folder.glob("out.jsonl*"):
-        old.unlink()
-    command = [arguments.bin, "generate", "--model", folder / "packed", "--input", source, "--output", output,
-               "--stats", stats, "--progress", "none", "--threads", str(arguments.threads)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command + OURS, check=True, stderr=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = json.loads(stats.read_text())
-    assert result["generated_tokens"] == arguments.prompts * arguments.generated
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"whole": result["wall_s"], "cpu": cpu}
-
-
-def seconds(run):
-    return sum(value for key, value in run.items() if key != "cpu")
-
-
-def report(arguments, rows):
-    """The table, as text."""
-    total = arguments.prompts * (arguments.prompt_len + arguments.generated)
-    yield "# Whole job beside llama.cpp\n"
-    yield (f"`python3 scripts/compare_peers.py`, {datetime.date.today()}: the 1.1 B Llama shape with random weights, "
-           f"{arguments.prompts} prompts of\n{arguments.prompt_len} tokens, {arguments.generated} generated each, "
-           f"{arguments.threads} threads, alternating rounds, medians. Prompts count, loading does not (but\nfor "
-           "tidemill's own core seconds, which contain it). Core seconds are what the processes used: where others use\n"
-           "the machine too, they say more than the clock.\n")
-    yield "| run | whole job, tokens/s | prefill, tokens/s | decode, tokens/s | core seconds | seconds of each round |"
-    yield "|---|---|---|---|---|---|"
-    for name, runs in rows.items():
-        middle = lambda of: statistics.median(of(run) for run in runs)
-        rate = lambda key, count: f"{count / middle(lambda run: run[key]):.1f}" if key in runs[0] else ""
-        prefill = rate("prefill", arguments.prompts * arguments.prompt_len)
-        decode = rate("decode", arguments.prompts * (arguments.generated - 1))
-        each = ", ".join(f"{seconds(run):.1f}" for run in runs)
-        cores = middle(lambda run: run["cpu"])
-        yield f"| {name} | {total / middle(seconds):.1f} | {prefill} | {decode} | {cores:.1f} | {each} |"
+def in_memory(arguments, folder):
+    """The 1.1 B shape, by sequences in flight. Yields lines of the report."""
+    config = ROOT / NAMES["memory"]
+    values = json.loads(config.read_text())
+    gguf, packed = str(folder / "model.gguf"), folder / "packed"
+    llama, transformers = has("llama_cpp_peer"), has("transformers_peer")
+    if llama:
+        llama_cpp_peer.make_gguf(gguf, values)
+    pack(arguments, f"synth:{config}#1", packed)
+    yield "# The whole job beside its peers, in memory\n"
+    yield (f"`python3 scripts/compare_peers.py memory`, {datetime.date.today()}: the 1.1 B Llama shape with random "
+           f"weights, {arguments.threads} threads, alternating\nrounds, medians. Prompts count, loading does not (but "
+           "for tidemill's own core seconds, which contain it).\n")
+    yield HEAD
+    facts = {}
+    for count in map(int, arguments.batches.split(",")):
+        shape = Shape(count, arguments.prompt_len, arguments.generated)
+        runners, rounds = [], arguments.rounds if count < 64 else 1
+        turns = {}
+        if llama:
+            runners.append(Peer("llama.cpp", "llama_cpp_peer", shape, ["--model", gguf], arguments.threads))
+        if llama and count == 64:
+            runners.append(Peer("llama.cpp, not rearranged", "llama_cpp_peer", shape, ["--model", gguf, "--plain"],
+                                arguments.threads))
+            turns[runners[-1].name] = 1
+        if transformers:
+            runners.append(Peer("transformers", "transformers_peer", shape, ["--model", config], arguments.threads))
+        runners.append(Tidemill(binary_of(arguments), packed, folder, shape, values["vocab_size"], arguments.threads))
+        turns = {runner.name: turns.get(runner.name, rounds) for runner in runners}
+        yield from rows(shape, alternate(runners, turns))
+        facts.update((runner.name, runner.facts) for runner in runners)
     yield ""
-    *peers, ours = rows
-    for name in peers:
-        for what, of in (("clock", seconds), ("core seconds", lambda run: run["cpu"])):
-            values = [of(peer) / of(own) for peer, own in zip(rows[name], rows[ours])]
-            each = ", ".join(f"{value:.2f}" for value in values)
-            yield f"tidemill over {name}, by {what}: **{statistics.median(values):.2f}** (median of {each})\n"
+    yield from (f"{text}.\n" for text in facts.values())
+
+
+def offloaded(arguments, folder):
+    """The 7 B shape where it does not fit. Yields lines of the report."""
+    config = ROOT / NAMES["offload"]
+    values = json.loads(config.read_text())
+    gguf, packed, whole = folder / "gguf" / "model.gguf", folder / "packed", folder / "whole"
+    shape = Shape(arguments.prompts, arguments.prompt_len, arguments.generated)
+    small = Shape(16, arguments.prompt_len, 8)
+    pack(arguments, f"synth:{config}#1", packed)
+    yield "# Bigger than memory beside its peers\n"
+    yield (f"`python3 scripts/compare_peers.py offload --cap {arguments.cap}`, {datetime.date.today()}: a 7 B shape with "
+           f"random weights, every program in a control\ngroup of {arguments.cap} (page cache included, and emptied "
+           f"before), {arguments.threads} threads, the same disk. Prompts count, loading does not.\n")
+    yield HEAD
+    facts, peaks, bound = {}, [], []
+
+    def compare(peer, shape):
+        cap, own = Cap(arguments.cap, "peer"), Cap(arguments.cap, "own")
+        with contextlib.closing(cap), contextlib.closing(own):
+            forget(folder)
+            ours = Tidemill(binary_of(arguments), packed, folder, shape, values["vocab_size"], arguments.threads, own)
+            try:
+                runners = [peer(cap), ours]
+                runs = alternate(runners, {runner.name: arguments.rounds for runner in runners})
+            except Failed as failed:
+                return [f"| {shape} | {failed} | | | | | | | |"]
+            facts.update((runner.name, runner.facts) for runner in runners)
+            peaks.extend((f"{runner.name}, {shape}", group.peak()) for runner, group in zip(runners, (cap, own)))
+            rate = shape.tokens / middle(runs["tidemill"], "whole")
+            bound.append((shape, rate, middle(runs["tidemill"], "bound")))
+        return rows(shape, runs)
+
+    if has("transformers_peer"):
+        # bf16 takes 14.5 GB of reading for every token: a smaller job.
+        subprocess.run([binary_of(arguments), "synth", "--config", config, "--seed", "1", "--output", whole], check=True,
+                       stderr=subprocess.DEVNULL)
+        given = ["--model", whole, "--cpu-memory", arguments.accelerate_memory, "--offload-dir", folder / "offload"]
+        yield from compare(lambda cap: Peer("accelerate, bf16", "transformers_peer", small, given, arguments.threads, cap),
+                           small)
+    if has("llama_cpp_peer"):
+        gguf.parent.mkdir()
+        llama_cpp_peer.make_gguf(str(gguf), values)
+        given = ["--model", gguf, "--plain", "--kv", "q4_0", "--ubatch", "1024"]
+        yield from compare(lambda cap: Peer("llama.cpp", "llama_cpp_peer", shape, given, arguments.threads, cap), shape)
+    yield ""
+    for shape, rate, limit in bound:
+        yield f"{shape}: {rate:.1f} tokens/s are {100 * rate / limit:.1f} % of the bound from raw rates ({limit:.1f}).\n"
+    yield "Peak of the control group: " + ", ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks) + ".\n"
+    yield from (f"{text}.\n" for text in facts.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=NAMES)
     parser.add_argument("--bin", default=str(ROOT / "target" / "release" / "tidemill"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", help="folder for models; the default is a temporary one")
+    parser.add_argument("--rounds", type=int, help="3 in memory (one for 64 and more), else 1")
+    parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--generated", type=int, default=32)
+    parser.add_argument("--cap", default="2GiB")
+    parser.add_argument("--accelerate-memory", default="600MiB", help="what accelerate may keep of the weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--peer-kv", choices=KV_TYPES, default="f16")
-    parser.add_argument("--batch", type=int, default=2048, help="n_batch: tokens of a call")
-    parser.add_argument("--ubatch", type=int, default=512, help="n_ubatch: tokens computed together")
-    parser.add_argument("--flash", type=int, default=1, help="flash_attn_type: 1 is on, 0 off, -1 its own choice")
-    parser.add_argument("--unified", action="store_true", help="kv_unified: one buffer of keys for all sequences")
-    parser.add_argument("--peer", choices=("all", "extra", "plain"), default="all",
-                        help="llama.cpp with its rearranged weights (AMX where it has it), without, or both")
-    parser.add_argument("--plain-rounds", type=int, default=1, help="rounds of the peer without them")
     parser.add_argument("--no-write", action="store_true", help="print the table only")
-    parser.add_argument("--gguf", help=argparse.SUPPRESS)
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.gguf:
-        run_peer(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        path = str(folder / "model.gguf")
-        make_gguf(path, json.loads(CONFIG.read_text()))
-        peers = {}
-        if arguments.peer != "plain":
-            peers[EXTRA] = Peer(arguments, path, plain=False)
-        if arguments.peer != "extra":
-            peers["llama.cpp Q4_0, weights not rearranged"] = Peer(arguments, path, plain=True)
-        rows = {name: [] for name in peers}
-        rows["tidemill " + " ".join(OURS)] = own = []
-        pack(arguments, folder)
-        for turn in range(arguments.rounds):
-            for name, peer in peers.items():
-                # Without its rearranged weights it takes long: fewer rounds tell enough.
-                if turn < arguments.plain_rounds or name == EXTRA:
-                    rows[name].append(peer.run())
-                    print(name, rows[name][-1], file=sys.stderr)
-            own.append(run_ours(arguments, folder))
-            print("tidemill", own[-1], file=sys.stderr)
-        import llama_cpp
-
-        text = list(report(arguments, rows))
-        text.append(f"llama-cpp-python {llama_cpp.__version__}: n_batch {arguments.batch}, n_ubatch {arguments.ubatch}, "
-                    f"KV {arguments.peer_kv}, flash_attn {arguments.flash}, kv_unified {arguments.unified}, "
-                    f"all sequences in one context,\nOMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}.\n")
-        for name, peer in peers.items():
-            text.append(f"{name}: weights in {', '.join(peer.facts['buffers'])}; {peer.facts['info'].strip(' |')}\n")
-            peer.close()
-    text = "\n".join(text)
-    print(text)
+    arguments.rounds = arguments.rounds or {"memory": 3, "offload": 1}[arguments.which]
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        make = {"memory": in_memory, "offload": offloaded}[arguments.which]
+        lines = []
+        for line in make(arguments, pathlib.Path(folder)):
+            print(line, flush=True)
+            lines.append(line)
     if not arguments.no_write:
-        (ROOT / "bench_results" / "peers.md").write_text(text, encoding="utf-8")
+        name = {"memory": "peers.md", "offload": "peers-offload.md"}[arguments.which]
+        (ROOT / "bench_results" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
