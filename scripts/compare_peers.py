@@ -118,6 +118,7 @@ class Tidemill:
 
     def __init__(self, binary, packed, folder, shape, vocab, threads, cap=None):
         self.name, self.facts, self.shape, self.folder, self.cap = "tidemill", "", shape, folder, cap
+        self.packed = str(packed)
         source = folder / "in.jsonl"
         with open(source, "w", encoding="utf-8") as file:
             for index in range(shape.prompts):
@@ -141,7 +142,7 @@ class Tidemill:
         stats = json.loads((self.folder / "stats.json").read_text())
         assert stats["generated_tokens"] == self.shape.prompts * self.shape.generated
         planned = [line for line in done.stderr.splitlines() if line.startswith(("model ", "planned:"))]
-        self.facts = "tidemill " + " ".join(OURS) + ": " + "; ".join(planned)
+        self.facts = "tidemill " + " ".join(OURS) + ": " + "; ".join(planned).replace(self.packed, "packed")
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         return {"whole": stats["wall_s"], "cpu": cpu, "bound": stats["bound_tokens_per_s"]}
 

@@ -2,18 +2,21 @@
 //!
 //! A tile of codes, widened to bytes, is what the instruction takes as its second operand, and 16 rows of a group are
 //! what it takes as its first. Two panels go through a block of rows a few groups at a time: codes are unpacked once
-//! for all, sums go through the first cache, since only vectors can scale them.
+//! for all, sums go through the first cache, since only vectors can scale them, and while they do the next rows are
+//! multiplied.
 //!
 //! **Invariant:** tile registers are configured by [`Tiles`] alone and released when it is dropped, on the same thread;
 //! between two blocks of assembly they hold nothing.
 //!
 //! Limit: a product of tiles takes 16 cycles and storing its sums 13 more in the same unit; its 16 vectors of sums take
 //! 4 operations each on two units, 32 cycles, and for some 370 cycles after a tile instruction one of the two does no
-//! multiplications. Measured alone: 29, 37, and 64 to 70 together, whatever the order; so a quarter of the ceiling of
-//! the instruction is what can be had with a scale for every 64 inputs, over twice the rate of vectors.
+//! multiplications. Measured with everything in the first cache: 8 ns, 13 ns, and 22 ns together, whatever the order; so
+//! a quarter of the ceiling of the instruction is what can be had with a scale for every 64 inputs, over twice the rate
+//! of vectors.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::super::lanes::{Avx512, LANES, Lanes};
@@ -27,11 +30,17 @@ pub const ROWS: usize = 16;
 /// Groups that are multiplied before their sums are scaled: with their codes they fill half of the first cache.
 const CHUNK: usize = 4;
 
-/// Rows whose outputs are at hand while panels go through their groups, and whose codes stay in the second cache.
-const BLOCK: usize = 8 * ROWS;
+/// Rows whose outputs are at hand while panels go through their groups, at most.
+const BLOCK: usize = 16 * ROWS;
+
+/// Bytes of codes of a block's rows, which stay in the second cache.
+const BLOCK_BYTES: usize = 1 << 20;
 
 /// Panels that are computed together.
 const PANELS: usize = 2;
+
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
 
 /// Bytes of a tile.
 const TILE: usize = 1024;
@@ -75,8 +84,8 @@ fn is_permitted() -> bool {
 
 /// This thread's tile registers, configured.
 ///
-/// Registers 0 to 3 are for whole tiles: rows, codes, and sums with two panels. 4 to 6 are the same for the `tail` rows
-/// that are left, but for the codes.
+/// Registers 0 to 3 are for whole tiles: rows, codes, and sums with two panels; 7 is for the second panel's codes. 4 to 6
+/// are the same for the `tail` rows that are left, but for the codes.
 struct Tiles;
 
 impl Tiles {
@@ -92,8 +101,8 @@ impl Tiles {
             rows: [u8; 16],
         }
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..7].fill(TILE_INPUTS as u16);
-        config.rows[..4].fill(ROWS as u8);
+        config.row_bytes[..8].fill(TILE_INPUTS as u16);
+        config.rows[..8].fill(ROWS as u8);
         config.rows[4..7].fill(tail.max(1) as u8);
         // SAFETY: the processor has the instruction, which reads 64 bytes, a valid configuration.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
@@ -138,8 +147,8 @@ struct Chunk {
     codes: [[[u8; TILE]; PANELS]; CHUNK],
     /// Scales, then offsets.
     parameters: [[[[f32; LANES]; 2]; PANELS]; CHUNK],
-    /// Sums of some rows.
-    sums: [[[[i32; LANES]; ROWS]; PANELS]; CHUNK],
+    /// Sums of a tile's rows, and of the next one's.
+    sums: [[[[[i32; LANES]; ROWS]; PANELS]; CHUNK]; 2],
 }
 
 /// Outputs of a block of rows.
@@ -157,16 +166,18 @@ pub(super) unsafe fn run(task: &Task<'_>) {
     let mut chunk = Chunk {
         codes: [[[0; TILE]; PANELS]; CHUNK],
         parameters: [[[[0.0; LANES]; 2]; PANELS]; CHUNK],
-        sums: [[[[0; LANES]; ROWS]; PANELS]; CHUNK],
+        sums: [[[[[0; LANES]; ROWS]; PANELS]; CHUNK]; 2],
     };
     let mut outputs = Outputs([[[0.0; LANES]; PANELS]; BLOCK]);
-    for first in (0..task.x.rows).step_by(BLOCK) {
+    let rows = (BLOCK_BYTES / (task.x.groups * TILE) * ROWS).clamp(4 * ROWS, BLOCK);
+    for first in (0..task.x.rows).step_by(rows) {
+        let end = task.x.rows.min(first + rows);
         for panel in task.panels.clone().step_by(PANELS) {
             // SAFETY: the panels and rows exist; the rest is passed on from the caller.
             unsafe {
                 match PANELS.min(task.panels.end - panel) {
-                    PANELS => block::<PANELS>(task, panel, first, &mut chunk, &mut outputs),
-                    _ => block::<1>(task, panel, first, &mut chunk, &mut outputs),
+                    PANELS => block::<PANELS>(task, panel, first..end, &mut chunk, &mut outputs),
+                    _ => block::<1>(task, panel, first..end, &mut chunk, &mut outputs),
                 }
             }
         }
@@ -181,12 +192,12 @@ pub(super) unsafe fn run(task: &Task<'_>) {
 unsafe fn block<const N: usize>(
     task: &Task<'_>,
     panel: usize,
-    first: usize,
+    Range { start: first, end }: Range<usize>,
     chunk: &mut Chunk,
     Outputs(outputs): &mut Outputs,
 ) {
     let x = task.x;
-    let rows = BLOCK.min(x.rows - first);
+    let rows = end - first;
     let column = panel * LANES;
     let width = (task.w.outputs - column).min(N * LANES);
     let panels: [*const u8; N] = std::array::from_fn(|n| task.w.panel(panel + n).as_ptr());
@@ -205,13 +216,19 @@ unsafe fn block<const N: usize>(
                     unpack(tile, task.w.dtype, &mut chunk.codes[group][n], &mut chunk.parameters[group][n]);
                 }
             }
-            for tile in (0..rows).step_by(ROWS) {
+            let whole = if N == PANELS && groups == CHUNK { rows / ROWS } else { 0 };
+            if whole > 0 {
+                let place = first * x.groups + start * ROWS;
+                let (codes, steps) = (x.codes.as_ptr().add(place * TILE_INPUTS), x.scales.as_ptr().add(place));
+                whole_tiles(codes, steps, x.groups * ROWS, chunk, &mut outputs[..whole * ROWS]);
+            }
+            for tile in (whole * ROWS..rows).step_by(ROWS) {
                 let count = ROWS.min(rows - tile);
                 // Where the rows of a tile begin, and their first group here.
                 let place = (first + tile) * x.groups + start * count;
                 for group in 0..groups {
                     let from = x.codes.as_ptr().add((place + group * count) * TILE_INPUTS);
-                    multiply::<N>(from, count, &chunk.codes[group], &mut chunk.sums[group]);
+                    multiply::<N>(from, count, &chunk.codes[group], &mut chunk.sums[0][group]);
                 }
                 let mut row = 0;
                 while row < count {
@@ -308,6 +325,158 @@ unsafe fn multiply<const N: usize>(
     }
 }
 
+/// Whole tiles of rows with two panels and all groups of a chunk; `stride` lies between one tile's steps and the next's.
+///
+/// # Safety
+/// Tiles are configured, the set exists, and so do the rows at `codes` and `steps`, as many as `outputs` has.
+#[inline(always)]
+unsafe fn whole_tiles(
+    codes: *const i8,
+    steps: *const [f32; 2],
+    stride: usize,
+    chunk: &mut Chunk,
+    outputs: &mut [[[f32; LANES]; PANELS]],
+) {
+    // SAFETY: passed on from the caller; what is only fetched ahead is an address.
+    unsafe {
+        for group in 0..CHUNK {
+            multiply::<PANELS>(codes.add(group * TILE), ROWS, &chunk.codes[group], &mut chunk.sums[0][group]);
+        }
+        let last = outputs.len() / ROWS - 1;
+        for (tile, outputs) in outputs.chunks_exact_mut(ROWS).enumerate() {
+            let steps = steps.add(tile * stride);
+            let later = [1, 2].map(|later| codes.wrapping_add((tile + later) * stride * TILE_INPUTS));
+            if tile < last {
+                scale_and_multiply::<true>(steps, later, tile % 2, chunk, outputs);
+            } else {
+                scale_and_multiply::<false>(steps, later, tile % 2, chunk, outputs);
+            }
+        }
+    }
+}
+
+/// Scales the sums of a tile's rows while the tile unit multiplies the rows of the `next` one; `ahead` is fetched.
+///
+/// Every half of a group's sums is scaled beside one product of tiles, which is stored with the product after it: so
+/// nothing waits for either.
+///
+/// # Safety
+/// Tiles are configured, the set exists; there is a whole tile of rows at `steps` and, with `NEXT`, at `next`.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+unsafe fn scale_and_multiply<const NEXT: bool>(
+    steps: *const [f32; 2],
+    [next, ahead]: [*const i8; 2],
+    now: usize,
+    chunk: &mut Chunk,
+    outputs: &mut [[[f32; LANES]; PANELS]],
+) {
+    const HALF: usize = ROWS / 2;
+    const PRODUCTS: usize = CHUNK * PANELS;
+    const PREFETCHED: usize = CHUNK * TILE / LINE / PRODUCTS;
+    let codes = chunk.codes.as_ptr().cast::<u8>();
+    let to = chunk.sums[1 - now].as_mut_ptr().cast::<u8>();
+    // SAFETY: passed on from the caller; products go to the sums that are not read here.
+    unsafe {
+        for half in 0..2 {
+            let mut values = [[Avx512::splat(0.0); PANELS]; HALF];
+            for m in 0..HALF {
+                for n in 0..PANELS {
+                    values[m][n] = Avx512::load(outputs[half * HALF + m][n].as_ptr());
+                }
+            }
+            for pair in 0..CHUNK / 2 {
+                for n in 0..PANELS {
+                    if NEXT {
+                        let group = half * 2 + pair;
+                        let product = group * PANELS + n;
+                        // The first of all stores the last one's register where the last one's sums will be.
+                        let done = to.add((product + PRODUCTS - 1) % PRODUCTS * TILE);
+                        let codes = codes.add(product * TILE);
+                        for line in 0..PREFETCHED {
+                            let at = (product * PREFETCHED + line) * LINE;
+                            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(at));
+                        }
+                        if n == 0 {
+                            asm!(
+                                "tileloadd tmm0, [{rows} + {stride}]",
+                                "tileloadd tmm1, [{codes} + {stride}]",
+                                "tilezero tmm2",
+                                "tdpbsud tmm2, tmm0, tmm1",
+                                "tilestored [{done} + {stride}], tmm3",
+                                rows = in(reg) next.add(group * TILE),
+                                codes = in(reg) codes,
+                                done = in(reg) done,
+                                stride = in(reg) TILE_INPUTS,
+                                options(nostack),
+                            );
+                        } else {
+                            asm!(
+                                "tileloadd tmm7, [{codes} + {stride}]",
+                                "tilezero tmm3",
+                                "tdpbsud tmm3, tmm0, tmm7",
+                                "tilestored [{done} + {stride}], tmm2",
+                                codes = in(reg) codes,
+                                done = in(reg) done,
+                                stride = in(reg) TILE_INPUTS,
+                                options(nostack),
+                            );
+                        }
+                    }
+                    let group = pair * PANELS + n;
+                    let at = steps.add(group * ROWS + half * HALF);
+                    add_group(&mut values, at, &chunk.parameters[group], &chunk.sums[now][group], half * HALF);
+                }
+            }
+            for m in 0..HALF {
+                for n in 0..PANELS {
+                    values[m][n].store(outputs[half * HALF + m][n].as_mut_ptr());
+                }
+            }
+        }
+        if NEXT {
+            asm!(
+                "tilestored [{last} + {stride}], tmm3",
+                last = in(reg) to.add((PRODUCTS - 1) * TILE),
+                stride = in(reg) TILE_INPUTS,
+                options(nostack),
+            );
+        }
+    }
+}
+
+/// Adds what a group gives to `M` rows of `N` panels, beginning with `row` of the sums.
+///
+/// # Safety
+/// The set exists, and there are as many steps.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+unsafe fn add_group<const M: usize, const N: usize>(
+    values: &mut [[Avx512; N]; M],
+    steps: *const [f32; 2],
+    parameters: &[[[f32; LANES]; 2]; PANELS],
+    sums: &[[[i32; LANES]; ROWS]; PANELS],
+    row: usize,
+) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let mut scales = [[Avx512::splat(0.0); 2]; N];
+        for n in 0..N {
+            scales[n] = [0, 1].map(|which| Avx512(_mm512_load_ps(parameters[n][which].as_ptr())));
+        }
+        for m in 0..M {
+            let [step, sum] = *steps.add(m);
+            let (step, sum) = (Avx512::splat(step), Avx512::splat(sum));
+            for n in 0..N {
+                let dots = _mm512_load_si512(sums[n].as_ptr().add(row + m).cast());
+                let [scale, offset] = scales[n];
+                let value = Avx512(_mm512_cvtepi32_ps(dots)).fma(scale, offset.mul(sum));
+                values[m][n] = value.fma(step, values[m][n]);
+            }
+        }
+    }
+}
+
 /// What is added to some rows of outputs.
 struct Scaled<'a> {
     /// What a step is worth, and the sum of the codes: of the first of these rows and groups, and of a tile's rows from
@@ -339,21 +508,8 @@ impl Scaled<'_> {
                 }
             }
             for group in 0..self.groups {
-                let (parameters, sums) = (&self.chunk.parameters[group], &self.chunk.sums[group]);
-                let mut scales = [[Avx512::splat(0.0); 2]; N];
-                for n in 0..N {
-                    scales[n] = [0, 1].map(|which| Avx512(_mm512_load_ps(parameters[n][which].as_ptr())));
-                }
-                for m in 0..M {
-                    let [step, sum] = *self.steps.add(group * self.count + m);
-                    let (step, sum) = (Avx512::splat(step), Avx512::splat(sum));
-                    for n in 0..N {
-                        let dots = _mm512_load_si512(sums[n].as_ptr().add(self.row + m).cast());
-                        let [scale, offset] = scales[n];
-                        let value = Avx512(_mm512_cvtepi32_ps(dots)).fma(scale, offset.mul(sum));
-                        outputs[m][n] = value.fma(step, outputs[m][n]);
-                    }
-                }
+                let at = self.steps.add(group * self.count);
+                add_group(&mut outputs, at, &self.chunk.parameters[group], &self.chunk.sums[0][group], self.row);
             }
             for m in 0..M {
                 for n in 0..N {
