@@ -4,11 +4,12 @@
     python3 scripts/compare_peers.py offload [--cap 2GiB] [--rounds 1]
 
 `memory`: the 1.1 B Llama shape, which fits, with as many prompts as sequences in flight. `offload`: a 7 B shape in a
-control group of 2 GiB, which it does not fit into; needs root, and 25 GB of disk in --work. All complete the same prompts
-with random weights on the same threads: llama.cpp (Q4_0), transformers (bf16; with accelerate where the model does not
-fit), and tidemill through `generate`. Runs alternate, so that what else the machine does hits all; ratios are of
-neighbouring runs. Loading never counts, except in tidemill's own core seconds. A peer whose package is missing is left
-out and named. Peers with their settings: scripts/peers/. FlexGen needs a card: scripts/gpu_check.sh.
+control group of 2 GiB, which it does not fit into; needs root, and 25 GB of disk in --work. All complete the same
+prompts with random weights on the same threads: llama.cpp (Q4_0), transformers (bf16; with accelerate where the model
+does not fit), and tidemill through `generate`. Runs alternate, so that what else the machine does hits all; ratios are
+of runs of the same round. Loading never counts, except in tidemill's own core seconds. A peer whose package is missing
+is left out and named. Peers with their settings: scripts/peers/. FlexGen, which needs a card, is not among them yet.
+Notes at the end of a record stay when it is written anew.
 """
 
 import argparse
@@ -32,6 +33,8 @@ import llama_cpp_peer  # noqa: E402
 
 OURS = ["--weights", "int4", "--kv-dtype", "int4", "--activations", "int8"]
 NAMES = {"memory": "policies/models/llama-1.1b.json", "offload": "policies/models/mistral-7b.json"}
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+NOTES = "\n## Notes\n"
 NEEDS = {"llama_cpp_peer": ("llama_cpp", "gguf", "numpy"), "transformers_peer": ("torch", "transformers", "accelerate")}
 
 
@@ -39,8 +42,7 @@ class Cap:
     """A control group that holds whatever runs in it to so many bytes, page cache included."""
 
     def __init__(self, size, name):
-        number, unit = size[:-3], size[-3:]
-        self.bytes = int(float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
+        self.bytes = size
         first = pathlib.Path("/sys/fs/cgroup/memory")
         self.old = first.is_dir()
         self.path = (first if self.old else first.parent) / f"tidemill-{name}-{os.getpid()}"
@@ -58,6 +60,14 @@ class Cap:
 
     def close(self):
         self.path.rmdir()
+
+
+def size(text):
+    """Bytes of such as `2GiB`."""
+    number, unit = text[:-3], text[-3:]
+    if unit not in UNITS or not number.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"`{text}` is no size such as 2GiB or 600MiB")
+    return int(float(number) * UNITS[unit])
 
 
 def forget(folder):
@@ -138,7 +148,7 @@ class Tidemill:
         done = subprocess.run(self.command, stderr=subprocess.PIPE, text=True, preexec_fn=self.cap and self.cap.enter)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode != 0:
-            raise SystemExit(done.stderr)
+            raise Failed(f"tidemill ended with exit code {done.returncode}: {done.stderr.strip()}")
         stats = json.loads((self.folder / "stats.json").read_text())
         assert stats["generated_tokens"] == self.shape.prompts * self.shape.generated
         planned = [line for line in done.stderr.splitlines() if line.startswith(("model ", "planned:"))]
@@ -189,6 +199,19 @@ HEAD = ("| prompts x tokens + generated | program | tokens/s, whole job | prefil
         "core seconds | tidemill is faster by | by core seconds |\n|---|---|---|---|---|---|---|---|---|")
 
 
+def command():
+    """How this was called, without paths."""
+    given = [part for part in sys.argv[1:] if "/" not in part and part not in ("--bin", "--work")]
+    return " ".join(["python3 scripts/compare_peers.py", *given])
+
+
+def quietly(parts):
+    """Runs a command, whose complaints are shown if it fails."""
+    done = subprocess.run([str(part) for part in parts], stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise Failed(f"{parts[1]} ended with exit code {done.returncode}: {done.stderr.strip()}")
+
+
 def has(script):
     missing = [name for name in NEEDS[script] if importlib.util.find_spec(name) is None]
     if missing:
@@ -201,8 +224,7 @@ def binary_of(arguments):
 
 
 def pack(arguments, model, folder):
-    command = [binary_of(arguments), "pack", "--model", model, "--output", folder, "--weights", "int4"]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    quietly([binary_of(arguments), "pack", "--model", model, "--output", folder, "--weights", "int4"])
 
 
 def in_memory(arguments, folder):
@@ -215,14 +237,15 @@ def in_memory(arguments, folder):
         llama_cpp_peer.make_gguf(gguf, values)
     pack(arguments, f"synth:{config}#1", packed)
     yield "# The whole job beside its peers, in memory\n"
-    yield (f"`python3 scripts/compare_peers.py memory`, {datetime.date.today()}: the 1.1 B Llama shape with random "
-           f"weights, {arguments.threads} threads, alternating\nrounds, medians. Prompts count, loading does not (but "
-           "for tidemill's own core seconds, which contain it).\n")
+    yield (f"`{command()}`, {datetime.date.today()}: the 1.1 B Llama shape with random weights, {arguments.threads} "
+           "threads,\nrounds in turn, medians of as many as are listed. Prompts count, loading does not (but for "
+           "tidemill's own core seconds,\nwhich contain it).\n")
     yield HEAD
     facts = {}
-    for count in map(int, arguments.batches.split(",")):
+    for count in arguments.batches:
         shape = Shape(count, arguments.prompt_len, arguments.generated)
-        runners, rounds = [], arguments.rounds if count < 64 else 1
+        # Many prompts take minutes: one round, unless more are asked for.
+        runners, rounds = [], arguments.rounds or (3 if count < 64 else 1)
         turns = {}
         if llama:
             runners.append(Peer("llama.cpp", "llama_cpp_peer", shape, ["--model", gguf], arguments.threads))
@@ -244,14 +267,15 @@ def offloaded(arguments, folder):
     """The 7 B shape where it does not fit. Yields lines of the report."""
     config = ROOT / NAMES["offload"]
     values = json.loads(config.read_text())
+    Cap(arguments.cap, "trial").close()
     gguf, packed, whole = folder / "gguf" / "model.gguf", folder / "packed", folder / "whole"
     shape = Shape(arguments.prompts, arguments.prompt_len, arguments.generated)
     small = Shape(16, arguments.prompt_len, 8)
     pack(arguments, f"synth:{config}#1", packed)
     yield "# Bigger than memory beside its peers\n"
-    yield (f"`python3 scripts/compare_peers.py offload --cap {arguments.cap}`, {datetime.date.today()}: a 7 B shape with "
-           f"random weights, every program in a control\ngroup of {arguments.cap} (page cache included, and emptied "
-           f"before), {arguments.threads} threads, the same disk. Prompts count, loading does not.\n")
+    yield (f"`{command()}`, {datetime.date.today()}: a 7 B shape with random weights, every program in a "
+           f"control\ngroup of {arguments.cap / 2**30:g} GiB (page cache included, emptied before the first "
+           f"round), {arguments.threads} threads, the same disk.\nPrompts count, loading does not.\n")
     yield HEAD
     facts, peaks, bound = {}, [], []
 
@@ -262,7 +286,7 @@ def offloaded(arguments, folder):
             ours = Tidemill(binary_of(arguments), packed, folder, shape, values["vocab_size"], arguments.threads, own)
             try:
                 runners = [peer(cap), ours]
-                runs = alternate(runners, {runner.name: arguments.rounds for runner in runners})
+                runs = alternate(runners, {runner.name: arguments.rounds or 1 for runner in runners})
             except Failed as failed:
                 return [f"| {shape} | {failed} | | | | | | | |"]
             facts.update((runner.name, runner.facts) for runner in runners)
@@ -272,12 +296,11 @@ def offloaded(arguments, folder):
         return rows(shape, runs)
 
     if has("transformers_peer"):
-        # bf16 takes 14.5 GB of reading for every token: a smaller job.
-        subprocess.run([binary_of(arguments), "synth", "--config", config, "--seed", "1", "--output", whole], check=True,
-                       stderr=subprocess.DEVNULL)
+        # Keys and values of 64 sequences are 1.3 GB in bf16, which leaves no room for a layer: a smaller job.
+        quietly([binary_of(arguments), "synth", "--config", config, "--seed", "1", "--output", whole])
         given = ["--model", whole, "--cpu-memory", arguments.accelerate_memory, "--offload-dir", folder / "offload"]
-        yield from compare(lambda cap: Peer("accelerate, bf16", "transformers_peer", small, given, arguments.threads, cap),
-                           small)
+        make = lambda cap: Peer("accelerate, bf16", "transformers_peer", small, given, arguments.threads, cap)
+        yield from compare(make, small)
     if has("llama_cpp_peer"):
         gguf.parent.mkdir()
         llama_cpp_peer.make_gguf(str(gguf), values)
@@ -285,7 +308,8 @@ def offloaded(arguments, folder):
         yield from compare(lambda cap: Peer("llama.cpp", "llama_cpp_peer", shape, given, arguments.threads, cap), shape)
     yield ""
     for shape, rate, limit in bound:
-        yield f"{shape}: {rate:.1f} tokens/s are {100 * rate / limit:.1f} % of the bound from raw rates ({limit:.1f}).\n"
+        share = 100 * rate / limit
+        yield f"{shape}: {rate:.1f} tokens/s are {share:.1f} % of the bound from raw rates ({limit:.1f}).\n"
     yield "Peak of the control group: " + ", ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks) + ".\n"
     yield from (f"{text}.\n" for text in facts.values())
 
@@ -295,17 +319,20 @@ def main():
     parser.add_argument("which", choices=NAMES)
     parser.add_argument("--bin", default=str(ROOT / "target" / "release" / "tidemill"))
     parser.add_argument("--work", help="folder for models; the default is a temporary one")
-    parser.add_argument("--rounds", type=int, help="3 in memory (one for 64 and more), else 1")
+    parser.add_argument("--rounds", type=int, help="3 in memory with less than 64 prompts, else 1")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--generated", type=int, default=32)
-    parser.add_argument("--cap", default="2GiB")
+    parser.add_argument("--cap", type=size, default="2GiB")
     parser.add_argument("--accelerate-memory", default="600MiB", help="what accelerate may keep of the weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or {"memory": 3, "offload": 1}[arguments.which]
+    batches = [int(count) for count in arguments.batches.split(",")]
+    if min(batches) < 1 or not 1 <= arguments.prompt_len <= 2048:
+        parser.error("--batches are 1 or more, --prompt-len is up to 2048")
+    arguments.batches = batches
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         make = {"memory": in_memory, "offload": offloaded}[arguments.which]
         lines = []
@@ -313,9 +340,14 @@ def main():
             print(line, flush=True)
             lines.append(line)
     if not arguments.no_write:
-        name = {"memory": "peers.md", "offload": "peers-offload.md"}[arguments.which]
-        (ROOT / "bench_results" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        record = ROOT / "bench_results" / {"memory": "peers.md", "offload": "peers-offload.md"}[arguments.which]
+        # What somebody wrote about the figures stays, to be looked through.
+        _, mark, notes = record.read_text(encoding="utf-8").partition(NOTES) if record.exists() else ("", "", "")
+        record.write_text("\n".join(lines) + "\n" + mark + notes, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Failed, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """What all peers share: the job's prompts, its flags, and how a peer's process is told to run it.
 
-A peer is a program that loads its model, prints one JSON line of facts about it, and then, for every line that it reads,
-runs the whole job once and prints its seconds: `prefill` and `decode` by the clock, `cpu` of all cores.
+A peer is a program that loads its model, prints one JSON line of facts about it, and then, for every line that it
+reads, runs the whole job once and prints its seconds: `prefill` and `decode` by the clock, `cpu` of all cores.
 """
 
 import argparse

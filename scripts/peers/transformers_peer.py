@@ -1,7 +1,7 @@
 """transformers in bf16, all prompts as one batch of `generate`; with accelerate, weights beyond `--cpu-memory` on disk.
 
-`--model` is a configuration (random weights in memory) or, with `--cpu-memory`, a directory in the form of Hugging Face,
-whose weights accelerate then brings from its safetensors files for every layer and pass.
+`--model` is a configuration (random weights in memory) or, with `--cpu-memory`, a directory in the form of Hugging
+Face, whose weights accelerate then brings from its safetensors files for every layer and pass.
 Needs torch, transformers and accelerate from PyPI.
 """
 

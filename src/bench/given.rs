@@ -3,12 +3,16 @@
 //! **Invariant:** files are people's, so whatever does not fit is an error that names it.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+
+/// What sequences in flight and tokens per second can be: what lies outside cannot be drawn beside the rest.
+const PLAUSIBLE: RangeInclusive<f64> = 1e-12..=1e12;
 
 /// Published figures.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -60,6 +64,15 @@ impl Published {
             let hint = "it has a `source` and `series` with `name`, `gen-len` and `points` [[batch, tokens/s], ...]";
             Error::usage(format!("--published {}: {error}", file.display()), hint)
         })?;
+        for series in &published.series {
+            let wrong = |&(batch, rate): &(f64, f64)| !PLAUSIBLE.contains(&batch) || !PLAUSIBLE.contains(&rate);
+            if let Some((batch, rate)) = series.points.iter().find(|point| wrong(point)) {
+                return Err(Error::usage(
+                    format!("--published {}: `{}` has {rate} tokens/s at {batch}", file.display(), series.name),
+                    "both lie between 10^-12 and 10^12",
+                ));
+            }
+        }
         Ok(published)
     }
 
@@ -88,5 +101,39 @@ pub fn qualities(file: &Path) -> Result<Vec<Quality>> {
         (!kv_policy.contains(' ')).then(|| Quality { kv_policy: kv_policy.to_owned(), figures })
     };
     let all: Vec<Quality> = entries.filter_map(quality).collect();
+    let mut figures = all.iter().flat_map(|quality| quality.figures.iter().map(move |figure| (quality, figure)));
+    if let Some((quality, (name, value))) = figures.find(|(_, (_, value))| !(0.0..=100.0).contains(*value)) {
+        return Err(wrong(format!("{name} of {} is {value}, which is no percentage", quality.kv_policy)));
+    }
     if all.is_empty() { Err(wrong("no entry is about a --kv-policy alone".into())) } else { Ok(all) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_nobody_can_have_measured_are_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |text: &str| {
+            let file = folder.path().join("given.json");
+            std::fs::write(&file, text).expect("a file");
+            file
+        };
+        for (point, good) in [("[8, 1.5]", true), ("[1, 1e308]", false), ("[0, 1.0]", false), ("[1, -2.0]", false)] {
+            let series = format!(r#"{{"name": "a", "gen-len": 32, "points": [[4, 1.0], {point}]}}"#);
+            let file = write(&format!(r#"{{"source": "s", "series": [{series}]}}"#));
+            match Published::read(&file) {
+                Ok(_) => assert!(good, "{point}"),
+                Err(error) => assert!(!good && error.to_string().contains("`a` has"), "{point}: {error}"),
+            }
+        }
+        for (recall, good) in [("97.1", true), ("-3", false), ("1e300", false)] {
+            let file = write(&format!(r#"{{"x": [{{"flags": "--kv-policy full", "recall": {recall}}}]}}"#));
+            match qualities(&file) {
+                Ok(_) => assert!(good, "{recall}"),
+                Err(error) => assert!(!good && error.to_string().contains("recall of full"), "{recall}: {error}"),
+            }
+        }
+    }
 }

@@ -10,9 +10,9 @@
 //!
 //! Limit: a product of tiles takes 16 cycles and storing its sums 13 more in the same unit; its 16 vectors of sums take
 //! 4 operations each on two units, 32 cycles, and for some 370 cycles after a tile instruction one of the two does no
-//! multiplications. Measured with everything in the first cache: 8 ns, 13 ns, and 22 ns together, whatever the order; so
-//! a quarter of the ceiling of the instruction is what can be had with a scale for every 64 inputs, over twice the rate
-//! of vectors.
+//! multiplications. Measured with everything in the first cache: 8 ns, 13 ns, and 22 ns together, whatever the order;
+//! so a quarter of the ceiling of the instruction is what can be had with a scale for every 64 inputs, over twice the
+//! rate of vectors.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -84,8 +84,8 @@ fn is_permitted() -> bool {
 
 /// This thread's tile registers, configured.
 ///
-/// Registers 0 to 3 are for whole tiles: rows, codes, and sums with two panels; 7 is for the second panel's codes. 4 to 6
-/// are the same for the `tail` rows that are left, but for the codes.
+/// Registers 0 to 3 are for whole tiles: rows, codes, and sums with two panels; 7 is for the second panel's codes. 4
+/// to 6 are the same for the `tail` rows that are left, but for the codes.
 struct Tiles;
 
 impl Tiles {
@@ -325,7 +325,7 @@ unsafe fn multiply<const N: usize>(
     }
 }
 
-/// Whole tiles of rows with two panels and all groups of a chunk; `stride` lies between one tile's steps and the next's.
+/// Whole tiles of rows with two panels and all groups of a chunk; `stride` lies between a tile's steps and the next's.
 ///
 /// # Safety
 /// Tiles are configured, the set exists, and so do the rows at `codes` and `steps`, as many as `outputs` has.
