@@ -5,8 +5,9 @@
 //! for all, sums go through the first cache, since only vectors can scale them, and while they do the next rows are
 //! multiplied.
 //!
-//! **Invariant:** tile registers are configured by [`Tiles`] alone and released when it is dropped, on the same thread;
-//! between two blocks of assembly they hold nothing.
+//! **Invariant:** tile registers are configured by [`Tiles`] alone and released when it is dropped, on the same thread.
+//! Compiled code uses none of them, so from one block of assembly to the next they keep what they hold; only
+//! [`scale_and_multiply`] counts on that, within one call.
 //!
 //! Limit: a product of tiles takes 16 cycles and storing its sums 13 more in the same unit; its 16 vectors of sums take
 //! 4 operations each on two units, 32 cycles, and for some 370 cycles after a tile instruction one of the two does no
