@@ -68,7 +68,7 @@ impl Published {
             let wrong = |&(batch, rate): &(f64, f64)| !PLAUSIBLE.contains(&batch) || !PLAUSIBLE.contains(&rate);
             if let Some((batch, rate)) = series.points.iter().find(|point| wrong(point)) {
                 return Err(Error::usage(
-                    format!("--published {}: `{}` has {rate} tokens/s at {batch}", file.display(), series.name),
+                    format!("--published {}: `{}` has {rate:?} tokens/s at {batch:?}", file.display(), series.name),
                     "both lie between 10^-12 and 10^12",
                 ));
             }
