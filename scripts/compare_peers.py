@@ -169,14 +169,30 @@ class Tidemill:
         pass
 
 
-def alternate(runners, rounds):
-    """Runs of every runner by name: `rounds` of them in turn, or as many as `rounds` says for a name."""
+def started(failures, make, *given):
+    """The runner that `make` gives, or none and the reason among `failures`."""
+    try:
+        return [make(*given)]
+    except Failed as failed:
+        failures.append(str(failed))
+        return []
+
+
+def alternate(runners, rounds, failures):
+    """Runs of every runner by name: as many of them in turn as `rounds` says for it. A peer that fails ends, and
+    nobody else with it; tidemill has to last."""
     runs = {runner.name: [] for runner in runners}
     try:
-        for turn in range(max(rounds.values())):
-            for runner in runners:
-                if turn < rounds[runner.name]:
+        for turn in range(max(rounds(runner.name) for runner in runners)):
+            for runner in [runner for runner in runners if runner.name in runs and turn < rounds(runner.name)]:
+                try:
                     runs[runner.name].append(runner.run())
+                except Failed as failed:
+                    if isinstance(runner, Tidemill):
+                        raise
+                    failures.append(str(failed))
+                    del runs[runner.name]
+                else:
                     print(runner.name, runs[runner.name][-1], file=sys.stderr)
     finally:
         for runner in runners:
@@ -188,8 +204,9 @@ def middle(runs, key):
     return statistics.median(run[key] for run in runs)
 
 
-def rows(shape, runs):
-    """A line of the table for each runner; what we are compared with is tidemill's run of the same round."""
+def rows(shape, runs, failures):
+    """A line for each runner and failure; what we are compared with is tidemill's run of the same round."""
+    yield from (f"| {shape} | {failure} | | | | | | | |" for failure in failures)
     ours = runs["tidemill"]
     for name, own in runs.items():
         def rate(key, count):
@@ -256,18 +273,21 @@ def in_memory(arguments, folder):
     for count in arguments.batches:
         shape = Shape(count, arguments.prompt_len, arguments.generated)
         # Many prompts take minutes: one round, unless more are asked for.
-        runners, rounds = [], arguments.rounds or (3 if count < 64 else 1)
+        failures, runners, rounds = [], [], arguments.rounds or (3 if count < 64 else 1)
+
+        def peer(name, script, *given):
+            runners.extend(started(failures, Peer, name, script, shape, given, arguments.threads))
+
         if llama:
-            runners.append(Peer("llama.cpp", "llama_cpp_peer", shape, ["--model", gguf], arguments.threads))
+            peer("llama.cpp", "llama_cpp_peer", "--model", gguf)
         if llama and count == 64:
-            runners.append(Peer("llama.cpp, not rearranged", "llama_cpp_peer", shape, ["--model", gguf, "--plain"],
-                                arguments.threads))
+            peer("llama.cpp, not rearranged", "llama_cpp_peer", "--model", gguf, "--plain")
         if transformers:
-            runners.append(Peer("transformers", "transformers_peer", shape, ["--model", config], arguments.threads))
+            peer("transformers", "transformers_peer", "--model", config)
         runners.append(Tidemill(binary_of(arguments), packed, folder, shape, values["vocab_size"], arguments.threads))
         # Without its rearranged weights llama.cpp takes long: one round tells enough.
-        turns = {runner.name: 1 if "not rearranged" in runner.name else rounds for runner in runners}
-        yield from rows(shape, alternate(runners, turns))
+        runs = alternate(runners, lambda name: 1 if "not rearranged" in name else rounds, failures)
+        yield from rows(shape, runs, failures)
         facts.update((runner.name, runner.facts) for runner in runners)
     yield ""
     yield from (f"{text}.\n" for text in facts.values())
@@ -294,16 +314,15 @@ def offloaded(arguments, folder):
         with contextlib.closing(cap), contextlib.closing(own):
             forget(folder)
             ours = Tidemill(binary_of(arguments), packed, folder, shape, values["vocab_size"], arguments.threads, own)
-            try:
-                runners = [peer(cap), ours]
-                runs = alternate(runners, {runner.name: arguments.rounds or 1 for runner in runners})
-            except Failed as failed:
-                return [f"| {shape} | {failed} | | | | | | | |"]
+            failures = []
+            runners = [*started(failures, peer, cap), ours]
+            runs = alternate(runners, lambda name: arguments.rounds or 1, failures)
             facts.update((runner.name, runner.facts) for runner in runners)
-            peaks.extend((f"{runner.name}, {shape}", group.peak()) for runner, group in zip(runners, (cap, own)))
+            groups = [cap, own][-len(runners):]
+            peaks.extend((f"{runner.name}, {shape}", group.peak()) for runner, group in zip(runners, groups))
             rate = shape.tokens / middle(runs["tidemill"], "whole")
             bound.append((shape, rate, middle(runs["tidemill"], "bound")))
-        return rows(shape, runs)
+        return rows(shape, runs, failures)
 
     if has("transformers_peer"):
         # Keys and values of 64 sequences are 1.3 GB in bf16, which leaves no room for a layer: a smaller job.

@@ -47,7 +47,7 @@ def sections():
             ("int4", "int8"))
     ]
     yield "KV dtype", [["--kv-dtype", dtype] for dtype in ("f32", "bf16", "f16", "int8", "int4")]
-    yield "KV policy, share of prompt + max_tokens", [
+    yield "KV policy, share of prompt + max_tokens", [["--kv-policy", "full"]] + [
         ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, pyramid, per_head, sink, local)]
     yield "Together", [
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int8"],

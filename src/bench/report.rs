@@ -117,7 +117,7 @@ impl Report<'_> {
         let kernel = machine.kernel.as_ref().map_or(String::new(), |kernel| format!(", Linux {kernel}"));
         let flags: Vec<String> = environment.flags.iter().map(|(name, value)| format!("--{name} {value}")).collect();
         let failed = self.rows.iter().filter(|row| row.error.is_some()).count();
-        let weights = if environment.synthetic { " (random weights)" } else { "" };
+        let weights = if environment.synthetic == Some(true) { " (random weights)" } else { "" };
         let facts = [
             ("model", format!("{}{weights}", environment.model)),
             ("machine", format!("{}: {}, {memory}{kernel}", machine.name, machine.cpu)),

@@ -39,8 +39,8 @@ pub struct Environment {
     pub commit: Option<String>,
     /// The model, as typed.
     pub model: String,
-    /// Whether its weights are random numbers.
-    pub synthetic: bool,
+    /// Whether its weights are random numbers; null where predictions need none.
+    pub synthetic: Option<bool>,
     /// Whether points are run, or predicted alone.
     pub measured: bool,
     /// Runs of a point.

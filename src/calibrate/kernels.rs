@@ -150,12 +150,11 @@ impl Shape {
         self.products().iter().map(|(inputs, outputs)| inputs * outputs).sum()
     }
 
-    /// Bytes of every buffer: weights, keys and values, hidden, normed, qkv, attended, up, activated, update, scratch,
-    /// logits, scale of norms.
-    fn buffers(&self) -> [usize; 12] {
+    /// Bytes of every buffer: weights, keys and values, hidden, normed, qkv, queries, attended, up, activated, update,
+    /// scratch, logits, scale of norms.
+    fn buffers(&self) -> [usize; 13] {
         let Shape { hidden, intermediate, rows, .. } = *self;
         let layer: usize = self.products().iter().map(|&(i, o)| packed_bytes(i, o, DType::F32)).sum();
-        let qkv = self.layer_heads().qkv_width().max(self.heads(WIDE_GROUP).qkv_width());
         let attended = hidden.max(self.heads(WIDE_GROUP).query_width());
         let row = |width: usize| 4 * rows.max(self.prompt) * width;
         [
@@ -163,7 +162,8 @@ impl Shape {
             self.num_frames() * self.layout().layer_bytes(),
             row(hidden),
             row(hidden),
-            row(qkv),
+            row(self.layer_heads().qkv_width()),
+            row(self.heads(WIDE_GROUP).qkv_width()),
             row(attended),
             row(2 * intermediate),
             row(intermediate),
@@ -230,6 +230,9 @@ pub struct Bench<D: Device> {
     hidden: D::Buffer,
     normed: D::Buffer,
     qkv: D::Buffer,
+    /// Queries of attention that is measured alone: random, where a product of random numbers leaves so large ones that
+    /// every query sees one key alone.
+    queries: D::Buffer,
     attended: D::Buffer,
     up: D::Buffer,
     activated: D::Buffer,
@@ -259,7 +262,7 @@ impl<D: Device> Bench<D> {
         let mut buffers = buffers.collect::<Result<Vec<D::Buffer>>>()?.into_iter();
         let mut next = || buffers.next().expect("as many buffers as sizes");
         let (weights, memory) = (next(), next());
-        let (hidden, normed, qkv, attended, up) = (next(), next(), next(), next(), next());
+        let (hidden, normed, qkv, queries, attended, up) = (next(), next(), next(), next(), next(), next());
         let (activated, update, scratch, logits, scale) = (next(), next(), next(), next(), next());
         drop(buffers);
         let layout = shape.layout();
@@ -290,6 +293,7 @@ impl<D: Device> Bench<D> {
             hidden,
             normed,
             qkv,
+            queries,
             attended,
             up,
             activated,
@@ -522,7 +526,7 @@ impl<D: Device> Bench<D> {
         let heads = self.shape.heads(group);
         let kv = KvViewMut { resident: &mut self.frames, streamed: None };
         let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt(), sinks: None };
-        self.device.attend(kv, span, segments, &self.qkv, heads, &mut self.attended);
+        self.device.attend(kv, span, segments, &self.queries, heads, &mut self.attended);
         self.frames_at += 1;
         settle(&self.device);
     }

@@ -26,6 +26,29 @@ use crate::schedule::step::{Lane, Step};
 /// Steps that a lane may be ahead of its stream.
 const AHEAD: usize = 512;
 
+/// A step that begins so soon after the one before it on its lane has waited for nobody.
+const AT_ONCE: Duration = Duration::from_micros(100);
+/// What a thread may have overslept.
+const OVERSLEPT: Duration = Duration::from_millis(2);
+
+/// A throttled link.
+struct Link {
+    /// Until when it is taken.
+    taken: Instant,
+    /// When its thread was done with the step before.
+    free: Instant,
+}
+
+impl Link {
+    /// Begins with `start` to move so many bytes; gives the moment at which they are there. What the thread overslept
+    /// is no loss of the link: a step that waited for nobody begins when the one before it ended.
+    fn take(&mut self, start: Instant, secs: f64) -> Instant {
+        let overslept = if start - self.free < AT_ONCE { OVERSLEPT } else { Duration::ZERO };
+        self.taken = self.taken.max(start - overslept) + Duration::from_secs_f64(secs);
+        self.taken
+    }
+}
+
 /// What a lane has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LaneCount {
@@ -337,8 +360,8 @@ struct Work<'a, D: Device> {
 
 impl<D: Device> Work<'_, D> {
     fn run(&mut self, batches: &Receiver<Batch>) {
-        // The moment until which a throttled link is taken.
-        let mut taken = Instant::now();
+        let now = Instant::now();
+        let mut link = Link { taken: now, free: now };
         while let Ok(Batch { pass, steps, data }) = batches.recv() {
             for (step, fence) in steps {
                 let progress = self.common.handed(&fence);
@@ -346,10 +369,12 @@ impl<D: Device> Work<'_, D> {
                     return;
                 }
                 let run = std::panic::AssertUnwindSafe(|| match stream(self.lane) {
-                    Some(stream) => self.hand_over(progress, stream, (step, fence), pass, &data, &mut taken),
-                    None => self.do_now(progress, (step, fence), pass, &data, &mut taken),
+                    Some(stream) => self.hand_over(progress, stream, (step, fence), pass, &data, &mut link),
+                    None => self.do_now(progress, (step, fence), pass, &data, &mut link),
                 });
-                let failure = match std::panic::catch_unwind(run) {
+                let result = std::panic::catch_unwind(run);
+                link.free = Instant::now();
+                let failure = match result {
                     Ok(Ok(())) => None,
                     Ok(Err(error)) => Some(Failure::Error(error)),
                     Err(payload) => Some(Failure::Panic(payload)),
@@ -369,13 +394,13 @@ impl<D: Device> Work<'_, D> {
         (step, fence): (Step, Fence),
         pass: u64,
         data: &PassData,
-        taken: &mut Instant,
+        link: &mut Link,
     ) -> Result<()> {
         drop(progress);
         self.common.reach(&fence)?;
         let start = Instant::now();
         let moved = self.step(&step, data)?;
-        self.throttle(taken, start, moved);
+        self.throttle(link, start, moved);
         let [start, end] = [start, Instant::now()].map(|at| (at - self.common.began).as_secs_f64());
         let mut progress = self.common.lock();
         progress.handed[self.lane.index()] += 1;
@@ -392,7 +417,7 @@ impl<D: Device> Work<'_, D> {
         (step, fence): (Step, Fence),
         pass: u64,
         data: &PassData,
-        taken: &mut Instant,
+        link: &mut Link,
     ) -> Result<()> {
         let (device, own) = (self.common.device(), self.lane.index());
         self.common.settle(&mut progress);
@@ -406,7 +431,7 @@ impl<D: Device> Work<'_, D> {
         let moved = self.step(&step, data)?;
         if self.common.throttle[own].is_some() && moved > 0 {
             device.wait(&device.mark(stream)?)?;
-            self.throttle(taken, began, moved);
+            self.throttle(link, began, moved);
         }
         let end = device.mark(stream)?;
         let mut progress = self.common.lock();
@@ -428,10 +453,30 @@ impl<D: Device> Work<'_, D> {
         }
     }
 
-    fn throttle(&self, taken: &mut Instant, start: Instant, moved: u64) {
+    fn throttle(&self, link: &mut Link, start: Instant, moved: u64) {
         if let Some(rate) = self.common.throttle[self.lane.index()].filter(|_| moved > 0) {
-            *taken = (*taken).max(start) + Duration::from_secs_f64(moved as f64 / rate);
-            std::thread::sleep(taken.saturating_duration_since(Instant::now()));
+            let there = link.take(start, moved as f64 / rate);
+            std::thread::sleep(there.saturating_duration_since(Instant::now()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_throttled_link_loses_what_it_waits_for_but_not_what_its_thread_oversleeps() {
+        let began = Instant::now() + Duration::from_secs(1);
+        let at = |millis: f64| began + Duration::from_secs_f64(millis / 1e3);
+        let secs = 0.010;
+        let mut link = Link { taken: at(0.0), free: at(0.0) };
+        assert_eq!(link.take(at(5.0), secs), at(15.0), "it waited for 5 ms");
+        link.free = at(15.3);
+        assert_eq!(link.take(at(15.35), secs), at(25.0), "it overslept 0.3 ms");
+        link.free = at(25.3);
+        assert_eq!(link.take(at(26.0), secs), at(36.0), "it overslept, and then waited");
+        link.free = at(90.0);
+        assert_eq!(link.take(at(90.01), secs), at(98.01), "what moved was slower than the link");
     }
 }

@@ -222,16 +222,16 @@ impl Arguments {
         }
     }
 
-    /// What is swept over, and whether its weights are random numbers.
-    fn subject(&self, spec: &str) -> Result<(Subject, bool)> {
+    /// What is swept over, and whether its weights are random numbers, if it has any.
+    fn subject(&self, spec: &str) -> Result<(Subject, Option<bool>)> {
         if self.predict_only
             && let Some(configuration) = Configuration::find(spec)?
         {
-            return Ok((Subject::Configuration(configuration), spec.starts_with("synth:")));
+            return Ok((Subject::Configuration(configuration), None));
         }
         let model = Model::open(spec)?;
         let synthetic = model.config.synthetic;
-        Ok((Subject::Model(Box::new(model)), synthetic))
+        Ok((Subject::Model(Box::new(model)), Some(synthetic)))
     }
 }
 

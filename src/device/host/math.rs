@@ -5,7 +5,11 @@
 
 use super::lanes::Lanes;
 
-/// e^x, relative error below 3e-7; 0 below -87.3, finite above 88.3 (the argument is clamped).
+/// Below it [`exp`] is what it is here, 1e-30: next to 1 that is nothing, and products with it are no denormal numbers,
+/// which cost a processor a hundred cycles each.
+pub const EXP_LEAST: f32 = -69.077_55;
+
+/// e^x, relative error below 3e-7, between e^[`EXP_LEAST`] and e^88: the argument is clamped.
 ///
 /// Range reduction by ln 2 in two parts, then the degree-6 Taylor polynomial in Horner form.
 ///
@@ -15,7 +19,7 @@ use super::lanes::Lanes;
 pub unsafe fn exp<V: Lanes>(x: V) -> V {
     // SAFETY: passed on from the caller.
     unsafe {
-        let clamped = x.max(V::splat(-87.336_54)).min(V::splat(88.0));
+        let clamped = x.max(V::splat(EXP_LEAST)).min(V::splat(88.0));
         let n = clamped.mul(V::splat(std::f32::consts::LOG2_E)).round();
         let r = n.fma(V::splat(-0.693_359_4), clamped);
         let r = n.fma(V::splat(2.121_944_4e-4), r);
@@ -124,7 +128,7 @@ mod tests {
     fn close_to_the_true_functions_and_equal_on_all_instruction_sets() {
         let x: Vec<f32> = (-16_000..16_000).map(|i| i as f32 / 177.0).collect();
         let truth: [fn(f64) -> f64; 5] = [
-            |x| libm::exp(x.clamp(-87.336_54, 88.0)),
+            |x| libm::exp(x.clamp(f64::from(EXP_LEAST), 88.0)),
             libm::erf,
             |x| x / (1.0 + libm::exp(-x)),
             |x| x * 0.5 * (1.0 + libm::erf(x / 2f64.sqrt())),

@@ -73,7 +73,7 @@ impl Kernel for Exponentials<'_> {
                 let x = load_padded::<V>(x, f32::NEG_INFINITY).sub(V::splat(self.max)).mul(V::splat(self.scale));
                 let weights = math::exp(x).to_array();
                 // exp clamps its argument; a masked token weighs exactly nothing.
-                let masked = x.to_array().map(|x| x < -87.0);
+                let masked = x.to_array().map(|x| x < math::EXP_LEAST);
                 for (out, (weight, masked)) in out.iter_mut().zip(weights.into_iter().zip(masked)) {
                     *out = if masked { 0.0 } else { weight };
                 }
