@@ -216,6 +216,55 @@ impl Cache {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whole pages that sequences share, in whatever nesting, give everybody who decodes the bits that pages of its own
+    /// give.
+    #[test]
+    fn queries_that_share_pages_get_what_they_get_alone(
+        seed in 0u64..1000,
+        groups in 1usize..10,
+        kv_heads in 1usize..3,
+        dtype in prop::sample::select(DType::ALL.to_vec()),
+        // Whom a sequence begins like, for how many pages, and its rows.
+        shapes in prop::collection::vec((any::<prop::sample::Index>(), 0usize..4, 1usize..270), 2..24),
+    ) {
+        let heads = Heads { num_heads: groups * kv_heads, num_kv_heads: kv_heads, head_dim: 20 };
+        let (mut sequences, mut pages): (Vec<Sequence>, Vec<Vec<u32>>) = (Vec::new(), Vec::new());
+        let (mut free, mut new_rows) = (0u32.., Vec::new());
+        for (index, (parent, shared, len)) in shapes.iter().enumerate() {
+            let mut sequence = Sequence::new(seed * 32 + index as u64, *len, heads, Kept::All);
+            let mut own = Vec::new();
+            if index > 0 {
+                let parent = parent.index(index);
+                let most = (sequences[parent].rows.len() - 1).min(len - 1) / PAGE_POSITIONS;
+                let shared = (*shared).min(most);
+                own.extend(&pages[parent][..shared]);
+                let rows = shared * PAGE_POSITIONS;
+                sequence.rows.splice(..rows, sequences[parent].rows[..rows].iter().cloned());
+            }
+            new_rows.push(own.len() * PAGE_POSITIONS..len - 1);
+            own.extend(free.by_ref().take(Kept::All.pages(*len) - own.len()));
+            sequences.push(sequence);
+            pages.push(own);
+        }
+        let mut cache = Cache::new(heads, dtype, false, free.next().unwrap() as usize);
+        for (index, rows) in new_rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+            cache.run(&sequences[index..=index], &pages[index..=index], std::slice::from_ref(rows));
+        }
+        let last: Vec<_> = new_rows.iter().map(|rows| rows.end..rows.end + 1).collect();
+        let together = cache.run(&sequences, &pages, &last);
+        for (index, result) in together.iter().enumerate() {
+            let sequence = &sequences[index..=index];
+            let own: Vec<u32> = (0..pages[index].len() as u32).collect();
+            let mut cache = Cache::new(heads, dtype, false, own.len());
+            let alone = cache.run(sequence, &[own], std::slice::from_ref(&(0..last[index].end)));
+            prop_assert_eq!(Some(result), alone.last(), "sequence {} of {:?}", index, pages);
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// Ragged sequences in any chunks keep what the reference keeps after every pass, and see what it sees.

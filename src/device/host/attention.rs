@@ -10,9 +10,14 @@
 //! before it is folded in, so a query's result depends on its position and on the stored keys and values alone: not on
 //! chunks, on the queries computed beside it, or on who shares the pages.
 //!
+//! Single queries of sequences that begin alike go through the pages that they share together, however their ways part
+//! later: one product for all of them.
+//!
 //! Limit: 4 * head_dim operations per query head and key at the multiply-add rate; each page is read and widened once
 //! per group of query heads and block of queries. Rows go through a tile some at a time, so that their scores stay in
 //! the first cache.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -31,6 +36,9 @@ use crate::model::dtype::DType;
 
 /// Queries of one task: bounds its scratch and leaves several tasks per head of a long chunk.
 pub const QUERY_BLOCK: usize = 32;
+
+/// Tasks that are left for every thread where queries could go together in fewer.
+const TASKS_PER_THREAD: usize = 4;
 
 /// Bytes of the next page that are asked for while a page is computed: all of small elements; with large ones the
 /// processor sees for itself, once it has begun, what will be read.
@@ -52,6 +60,8 @@ pub struct Call<'a> {
 enum Task<'a> {
     /// A head's queries of a segment, from this one on.
     Block(&'a Segment, usize, usize),
+    /// A head's single queries of segments that begin alike, in the order of their pages.
+    Together(&'a [&'a Segment], usize),
     /// A whole head of a segment that evicts by attention.
     Evicting(&'a Segment, usize),
     /// All heads of a segment that evict together.
@@ -62,7 +72,10 @@ enum Task<'a> {
 pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) {
     let out = SharedMut::new(out);
     let heads = || 0..call.heads.num_kv_heads;
-    let tasks = segments.iter().flat_map(|segment| -> Vec<Task<'_>> {
+    let (single, others): (Vec<&Segment>, Vec<&Segment>) = segments.iter().partition(|segment| can_join(call, segment));
+    let single = in_order_of_pages(single);
+    let (together, alone) = alike(&single);
+    let per_segment = alone.into_iter().chain(others).flat_map(|segment| -> Vec<Task<'_>> {
         match segment.kept {
             Kept::Heavy { spread: Spread::Heads { .. }, .. } => vec![Task::EvictingTogether(segment)],
             Kept::Heavy { .. } => heads().map(|head| Task::Evicting(segment, head)).collect(),
@@ -72,12 +85,27 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
             }
         }
     });
-    let tasks: Vec<Task<'_>> = tasks.collect();
+    let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
+    let joint = together.into_iter().flat_map(|segments| {
+        // As many as fill a register tile at least.
+        let least = (LANES * call.heads.num_kv_heads / call.heads.num_heads).max(1);
+        let each = (segments.len() * call.heads.num_kv_heads / tasks).max(least).min(QUERY_BLOCK);
+        segments.chunks(each).flat_map(|segments| heads().map(move |head| Task::Together(segments, head)))
+    });
+    let tasks: Vec<Task<'_>> = joint.chain(per_segment).collect();
     tasks.into_par_iter().for_each(|task| match task {
         Task::Evicting(segment, head) => evict::run(isa, call, segment, head, &out),
         Task::EvictingTogether(segment) => evict::run_together(isa, call, segment, &out),
+        Task::Together(segments, kv_head) => {
+            let queries: Vec<Query> =
+                segments.iter().map(|segment| Query { row: segment.first_row, position: segment.start }).collect();
+            let tiles = shared_tiles(call, segments, kv_head);
+            let (queries, tiles, out) = (&queries, &tiles, &out);
+            isa.run(Block { call, tiles, window: None, sinks: 0, kv_head, queries, out, scores: None });
+        }
         Task::Block(segment, first, kv_head) => {
-            let queries = QUERY_BLOCK.min(segment.len - first);
+            let count = QUERY_BLOCK.min(segment.len - first);
+            let queries: Vec<Query> = Query::consecutive(segment.first_row + first, segment.start + first, count);
             let first_position = segment.start + first;
             let (window, sinks) = match (call.span.window, segment.kept) {
                 (window, Kept::Window { start, recent }) => {
@@ -88,49 +116,104 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
                 (window, _) => (window, 0),
             };
             let oldest = window.map_or(0, |window| (first_position + 1).saturating_sub(window)) / PAGE_POSITIONS;
-            let last = (first_position + queries - 1) / PAGE_POSITIONS;
+            let last = (first_position + count - 1) / PAGE_POSITIONS;
             let tile = |tile: usize| {
                 let page = segment.pages[segment.kept.page(tile)];
                 // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
-                (tile * PAGE_POSITIONS, unsafe { call.frames.head(page, kv_head) })
+                Tile {
+                    start: tile * PAGE_POSITIONS,
+                    page: unsafe { call.frames.head(page, kv_head) },
+                    queries: 0..count,
+                }
             };
             let tiles: Vec<_> = (0..pages_for(sinks).min(oldest)).chain(oldest..=last).map(tile).collect();
-            let first_row = segment.first_row + first;
-            isa.run(Block {
-                call,
-                tiles: &tiles,
-                window,
-                sinks,
-                kv_head,
-                first_row,
-                first_position,
-                queries,
-                out: &out,
-                scores: None,
-            });
+            let (queries, tiles, out) = (&queries, &tiles, &out);
+            isa.run(Block { call, tiles, window, sinks, kv_head, queries, out, scores: None });
         }
     });
 }
 
-/// The query heads of one KV head, over some consecutive queries of a segment. Row `t * group + g` of its
-/// matrices is query t, head g of the group.
+/// Whether a segment is one query that sees all that came before it, more than a page.
+fn can_join(call: &Call<'_>, segment: &Segment) -> bool {
+    let sees_all = segment.kept == Kept::All && call.span.window.is_none();
+    sees_all && segment.len == 1 && segment.start >= PAGE_POSITIONS
+}
+
+fn in_order_of_pages(mut segments: Vec<&Segment>) -> Vec<&Segment> {
+    segments.sort_by(|a, b| a.pages.cmp(&b.pages));
+    segments
+}
+
+/// Segments in the order of their pages that have the first page in common, and those that have it alone.
+fn alike<'a, 's>(segments: &'a [&'s Segment]) -> (Vec<&'a [&'s Segment]>, Vec<&'s Segment>) {
+    let (together, alone): (Vec<_>, Vec<_>) =
+        segments.chunk_by(|a, b| a.pages[0] == b.pages[0]).partition(|segments| segments.len() > 1);
+    (together, alone.concat())
+}
+
+/// The tiles of single queries of segments in the order of their pages: a whole page that some share is one for all of
+/// them.
+fn shared_tiles<'a>(call: &'a Call<'_>, segments: &[&Segment], kv_head: usize) -> Vec<Tile<'a>> {
+    let mut tiles = Vec::new();
+    let most = segments.iter().map(|segment| pages_for(segment.start + 1)).max().unwrap_or(0);
+    for index in 0..most {
+        let start = index * PAGE_POSITIONS;
+        let page = |segment: &Segment| segment.pages[..pages_for(segment.start + 1)].get(index).copied();
+        let is_whole = |segment: &Segment| segment.start + 1 >= start + PAGE_POSITIONS;
+        let mut first = 0;
+        for run in segments.chunk_by(|a, b| is_whole(a) && is_whole(b) && page(a) == page(b)) {
+            let queries = first..first + run.len();
+            first = queries.end;
+            if let Some(page) = page(run[0]) {
+                // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
+                tiles.push(Tile { start, page: unsafe { call.frames.head(page, kv_head) }, queries });
+            }
+        }
+    }
+    tiles
+}
+
+/// A query: its row, and its position in the count of the tiles.
+#[derive(Clone, Copy, Debug)]
+pub struct Query {
+    /// The row of its heads.
+    pub row: usize,
+    /// It sees keys up to this position.
+    pub position: usize,
+}
+
+impl Query {
+    /// Those of consecutive rows.
+    pub fn consecutive(first_row: usize, first_position: usize, count: usize) -> Vec<Query> {
+        (0..count).map(|index| Query { row: first_row + index, position: first_position + index }).collect()
+    }
+}
+
+/// A head's part of a page.
+pub struct Tile<'a> {
+    /// The position of its first key.
+    pub start: usize,
+    /// Its bytes.
+    pub page: &'a [u8],
+    /// The queries that may see something of it; they are consecutive, or see all of it.
+    pub queries: Range<usize>,
+}
+
+/// The query heads of one KV head, over some queries. Row `t * group + g` of its matrices is query t, head g of the
+/// group.
 pub struct Block<'a> {
     /// What it is a part of.
     pub call: &'a Call<'a>,
-    /// The head's part of every page that is read, and the position of its first key.
-    pub tiles: &'a [(usize, &'a [u8])],
+    /// What is read, every query's in ascending order.
+    pub tiles: &'a [Tile<'a>],
     /// Keys k > q - window only, and the first ones.
     pub window: Option<usize>,
     /// How many of the first keys are seen wherever the window is.
     pub sinks: usize,
     /// Which KV head.
     pub kv_head: usize,
-    /// The row of the first query.
-    pub first_row: usize,
-    /// Its position, in the count of the tiles.
-    pub first_position: usize,
-    /// How many queries.
-    pub queries: usize,
+    /// Whose results are wanted.
+    pub queries: &'a [Query],
     /// Where results go.
     pub out: &'a SharedMut<'a, f32>,
     /// What the keys of all tiles have received so far; the queries' shares are added one query after the other.
@@ -204,7 +287,7 @@ impl Block<'_> {
     }
 
     fn rows(&self) -> usize {
-        self.queries * self.group()
+        self.queries.len() * self.group()
     }
 
     fn padded_dim(&self) -> usize {
@@ -213,7 +296,7 @@ impl Block<'_> {
 
     /// The position of a row's query.
     fn position(&self, row: usize) -> usize {
-        self.first_position + row / self.group()
+        self.queries[row / self.group()].position
     }
 
     /// The keys that a row sees within the tile that starts at `start`, relative to it.
@@ -225,12 +308,12 @@ impl Block<'_> {
         Visible { sinks: self.sinks.saturating_sub(start).min(high), low, high: high.max(low) }
     }
 
-    /// The rows that see something of the tile that starts at `start`.
-    fn seeing(&self, start: usize) -> std::ops::Range<usize> {
+    /// The rows that see something of a tile.
+    fn seeing(&self, tile: &Tile<'_>) -> Range<usize> {
         // Rows from before the tile are the first, those whose window lies behind it the last.
-        let sees = |query: &usize| !self.visible(query * self.group(), start).is_empty();
-        let first = (0..self.queries).find(sees).unwrap_or(self.queries);
-        let last = (first..self.queries).rev().find(sees).map_or(first, |query| query + 1);
+        let sees = |query: &usize| !self.visible(query * self.group(), tile.start).is_empty();
+        let first = tile.queries.clone().find(sees).unwrap_or(tile.queries.end);
+        let last = (first..tile.queries.end).rev().find(sees).map_or(first, |query| query + 1);
         first * self.group()..last * self.group()
     }
 
@@ -245,7 +328,7 @@ impl Block<'_> {
             let count = to.len() / head_dim;
             let row = |row: usize| {
                 let head = self.kv_head * self.group() + row % self.group();
-                let index = self.first_row + row / self.group();
+                let index = self.queries[row / self.group()].row;
                 (index, &self.call.qkv[index * heads.qkv_width() + head * head_dim..][..head_dim])
             };
             let mut from = [[].as_slice(); LANES];
@@ -293,17 +376,17 @@ impl Kernel for Block<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Registers>(mut self) {
         let mut state = self.state(R::ROWS);
-        for (index, &(start, page)) in self.tiles.iter().enumerate() {
+        for (index, tile) in self.tiles.iter().enumerate() {
             let layout = &self.call.frames.layout;
-            if let Some((_, next)) = self.tiles.get(index + 1) {
-                prefetch(&next[..next.len().min(AHEAD_BYTES)]);
+            if let Some(Tile { page, .. }) = self.tiles.get(index + 1) {
+                prefetch(&page[..page.len().min(AHEAD_BYTES)]);
             }
-            let rows = self.seeing(start);
+            let rows = self.seeing(tile);
             // SAFETY: the rows exist; a widened page is read before the next one; the instruction set is the caller's.
             unsafe {
-                let keys = widen_keys::<V>(page, layout, &mut state.keys);
-                let values = widen_values::<V>(page, layout, &mut state.values);
-                let page = Page { index, start, keys, values };
+                let keys = widen_keys::<V>(tile.page, layout, &mut state.keys);
+                let values = widen_values::<V>(tile.page, layout, &mut state.values);
+                let page = Page { index, start: tile.start, keys, values };
                 let mut first = rows.start;
                 while first < rows.end {
                     let end = rows.end.min(first / R::ROWS * R::ROWS + R::ROWS);
@@ -327,7 +410,7 @@ impl Block<'_> {
     /// # Safety
     /// Such rows exist; `V`'s instruction set exists.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, R: Registers>(&self, page: Page, rows: std::ops::Range<usize>, state: &mut State) {
+    unsafe fn tile<V: Lanes, R: Registers>(&self, page: Page, rows: Range<usize>, state: &mut State) {
         let (head_dim, padded) = (self.call.heads.head_dim, self.padded_dim());
         let (first, count) = (rows.start, rows.len());
         // The last row sees the most recent keys, the first row the oldest.
@@ -340,7 +423,7 @@ impl Block<'_> {
             let start = queries[group * head_dim + first - group..].as_ptr();
             (Left::<1> { start, step: packed }, count)
         };
-        let keys = |vectors: std::ops::Range<usize>| {
+        let keys = |vectors: Range<usize>| {
             let stride = head_dim * LANES;
             let start = page.keys.wrapping_add(vectors.start * stride);
             (Right { start, stride, depth: head_dim }, vectors.len())
@@ -454,7 +537,7 @@ impl Block<'_> {
         let head_dim = self.call.heads.head_dim;
         for row in 0..self.rows() {
             let head = self.kv_head * self.group() + row % self.group();
-            let to = (self.first_row + row / self.group()) * self.call.heads.query_width() + head * head_dim;
+            let to = self.queries[row / self.group()].row * self.call.heads.query_width() + head * head_dim;
             // SAFETY: each (row, head) belongs to one block alone.
             let to = unsafe { self.out.slice(to, head_dim) };
             let scale = 1.0 / state.sum[row];
@@ -474,7 +557,7 @@ impl Block<'_> {
 unsafe fn exponentials<V: Lanes>(
     scores: &mut [f32; PAGE_POSITIONS],
     visible: Visible,
-    vectors: std::ops::Range<usize>,
+    vectors: Range<usize>,
     scale: f32,
 ) -> (f32, f32) {
     const ALL: usize = PAGE_POSITIONS / LANES;

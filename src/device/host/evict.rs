@@ -13,7 +13,7 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Block, Call, QUERY_BLOCK};
+use super::attention::{Block, Call, QUERY_BLOCK, Query, Tile};
 use super::cache::{key_and_value, put_slot, store_slot, take_slot};
 use super::isa::Isa;
 use super::shared::SharedMut;
@@ -250,16 +250,16 @@ impl Head<'_> {
         }
         // SAFETY: as in `bytes`; nothing is written until the block is done.
         let keys = |part: Part| unsafe { self.call.frames.head(part.page, part.head) };
-        let tiles: Vec<_> = (0..pages).map(|page| (page * PAGE_POSITIONS, keys(self.parts[page]))).collect();
+        let tile =
+            |page: usize| Tile { start: page * PAGE_POSITIONS, page: keys(self.parts[page]), queries: 0..queries };
+        let tiles: Vec<_> = (0..pages).map(tile).collect();
         isa.run(Block {
             call: self.call,
             tiles: &tiles,
             window: None,
             sinks: 0,
             kv_head: self.head,
-            first_row,
-            first_position: last,
-            queries,
+            queries: &Query::consecutive(first_row, last, queries),
             out,
             scores: Some(&mut scores),
         });
