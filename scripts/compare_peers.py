@@ -109,20 +109,28 @@ class Peer:
         self.name = name
         command = [sys.executable, PEERS / f"{script}.py", "--threads", threads, "--prompts", shape.prompts,
                    "--prompt-len", shape.prompt_len, "--generated", shape.generated, *given]
-        self.process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            preexec_fn=cap and cap.enter, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        try:
+            self.process = subprocess.Popen(
+                [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                preexec_fn=cap and cap.enter, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        except subprocess.SubprocessError as error:
+            raise Failed(f"{name} did not start: {error}") from error
         self.facts = self.answer()
 
     def answer(self):
         line = self.process.stdout.readline()
-        if not line:
-            raise Failed(f"{self.name} ended with exit code {self.process.wait()}")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError:
+            self.process.kill()
+            code, said = self.process.wait(), f", after {line.strip()!r}" if line else ""
+            raise Failed(f"{self.name} ended with exit code {code}{said}") from None
 
     def run(self):
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        # Whoever has ended gives no answer.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         result = self.answer()
         return {"whole": result["prefill"] + result["decode"], **result}
 
@@ -182,7 +190,9 @@ def alternate(runners, rounds, failures):
     """Runs of every runner by name: as many of them in turn as `rounds` says for it. A peer that fails ends, and
     nobody else with it; tidemill has to last."""
     runs = {runner.name: [] for runner in runners}
-    try:
+    with contextlib.ExitStack() as stack:
+        for runner in runners:
+            stack.callback(runner.close)
         for turn in range(max(rounds(runner.name) for runner in runners)):
             for runner in [runner for runner in runners if runner.name in runs and turn < rounds(runner.name)]:
                 try:
@@ -194,9 +204,6 @@ def alternate(runners, rounds, failures):
                     del runs[runner.name]
                 else:
                     print(runner.name, runs[runner.name][-1], file=sys.stderr)
-    finally:
-        for runner in runners:
-            runner.close()
     return runs
 
 

@@ -21,6 +21,7 @@ CONFIG = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }
 PROMPT, ANSWER, PAGE = 512, 512, 64
+SINK = "sink:start=4,recent=201"
 
 
 def policy_text(places, pages):
@@ -33,8 +34,10 @@ def policy_text(places, pages):
 
 def run(folder, binary, link, requests, kv_policy, frame_pages):
     """Generated tokens/s, sequences in flight and bytes with the device."""
-    capacity = {"full": PROMPT + ANSWER - 1}.get(kv_policy, 205 + PAGE)
-    pages_each = -(-capacity // PAGE)
+    # What is evicted by attention gives up its slot with the next stretch of 64; the pages of a window go round, the
+    # page that is being written among them, and the first positions have one of their own.
+    pages_each = {"full": -(-(PROMPT + ANSWER - 1) // PAGE), SINK: 1 + -(-201 // PAGE) + 1}.get(kv_policy)
+    pages_each = pages_each or -(-(205 + PAGE) // PAGE)
     places = min(frame_pages // pages_each, requests)
     (folder / "policy.toml").write_text(policy_text(places, frame_pages), encoding="utf-8")
     for old in folder.glob("out.jsonl*"):
@@ -68,7 +71,7 @@ def main():
         (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         print("| kv policy | sequences in flight | passes | device memory | generated tokens/s |\n|---|---|---|---|---|")
         rates = {}
-        for kv_policy, room in (("full", pages), ("h2o:heavy=103,recent=102", scored), ("sink:start=4,recent=201", pages),
+        for kv_policy, room in (("full", pages), ("h2o:heavy=103,recent=102", scored), (SINK, pages),
                                 ("full", pages)):
             rate, places, passes, used = run(folder, binary, arguments.link, arguments.requests, kv_policy, room)
             rates.setdefault(kv_policy, []).append(rate)

@@ -104,19 +104,25 @@ fn what_cannot_be_rounded_is_refused_by_name() {
     let scratch = Scratch::new();
     let copy = copy_model("llama-mha", &scratch);
     let file = copy.join("model.safetensors");
-    let mut bytes = fs::read(&file).unwrap();
-    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let name = "model.layers.1.mlp.down_proj.weight";
-    let at = 8 + length + header[name]["data_offsets"][0].as_u64().unwrap() as usize;
-    bytes[at + 8..at + 12].copy_from_slice(&f32::NAN.to_le_bytes());
-    fs::write(&file, bytes).unwrap();
+    let whole = fs::read(&file).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&whole[8..8 + length]).unwrap();
     let input = scratch.jsonl("in.jsonl", &[json!({"prompt": [5, 6, 7], "max_tokens": 2})]);
-    let said = |flags: &[&str], code: i32| {
-        refused(&generate(copy.to_str().unwrap(), &input, &scratch.path("out.jsonl"), flags), code)
+    let said = |output: &str, flags: &[&str], code: i32| {
+        refused(&generate(copy.to_str().unwrap(), &input, &scratch.path(output), flags), code)
     };
-    let text = said(&["--weights", "int4"], 1);
-    assert!(text.contains(name) && text.contains("row 0 at input 2") && text.contains("int4"), "{text}");
-    let text = said(&["--activations", "int8"], 2);
+    // Matrices that are packed alone, and those that are packed behind others.
+    for (part, row) in [("mlp.down_proj", 0), ("mlp.down_proj", 20), ("self_attn.k_proj", 20), ("mlp.up_proj", 17)] {
+        let name = format!("model.layers.1.{part}.weight");
+        let width = header[&name]["shape"][1].as_u64().unwrap() as usize;
+        let at = 8 + length + header[&name]["data_offsets"][0].as_u64().unwrap() as usize + 4 * (row * width + 2);
+        let mut bytes = whole.clone();
+        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        fs::write(&file, bytes).unwrap();
+        let text = said(&format!("{part}-{row}.jsonl"), &["--weights", "int4"], 1);
+        let place = format!("row {row} at input 2");
+        assert!(text.contains(&name) && text.contains(&place) && text.contains("int4"), "{name}, {place}: {text}");
+    }
+    let text = said("out.jsonl", &["--activations", "int8"], 2);
     assert!(text.contains("--activations int8") && text.contains("--weights int4"), "{text}");
 }

@@ -33,7 +33,7 @@ fn peak_memory(count: usize, scratch: &Scratch) -> f64 {
     let lines = std::fs::read_to_string(&output).expect("read").lines().count();
     assert_eq!(lines, count);
     let stats = read_stats(&stats);
-    let peak = stats["peak_bytes"]["cpu"].as_f64().expect("a number");
+    let peak = stats["peak_resident_bytes"].as_f64().expect("a number");
     let rate = stats["total_tokens_per_s"].as_f64().expect("a number");
     let secs = started.elapsed().as_secs_f64();
     report(&format!("{count} lines: peak {:.1} MiB, {secs:.1} s, {rate:.0} tokens/s", peak / 1048576.0));
@@ -126,6 +126,8 @@ fn a_million_lines() {
         memory(&rest)
     ));
     assert!(memory(&rest) < 1.2 * memory(&half) && resumed_secs < 10.0);
+    // Other programs may slow either end down, but not by as much as something that grows with the lines would.
+    assert!(late > 0.5 * early);
     assert_eq!(read_stats(&stats)["failed"], 0);
 }
 

@@ -126,3 +126,33 @@ fn sharing_changes_no_byte_wherever_pages_are_and_however_few() {
         assert!(run(&scratch, &lines, numerics).bytes == own.bytes, "{numerics:?}");
     }
 }
+
+/// Prompts that must compute again what is ready, in a cache that holds the longest of them and no page more.
+#[test]
+fn what_is_ready_and_cannot_be_taken_makes_room() {
+    let scratch = Scratch::new();
+    let mut chance = Chance::new(9);
+    let mut tokens = |count: u64| -> Vec<u32> { (0..count).map(|_| 20 + chance.below(600) as u32).collect() };
+    let (header, pages) = (tokens(256), tokens(128));
+    let scored = [&header[..], &tokens(200)].concat();
+    let answered = |prompt: &[u32], count: u32| json!({"prompt": prompt, "max_tokens": count, "ignore_eos": true});
+    let job = [
+        answered(&pages, 128),
+        answered(&header, 1),
+        json!({"prompt": scored, "max_tokens": 50, "ignore_eos": true, "prompt_logprobs": 1}),
+        answered(&pages, 128),
+        answered(&header, 250),
+        json!({"prompt": header, "max_tokens": 100, "ignore_eos": true, "n": 3, "temperature": 1.0}),
+        answered(&header, 256),
+    ];
+    let expected = run(&scratch, &job, &["--prefix-sharing", "off"]).bytes;
+    for (sequences, schedule) in [(1, "mixed"), (2, "mixed"), (5, "mixed"), (3, "phased")] {
+        for pages in 8..11 {
+            let text =
+                format!("sequences = {sequences}\nchunk-tokens = 64\npages = {pages}\nschedule = \"{schedule}\"\n");
+            let policy = scratch.write("policy.toml", &text);
+            let outcome = run(&scratch, &job, &["--policy", policy.to_str().unwrap()]);
+            assert!(outcome.bytes == expected, "{text}");
+        }
+    }
+}

@@ -18,7 +18,7 @@ use crate::schedule::placement::{Placement, Workspace};
 const MOST_HEAD_DIM: usize = 256;
 
 /// The version of the arithmetic on cards: a change that alters bits raises it, so that no job mixes two.
-const ARITHMETIC: &str = "cuda-1";
+const ARITHMETIC: &str = "cuda-2";
 
 /// The card that is to compute; none for the CPU.
 ///

@@ -46,7 +46,7 @@ use crate::schedule::placement::Placement;
 use crate::schedule::price::placed;
 
 /// The version of the arithmetic: a change that alters bits raises it, so that no job mixes two.
-const ARITHMETIC: &str = "3";
+const ARITHMETIC: &str = "4";
 
 /// The arguments of `generate`, as typed.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]

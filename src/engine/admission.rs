@@ -266,7 +266,7 @@ impl<D: Device> Engine<'_, D> {
                 kept: leader.kept,
                 pages,
                 number: self.begun,
-                path: self.prefixes.join(&leader.path),
+                path: self.prefixes.join(&leader.path, &leader.pages),
                 scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),
@@ -286,7 +286,7 @@ impl<D: Device> Engine<'_, D> {
 
     /// Gives back everything that a sequence holds.
     pub(super) fn release(&mut self, sequence: &Sequence) {
-        self.prefixes.end(&sequence.path, sequence.number, &mut self.pool);
+        self.prefixes.end(&sequence.path, sequence.number, &sequence.pages, &mut self.pool);
         sequence.pages.iter().for_each(|&page| self.pool.release(page));
         // Siblings that have not begun.
         if sequence.siblings_go_on {

@@ -228,6 +228,7 @@ impl<'m, D: Device> Engine<'m, D> {
         let kv_policy = self.kv_policy.clone();
         let room = Room {
             context_len,
+            trained_len: config.sequence_len(false),
             vocab_size: config.vocab_size,
             pages,
             block_pages,

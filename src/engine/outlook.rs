@@ -73,7 +73,8 @@ impl<D: Device> Engine<'_, D> {
     pub(super) fn look_at(&self, sequence: &Sequence, outlook: &mut Outlook) {
         let job = &self.jobs[&sequence.job];
         let prompt = &job.prompts[sequence.prompt].prompt;
-        let shared = sequence.pages.iter().filter(|&&page| self.pool.is_shared(page)).count();
+        let shared = sequence.pages.iter().filter(|&&page| self.pool.is_shared(page)).count()
+            - self.prefixes.held_alone(&sequence.path, &sequence.pages);
         let (held, known) = (sequence.pages.len(), sequence.tokens.len());
         // What it shares and will write to it must copy first.
         let copies = self.pages_needed(sequence, sequence.computed..sequence.computed);

@@ -6,7 +6,8 @@
 //! needed, and computed again.
 //!
 //! **Invariant:** a node is in the tree while a prompt that waits or runs goes through it. A ready node's page holds
-//! the keys and values of its tokens after those of its ancestors, is held by the tree, and is never written.
+//! the keys and values of its tokens after those of its ancestors, is held by the tree, and is never written. A sequence
+//! that computes for itself what is ready does not hold the node's page: the tree gives it up where nobody else does.
 
 use std::collections::HashMap;
 
@@ -33,7 +34,7 @@ pub struct Prefixes {
     /// Numbers of nodes that are gone.
     free: Vec<NodeId>,
     children: HashMap<(Option<NodeId>, Tile), NodeId>,
-    /// Ready nodes that no sequence goes through: only the tree holds their pages.
+    /// Ready nodes whose pages only the tree holds.
     idle: usize,
 }
 
@@ -43,8 +44,9 @@ struct Node {
     tokens: Tile,
     /// Prompts that have not begun.
     waiting: usize,
-    /// Sequences.
+    /// Sequences that go through it, and those of them that hold its page.
     running: usize,
+    holding: usize,
     state: State,
 }
 
@@ -83,7 +85,8 @@ impl Prefixes {
     }
 
     fn add(&mut self, key: (Option<NodeId>, Tile)) -> NodeId {
-        let node = Node { parent: key.0, tokens: key.1.clone(), waiting: 0, running: 0, state: State::Absent };
+        let node =
+            Node { parent: key.0, tokens: key.1.clone(), waiting: 0, running: 0, holding: 0, state: State::Absent };
         let id = match self.free.pop() {
             Some(id) => {
                 self.nodes[id as usize] = node;
@@ -119,10 +122,11 @@ impl Prefixes {
         let mut pages = Vec::with_capacity(taken);
         for (index, &node) in path.nodes.iter().enumerate() {
             let node = &mut self.nodes[node as usize];
-            self.idle -= usize::from(node.is_idle());
             (node.waiting, node.running) = (node.waiting - 1, node.running + 1);
             match node.state {
                 State::Ready(page) if index < taken => {
+                    self.idle -= usize::from(node.is_idle());
+                    node.holding += 1;
                     pool.share(page);
                     pages.push(page);
                 }
@@ -135,11 +139,11 @@ impl Prefixes {
     }
 
     /// Another sequence of the same prompt goes on from what one has computed, and holds the pages that it does.
-    pub fn join(&mut self, path: &Path) -> Path {
-        for &node in &path.nodes {
+    pub fn join(&mut self, path: &Path, pages: &[PageId]) -> Path {
+        for (&node, &page) in path.nodes.iter().zip(pages) {
             let node = &mut self.nodes[node as usize];
-            self.idle -= usize::from(node.is_idle());
             node.running += 1;
+            node.holding += usize::from(node.state == State::Ready(page));
         }
         Path { nodes: path.nodes.clone(), takes: path.takes, published: path.nodes.len() }
     }
@@ -149,27 +153,45 @@ impl Prefixes {
         let upto = path.nodes.len().min(computed / PAGE_POSITIONS);
         while path.published < upto {
             let node = &mut self.nodes[path.nodes[path.published] as usize];
-            // Absent is what another sequence began and did not end.
-            if node.state == State::Computing(sequence) || node.state == State::Absent {
+            let stale = match node.state {
+                State::Computing(other) => (other == sequence).then_some(None),
+                // What another sequence began and did not end.
+                State::Absent => Some(None),
+                // There is no need for two.
+                State::Ready(page) => node.is_idle().then_some(Some(page)),
+            };
+            if let Some(stale) = stale {
+                self.idle -= usize::from(stale.is_some());
+                stale.into_iter().for_each(|page| pool.release(page));
                 let page = pages[path.published];
                 pool.share(page);
-                node.state = State::Ready(page);
+                (node.state, node.holding) = (State::Ready(page), 1);
             }
             path.published += 1;
         }
     }
 
-    /// The sequence has ended; what it has not computed somebody else must.
-    pub fn end(&mut self, path: &Path, sequence: u64, pool: &mut PagePool) {
-        for &id in path.nodes.iter().rev() {
+    /// The sequence, which holds `pages`, has ended; what it has not computed somebody else must.
+    pub fn end(&mut self, path: &Path, sequence: u64, pages: &[PageId], pool: &mut PagePool) {
+        for (index, &id) in path.nodes.iter().enumerate().rev() {
             let node = &mut self.nodes[id as usize];
             node.running -= 1;
-            if node.state == State::Computing(sequence) {
-                node.state = State::Absent;
+            match node.state {
+                State::Computing(other) if other == sequence => node.state = State::Absent,
+                State::Ready(page) if pages.get(index) == Some(&page) => {
+                    node.holding -= 1;
+                    self.idle += usize::from(node.is_idle());
+                }
+                _ => {}
             }
-            self.idle += usize::from(node.is_idle());
             self.drop_unneeded(id, pool);
         }
+    }
+
+    /// How many of a sequence's pages no other sequence holds, though the tree does.
+    pub fn held_alone(&self, path: &Path, pages: &[PageId]) -> usize {
+        let nodes = path.nodes.iter().map(|&node| &self.nodes[node as usize]);
+        nodes.zip(pages).filter(|(node, page)| node.state == State::Ready(**page) && node.holding == 1).count()
     }
 
     fn drop_unneeded(&mut self, id: NodeId, pool: &mut PagePool) {
@@ -227,7 +249,7 @@ impl Prefixes {
 
 impl Node {
     fn is_idle(&self) -> bool {
-        self.running == 0 && matches!(self.state, State::Ready(_))
+        self.holding == 0 && matches!(self.state, State::Ready(_))
     }
 }
 
@@ -262,19 +284,40 @@ mod tests {
         // It takes nothing, so it does not wait.
         assert_eq!((tree.look(&b), tree.look(&c)), (Found::Pages(0), Found::Soon));
         tree.begin(&mut b, 2, &mut pool);
-        tree.end(&a, 1, &mut pool);
+        tree.end(&a, 1, &[], &mut pool);
         let pages = [(); 3].map(|()| pool.take());
         tree.publish(&mut b, 2, 64, &pages, &mut pool);
         assert_eq!(tree.look(&c), Found::Soon, "what the first one left is there, the second page is on its way");
         tree.publish(&mut b, 2, 131, &pages, &mut pool);
         assert_eq!(tree.look(&c), Found::Pages(2));
-        tree.end(&b, 2, &mut pool);
+        tree.end(&b, 2, &pages, &mut pool);
         pages.iter().for_each(|&page| pool.release(page));
         assert_eq!((pool.free(), tree.idle_pages()), (4, 2));
         tree.give_up(1, &mut pool);
         assert_eq!((pool.free(), tree.look(&c)), (5, Found::Pages(1)));
         tree.give_up(9, &mut pool);
         assert_eq!((pool.free(), tree.look(&c)), (6, Found::Pages(0)));
+    }
+
+    /// A prompt that may not take its last page leaves no second one with the tree, nor holds the first.
+    #[test]
+    fn what_is_computed_again_takes_the_place_of_what_was_ready() {
+        let (mut pool, mut tree) = (PagePool::new([4, 0, 0]), Prefixes::default());
+        let tokens = prompt(&[0, 1], 0);
+        let [mut a, mut b] = [(); 2].map(|()| tree.enter(&tokens, usize::MAX));
+        tree.begin(&mut a, 1, &mut pool);
+        let pages = [(); 2].map(|()| pool.take());
+        tree.publish(&mut a, 1, 128, &pages, &mut pool);
+        tree.end(&a, 1, &pages, &mut pool);
+        pages.iter().for_each(|&page| pool.release(page));
+        let mut pages = tree.begin(&mut b, 2, &mut pool);
+        assert_eq!((pages.len(), tree.idle_pages(), pool.free()), (1, 1, 2), "its second page is still to be had");
+        pages.push(pool.take());
+        tree.publish(&mut b, 2, 128, &pages, &mut pool);
+        assert_eq!((tree.idle_pages(), pool.free(), tree.held_alone(&b, &pages)), (0, 2, 2));
+        tree.end(&b, 2, &pages, &mut pool);
+        pages.iter().for_each(|&page| pool.release(page));
+        assert_eq!(pool.free(), 4);
     }
 
     proptest! {
@@ -331,7 +374,7 @@ mod tests {
                         // Some end before they are done.
                         if number < 200 || running[which].computed == running[which].tokens.len() {
                             let one = running.remove(which);
-                            tree.end(&one.path, one.number, &mut pool);
+                            tree.end(&one.path, one.number, &one.pages, &mut pool);
                             one.pages.iter().for_each(|&page| pool.release(page));
                         }
                     }
@@ -344,6 +387,11 @@ mod tests {
                 }
                 let idle = tree.nodes.iter().filter(|node| node.is_idle()).count();
                 prop_assert_eq!(idle, tree.idle_pages());
+                for node in &tree.nodes {
+                    let State::Ready(page) = node.state else { continue };
+                    let holders = running.iter().filter(|one| one.pages.contains(&page)).count();
+                    prop_assert_eq!(holders, node.holding);
+                }
             }
             prop_assert!(waiting.is_empty() && running.is_empty(), "{} wait, {} run", waiting.len(), running.len());
             prop_assert_eq!(pool.free(), 200);

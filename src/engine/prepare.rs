@@ -88,6 +88,8 @@ pub struct Scored {
 pub struct Room {
     /// Tokens of prompt and completion.
     pub context_len: usize,
+    /// Likewise, of a sequence whose positions are not counted within a cache.
+    pub trained_len: usize,
     /// Rows of the embedding table.
     pub vocab_size: usize,
     /// Pages of the KV cache that a sequence can have.
@@ -201,9 +203,12 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     if len == 0 {
         return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    if len >= room.context_len && prompt.scored.is_none_or(|scored| scored.after.is_none()) {
-        let context = room.context_len;
-        let what = format!("the prompt has {len} tokens, the model's context has {context} for prompt and completion");
+    let context_len = context_len(room, len, prompt.max_tokens);
+    // Nothing is stored of the last token that is scored.
+    let beyond = usize::from(prompt.scored.is_some_and(|scored| scored.after.is_some()));
+    if len >= context_len + beyond {
+        let what =
+            format!("the prompt has {len} tokens, the model's context has {context_len} for prompt and completion");
         return refused("context_length_exceeded", what);
     }
     if prompt.max_tokens == 0 && prompt.scored.is_none() {
@@ -215,7 +220,7 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
         let what = format!("the prompt has token {id}, the model's vocabulary has {} tokens", room.vocab_size);
         return refused("token_out_of_vocabulary", what);
     }
-    prompt.max_tokens = prompt.max_tokens.min(room.context_len - len);
+    prompt.max_tokens = prompt.max_tokens.min(context_len.saturating_sub(len));
     prompt.kept = room.kv_policy.kept(len, prompt.max_tokens);
     let pages = least_pages(&prompt, request.sampling.n as usize);
     let block = prompt.kept.widest_layer(positions(len, prompt.max_tokens), room.num_layers);
@@ -223,6 +228,16 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
         return Err(Unfit::Pages { cache: pages, block });
     }
     Ok(prompt)
+}
+
+/// Tokens that a request may have in all. It outgrows the context that the model was trained with only if what is kept
+/// of it does not.
+fn context_len(room: &Room, len: usize, max_tokens: usize) -> usize {
+    let all = room.context_len.max(len);
+    match room.kv_policy.kept(len, max_tokens.min(all - len)) {
+        Kept::Window { start, recent } if start + recent <= room.trained_len => room.context_len,
+        _ => room.trained_len.min(room.context_len),
+    }
 }
 
 /// Pages with which a prompt can run at all: its samples can take turns.

@@ -88,17 +88,15 @@ impl<D: Device> Engine<'_, D> {
         Ok(())
     }
 
-    /// Pauses the sequence that began last; siblings that have not begun to decode before all others.
+    /// Pauses the sequence that began last of those in flight; when one is left, siblings that wait: till then what they
+    /// hold is mostly held by others too.
     fn pause_youngest(&mut self, writer: &mut Writer) -> Result<()> {
-        let sequence = match self.waiting.pop_back() {
-            Some(sequence) => sequence,
-            None => {
-                let active = self.active.iter().enumerate();
-                let youngest = active.max_by_key(|(_, sequence)| sequence.number).map(|(index, _)| index);
-                let sequence = self.active.remove(youngest.expect("a sequence lacks pages"));
-                assert!(!self.active.is_empty(), "a prompt that needs the whole cache was let in");
-                sequence
-            }
+        let sequence = if self.active.len() > 1 {
+            let active = self.active.iter().enumerate();
+            let youngest = active.max_by_key(|(_, sequence)| sequence.number).map(|(index, _)| index);
+            self.active.remove(youngest.expect("there are several"))
+        } else {
+            self.waiting.pop_back().expect("a prompt that needs the whole cache was let in")
         };
         self.pause(sequence, writer)
     }

@@ -80,8 +80,10 @@ impl<D: Device> Engine<'_, D> {
     /// Fills the pass, and lists what is asked of its rows.
     fn compose(&mut self) -> Result<(Vec<Draw>, Vec<Asker>)> {
         self.pass.clear();
-        let (decoding, prompts): (Vec<usize>, Vec<usize>) =
+        let (decoding, mut prompts): (Vec<usize>, Vec<usize>) =
             (0..self.active.len()).partition(|&index| self.active[index].decodes());
+        // The oldest has been left room for; it may have been paused and come back late.
+        prompts.sort_by_key(|&index| self.active[index].number);
         let wishes = Wishes {
             prompt_tokens: prompts.iter().map(|&index| self.active[index].uncomputed()).sum(),
             decoding,

@@ -31,7 +31,8 @@ impl<'m> Packer<'m> {
         let panel = panel_bytes(linear.inputs, dtype);
         let from = first * PANEL_OUTPUTS;
         let to = linear.outputs.min(from + out.len() / panel * PANEL_OUTPUTS);
-        // The rows that these outputs come from, each with the view that holds it.
+        // The rows that these outputs come from, each with the view that holds it; views with the tensor that they are
+        // of and their first row there.
         let mut views = Vec::new();
         let mut rows = Vec::with_capacity(to - from);
         let mut at = 0;
@@ -41,7 +42,7 @@ impl<'m> Packer<'m> {
                 if low < high {
                     let wanted = range.start + low - at..range.start + high - at;
                     rows.extend((0..wanted.len()).map(|row| (views.len(), row)));
-                    views.push(self.rows(&part.tensor, wanted)?);
+                    views.push((self.rows(&part.tensor, wanted.clone())?, &part.tensor, wanted.start));
                 }
                 at += range.len();
             }
@@ -51,10 +52,10 @@ impl<'m> Packer<'m> {
             // Lanes and inputs that pad the panel.
             panel.fill(0);
             rows.iter().enumerate().try_for_each(|(lane, &(view, row))| {
-                let view = &views[view];
+                let (view, tensor, first) = &views[view];
                 match dtype {
                     DType::Int8 | DType::Int4 => quantize_row(view, row, linear.inputs, dtype, lane, panel)
-                        .map_err(|k| not_finite(&linear.weight[0].tensor, row, k, dtype)),
+                        .map_err(|k| not_finite(tensor, first + row, k, dtype)),
                     _ => {
                         pack_row(view, row, linear.inputs, dtype, lane, panel);
                         Ok(())
