@@ -57,3 +57,23 @@ fn sinks_outlast_the_context() {
     let (full, _) = perplexities(&scratch, stretched.to_str().unwrap(), &text, &["--kv-dtype", "f32"]);
     assert!(full[7] > 1.6 * bounded[7], "{full:?} {bounded:?}");
 }
+
+#[test]
+fn what_keeps_more_than_the_context_does_not_outgrow_it() {
+    let scratch = Scratch::new();
+    let line = |len: usize| json!({"prompt": vec![50; len], "max_tokens": 100, "ignore_eos": true});
+    let input = scratch.jsonl("in.jsonl", &[line(CONTEXT + 400), line(CONTEXT - 24)]);
+    for (kv_policy, refused) in
+        [("sink:start=4,recent=2000", 1), ("sink:start=4,recent=1.0", 1), ("sink:start=4,recent=508", 0)]
+    {
+        let output = scratch.path(&format!("{kv_policy}.jsonl"));
+        let code = if refused > 0 { 3 } else { 0 };
+        generate_ok("demo", &input, &output, &["--progress", "none", "--kv-policy", kv_policy], code);
+        let answers = read_jsonl(&output);
+        if refused > 0 {
+            assert_eq!(answers[0]["error"]["code"], "context_length_exceeded", "{kv_policy}: {}", answers[0]);
+        }
+        let wanted = if refused > 0 { 24 } else { 100 };
+        assert_eq!(answers[1]["usage"]["completion_tokens"], wanted, "{kv_policy}: {}", answers[1]);
+    }
+}
