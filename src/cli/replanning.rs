@@ -143,3 +143,101 @@ pub fn lane(link: Link) -> Lane {
         Link::D2h => Lane::D2h,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::cost::tests::config;
+    use crate::device::host::Host;
+    use crate::executor::LaneCount;
+    use crate::hardware::tests::example;
+    use crate::kv::policy::Kept;
+    use crate::model::dtype::DType;
+    use crate::planner::job::Request;
+
+    fn never(_: Placement) -> Result<Executor<Host>> {
+        unreachable!("nothing is built here")
+    }
+
+    fn replanner(model: &PlanModel, gpu: u64) -> Replanner<'_, fn(Placement) -> Result<Executor<Host>>> {
+        Replanner {
+            model,
+            hardware: example().throttled(&"h2d=20MB/s".parse().unwrap()),
+            budgets: Budgets { gpu: Some(gpu), cpu: 1 << 30, disk: 1 << 30 },
+            schedule: Order::Mixed,
+            lines: None,
+            readable: (true, true),
+            build: never,
+            build_secs: 0.0,
+            planning_secs: 0.0,
+            watched: (Used::default(), [0; Link::ALL.len()]),
+        }
+    }
+
+    #[test]
+    fn a_link_is_slow_that_was_so_three_times_in_a_row_and_then_planned_with_as_it_is() {
+        let model = PlanModel::new("m", config(), None, DType::Bf16, DType::Bf16);
+        let mut replanner = replanner(&model, 1 << 26);
+        let planned = replanner.hardware.link_together_bytes_per_s(Link::H2d).unwrap();
+        let mut used = Used::default();
+        let mut work = |share: f64, secs: f64| {
+            let LaneCount { busy, bytes } = &mut used.lanes[Lane::H2d.index()];
+            *busy += Duration::from_secs_f64(secs);
+            *bytes += (share * planned * secs) as u64;
+            replanner.is_slow(&used)
+        };
+        // Near enough; slow, but not for long enough; slow, but not again.
+        let looks = [(0.8, 1.0), (0.4, 1.0), (0.4, 1.0), (0.9, 1.0), (0.4, 0.1), (0.4, 0.1), (0.4, 0.1), (0.4, 1.0)];
+        for (at, (share, secs)) in looks.into_iter().enumerate() {
+            assert!(!work(share, secs), "look {at}");
+        }
+        assert!(!work(0.4, 1.0) && work(0.4, 1.0), "the third in a row");
+        // It is known now.
+        assert!((0..9).all(|_| !work(0.4, 1.0)));
+        let known = replanner.hardware.link_together_bytes_per_s(Link::H2d).unwrap();
+        assert!((known / planned / 0.4 - 1.0).abs() < 0.05, "{known} of {planned}");
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_planned_anew_if_that_is_worth_the_change() {
+        let model = PlanModel::new("m", config(), None, DType::Bf16, DType::Bf16);
+        // Room for half of the weights, or for many sequences that share the way of the others.
+        let gpu = model.weight_bytes() * 3 / 4;
+        let plan = |job: &Job| {
+            let replanner = replanner(&model, gpu);
+            let question = Question {
+                model: &model,
+                hardware: &replanner.hardware,
+                budgets: lp::Budgets(replanner.budgets.by_tier().map(|bytes| bytes as f64)),
+                capabilities: Capabilities { cpu_attention: false },
+                job,
+                schedule: Order::Mixed,
+            };
+            question.plan().unwrap().placement
+        };
+        let whole = plan(&Job::uniform(2000, 200, 100));
+        let left = || Left {
+            requests: vec![Request { prompt_len: 200, gen_len: 100, max_tokens: 100, kept: Kept::All }; 2],
+            lines: 2000,
+            is_all: true,
+            again: 20,
+            longest: 5,
+        };
+        let secs = |placement: &Placement| {
+            predict(&model, &replanner(&model, gpu).hardware, placement, &Job::of(&left().requests)).secs
+        };
+        let going_on = secs(&whole);
+        let new = replanner(&model, gpu).advise(left(), &whole).expect("another placement");
+        assert!(new.policy.weights.gpu > whole.policy.weights.gpu, "{:?}, was {:?}", new.policy, whole.policy);
+        assert!(secs(&new) < WORTH * going_on, "{} of {going_on} s", secs(&new));
+        // Not if the change takes what it brings, thinking about it too long, or there is nothing better.
+        assert!(Replanner { build_secs: going_on, ..replanner(&model, gpu) }.advise(left(), &whole).is_none());
+        assert!(Replanner { planning_secs: going_on, ..replanner(&model, gpu) }.advise(left(), &whole).is_none());
+        assert!(replanner(&model, gpu).advise(left(), &new).is_none());
+        for worse in [Left { longest: new.total_pages() + 1, ..left() }, Left { again: 2000, ..left() }] {
+            assert!(replanner(&model, gpu).advise(worse, &whole).is_none());
+        }
+    }
+}

@@ -72,8 +72,8 @@ enum Task<'a> {
 pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) {
     let out = SharedMut::new(out);
     let heads = || 0..call.heads.num_kv_heads;
-    let (single, others): (Vec<&Segment>, Vec<&Segment>) = segments.iter().partition(|segment| can_join(call, segment));
-    let single = in_order_of_pages(single);
+    let (mut single, others): (Vec<_>, Vec<_>) = segments.iter().partition(|segment| can_join(call, segment));
+    single.sort_by(|a, b| a.pages.cmp(&b.pages));
     let (together, alone) = alike(&single);
     let per_segment = alone.into_iter().chain(others).flat_map(|segment| -> Vec<Task<'_>> {
         match segment.kept {
@@ -137,11 +137,6 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
 fn can_join(call: &Call<'_>, segment: &Segment) -> bool {
     let sees_all = segment.kept == Kept::All && call.span.window.is_none();
     sees_all && segment.len == 1 && segment.start >= PAGE_POSITIONS
-}
-
-fn in_order_of_pages(mut segments: Vec<&Segment>) -> Vec<&Segment> {
-    segments.sort_by(|a, b| a.pages.cmp(&b.pages));
-    segments
 }
 
 /// Segments in the order of their pages that have the first page in common, and those that have it alone.
