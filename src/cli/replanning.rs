@@ -157,11 +157,9 @@ mod tests {
     use crate::model::dtype::DType;
     use crate::planner::job::Request;
 
-    fn never(_: Placement) -> Result<Executor<Host>> {
-        unreachable!("nothing is built here")
-    }
+    type Build = fn(Placement) -> Result<Executor<Host>>;
 
-    fn replanner(model: &PlanModel, gpu: u64) -> Replanner<'_, fn(Placement) -> Result<Executor<Host>>> {
+    fn replanner(model: &PlanModel, gpu: u64) -> Replanner<'_, Build> {
         Replanner {
             model,
             hardware: example().throttled(&"h2d=20MB/s".parse().unwrap()),
@@ -169,7 +167,7 @@ mod tests {
             schedule: Order::Mixed,
             lines: None,
             readable: (true, true),
-            build: never,
+            build: |_| unreachable!("nothing is built here"),
             build_secs: 0.0,
             planning_secs: 0.0,
             watched: (Used::default(), [0; Link::ALL.len()]),

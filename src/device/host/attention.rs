@@ -30,7 +30,7 @@ use super::tiles::{Left, Right, Sums, multiply};
 use super::{HostFrames, evict, math};
 use crate::device::{AttentionSpan, Heads, Rotation};
 use crate::kv::layout::{PAGE_POSITIONS, pages_for};
-use crate::kv::pages::Segment;
+use crate::kv::pages::{PageId, Segment};
 use crate::kv::policy::{Kept, Spread};
 use crate::model::dtype::DType;
 
@@ -54,6 +54,14 @@ pub struct Call<'a> {
     pub qkv: &'a [f32],
     /// Their heads.
     pub heads: Heads,
+}
+
+impl Call<'_> {
+    /// One head's part of a page whose keys and values are stored.
+    fn part(&self, page: PageId, head: usize) -> &[u8] {
+        // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
+        unsafe { self.frames.head(page, head) }
+    }
 }
 
 /// Some work of a call.
@@ -119,12 +127,7 @@ pub fn attend(isa: Isa, call: &Call<'_>, segments: &[Segment], out: &mut [f32]) 
             let last = (first_position + count - 1) / PAGE_POSITIONS;
             let tile = |tile: usize| {
                 let page = segment.pages[segment.kept.page(tile)];
-                // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
-                Tile {
-                    start: tile * PAGE_POSITIONS,
-                    page: unsafe { call.frames.head(page, kv_head) },
-                    queries: 0..count,
-                }
+                Tile { start: tile * PAGE_POSITIONS, page: call.part(page, kv_head), queries: 0..count }
             };
             let tiles: Vec<_> = (0..pages_for(sinks).min(oldest)).chain(oldest..=last).map(tile).collect();
             let (queries, tiles, out) = (&queries, &tiles, &out);
@@ -160,8 +163,7 @@ fn shared_tiles<'a>(call: &'a Call<'_>, segments: &[&Segment], kv_head: usize) -
             let queries = first..first + run.len();
             first = queries.end;
             if let Some(page) = page(run[0]) {
-                // SAFETY: what is read was written before the call; nobody writes while queries of it are answered.
-                tiles.push(Tile { start, page: unsafe { call.frames.head(page, kv_head) }, queries });
+                tiles.push(Tile { start, page: call.part(page, kv_head), queries });
             }
         }
     }
