@@ -123,6 +123,17 @@ fn a_small_cache_changes_nothing() {
     }
 }
 
+#[test]
+fn a_pyramid_without_a_slope_is_plain_heavy_hitters() {
+    let scratch = Scratch::new();
+    let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 16, 6)));
+    let [plain, flat, steep] =
+        ["h2o:heavy=0.2,recent=0.1", "pyramid:heavy=0.2,recent=0.1,slope=0", "pyramid:heavy=0.2,recent=0.1,slope=0.8"]
+            .map(|kv_policy| bytes(&DEMO, &input, kv_policy, &scratch, &["--kv-policy", kv_policy]));
+    assert!(plain == flat, "{}", first_difference(&plain, &flat));
+    assert!(plain != steep, "layers keep other amounts");
+}
+
 /// Output lines by id, without what names the line's place in the file.
 fn by_id(path: &Path) -> BTreeMap<String, Value> {
     let place_free = |mut line: Value| {
