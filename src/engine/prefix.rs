@@ -6,8 +6,9 @@
 //! needed, and computed again.
 //!
 //! **Invariant:** a node is in the tree while a prompt that waits or runs goes through it. A ready node's page holds
-//! the keys and values of its tokens after those of its ancestors, is held by the tree, and is never written. A sequence
-//! that computes for itself what is ready does not hold the node's page: the tree gives it up where nobody else does.
+//! the keys and values of its tokens after those of its ancestors, is held by the tree, and is never written. A
+//! sequence that computes for itself what is ready does not hold the node's page: the tree gives it up where nobody
+//! else does.
 
 use std::collections::HashMap;
 

@@ -88,8 +88,8 @@ impl<D: Device> Engine<'_, D> {
         Ok(())
     }
 
-    /// Pauses the sequence that began last of those in flight; when one is left, siblings that wait: till then what they
-    /// hold is mostly held by others too.
+    /// Pauses the sequence that began last of those in flight; when one is left, siblings that wait: till then what
+    /// they hold is mostly held by others too.
     fn pause_youngest(&mut self, writer: &mut Writer) -> Result<()> {
         let sequence = if self.active.len() > 1 {
             let active = self.active.iter().enumerate();
