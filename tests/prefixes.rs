@@ -147,7 +147,7 @@ fn what_is_ready_and_cannot_be_taken_makes_room() {
     ];
     let expected = run(&scratch, &job, &["--prefix-sharing", "off"]).bytes;
     for (sequences, schedule) in [(1, "mixed"), (2, "mixed"), (5, "mixed"), (3, "phased")] {
-        for pages in 8..11 {
+        for pages in [8, 9] {
             let text =
                 format!("sequences = {sequences}\nchunk-tokens = 64\npages = {pages}\nschedule = \"{schedule}\"\n");
             let policy = scratch.write("policy.toml", &text);
