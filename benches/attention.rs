@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench attention` prints, for pages of every dtype, the share of the limit that single queries with
 //! 1024 keys reach (32 query heads on 4 key heads, and on 32), and that a prompt of 512 reaches, also where every key
-//! adds up what it receives. The limit is what reading the pages once would take, or widening their elements to f32
+//! adds up what it receives; and how many times as fast single queries of 64 sequences are whose pages but the last are
+//! the same. The limit is what reading the pages once would take, or widening their elements to f32
 //! once and then 4 * head_dim operations per query head and key, whichever is longer. Exponentials are not part of it.
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -158,6 +159,16 @@ impl Bench {
         limits.share(&self.demand(SEQUENCES * pages_for(CONTEXT), SEQUENCES * CONTEXT), secs)
     }
 
+    /// How many times as fast one query of every sequence is where they have all pages but the last in common.
+    fn sharing(&mut self) -> String {
+        let own: Vec<Segment> =
+            (0..SEQUENCES).map(|sequence| Bench::segment(sequence, CONTEXT - 1, 1, sequence, Kept::All)).collect();
+        let mut shared = own.clone();
+        let whole = pages_for(CONTEXT) - 1;
+        shared.iter_mut().for_each(|segment| segment.pages[..whole].copy_from_slice(&own[0].pages[..whole]));
+        format!("{:.1} x", self.secs(&own) / self.secs(&shared))
+    }
+
     /// A whole prompt of one sequence.
     fn prompt(&mut self, limits: &Limits, kept: Kept) -> String {
         let secs = self.secs(&[Bench::segment(0, 0, PROMPT, 0, kept)]);
@@ -174,15 +185,18 @@ fn main() {
         limits.bytes / 1e9,
         limits.flops / 1e9
     );
-    println!("| kv | decode, 8 queries a key | decode, 1 query a key | prompt | prompt, keys scored |");
-    println!("|---|---|---|---|---|");
+    println!(
+        "| kv | decode, 8 queries a key | decode, 1 query a key | prompt | prompt, keys scored | decode, shared beginning |"
+    );
+    println!("|---|---|---|---|---|---|");
     // Nothing is evicted: the whole prompt fits, what would come after it does not.
     let scored = Kept::Heavy { heavy: PROMPT / 2, recent: PROMPT / 2, prompt_len: PROMPT, spread: Spread::Even };
     for dtype in DType::ALL {
         let mut grouped = Bench::new(dtype, NUM_HEADS / 8, false);
-        let (decode, prompt) = (grouped.decode(&limits), grouped.prompt(&limits, Kept::All));
+        let (decode, prompt, sharing) =
+            (grouped.decode(&limits), grouped.prompt(&limits, Kept::All), grouped.sharing());
         let single = Bench::new(dtype, NUM_HEADS, false).decode(&limits);
         let heavy = Bench::new(dtype, NUM_HEADS / 8, true).prompt(&limits, scored);
-        println!("| {dtype} | {decode} | {single} | {prompt} | {heavy} |");
+        println!("| {dtype} | {decode} | {single} | {prompt} | {heavy} | {sharing} |");
     }
 }

@@ -214,8 +214,9 @@ template <u32 dtype> DEVICE void store_f32(void* to, u64 i, float x) {
 
 // e^x as the host has it: range reduction by ln 2 in two parts, then the Taylor polynomial of degree 6. The argument is
 // clamped, so this is never 0 and products with it are no denormal numbers: where nothing must come out, mask.
+constexpr float EXP_LEAST = -69.07755f;
 DEVICE float exp_f32(float x) {
-    float clamped = x > -69.07755f ? x : -69.07755f;
+    float clamped = x > EXP_LEAST ? x : EXP_LEAST;
     clamped = clamped < 88.0f ? clamped : 88.0f;
     float n = rintf(clamped * 1.44269504f);
     float r = fmaf(n, -0.693359375f, clamped);

@@ -234,7 +234,7 @@ DEVICE u32 sample(const DrawTask& draw, u32 count, float* weights, const Room& r
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         float x = (weights[i] - max) * scale;
         // exp clamps its argument; a masked token weighs exactly nothing.
-        float weight = x < -69.07755f ? 0.0f : exp_f32(x);
+        float weight = x < EXP_LEAST ? 0.0f : exp_f32(x);
         weights[i] = weight < draw.min_p ? 0.0f : weight;
     }
     sync_block();

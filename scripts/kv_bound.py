@@ -21,7 +21,10 @@ CONFIG = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }
 PROMPT, ANSWER, PAGE = 512, 512, 64
-SINK = "sink:start=4,recent=201"
+FULL, HEAVY, SINK = "full", "h2o:heavy=103,recent=102", "sink:start=4,recent=201"
+# Pages of a sequence: all positions but the last; what is kept and the stretch that comes before evictions; the
+# first positions' page, and the latest positions' with one that is being written.
+PAGES_EACH = {FULL: -(-(PROMPT + ANSWER - 1) // PAGE), HEAVY: -(-(205 + PAGE) // PAGE), SINK: 1 + -(-200 // PAGE) + 1}
 
 
 def policy_text(places, pages):
@@ -34,11 +37,7 @@ def policy_text(places, pages):
 
 def run(folder, binary, link, requests, kv_policy, frame_pages):
     """Generated tokens/s, sequences in flight and bytes with the device."""
-    # What is evicted by attention gives up its slot with the next stretch of 64; the pages of a window go round, the
-    # page that is being written among them, and the first positions have one of their own.
-    pages_each = {"full": -(-(PROMPT + ANSWER - 1) // PAGE), SINK: 1 + -(-201 // PAGE) + 1}.get(kv_policy)
-    pages_each = pages_each or -(-(205 + PAGE) // PAGE)
-    places = min(frame_pages // pages_each, requests)
+    places = min(frame_pages // PAGES_EACH[kv_policy], requests)
     (folder / "policy.toml").write_text(policy_text(places, frame_pages), encoding="utf-8")
     for old in folder.glob("out.jsonl*"):
         old.unlink()
@@ -71,12 +70,11 @@ def main():
         (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         print("| kv policy | sequences in flight | passes | device memory | generated tokens/s |\n|---|---|---|---|---|")
         rates = {}
-        for kv_policy, room in (("full", pages), ("h2o:heavy=103,recent=102", scored), (SINK, pages),
-                                ("full", pages)):
+        for kv_policy, room in ((FULL, pages), (HEAVY, scored), (SINK, pages), (FULL, pages)):
             rate, places, passes, used = run(folder, binary, arguments.link, arguments.requests, kv_policy, room)
             rates.setdefault(kv_policy, []).append(rate)
             print(f"| {kv_policy} | {places} | {passes} | {used / 1e6:.0f} MB | {rate:.1f} |", flush=True)
-        full = sum(rates["full"]) / len(rates["full"])
+        full = sum(rates[FULL]) / len(rates[FULL])
         for kv_policy, found in rates.items():
             print(f"\n{kv_policy}: {found[0] / full:.2f} times full")
 

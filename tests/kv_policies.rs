@@ -262,10 +262,6 @@ proptest! {
             prop_assert_eq!(Some(result), alone.last(), "sequence {} of {:?}", index, pages);
         }
     }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// Ragged sequences in any chunks keep what the reference keeps after every pass, and see what it sees.
     #[test]

@@ -207,6 +207,8 @@ impl<D: Device> Engine<'_, D> {
         for (index, sample) in samples.into_iter().enumerate().rev() {
             // Caches that evict share no beginnings.
             let (samples, scored, path) = (vec![sample], scored.filter(|_| index == 0), Path::default());
+            // One of them is who was paused, the others are new.
+            let paused = paused.filter(|_| index == 0);
             self.pending.insert(place, Begin { job, prompt, samples, scored, path, paused });
         }
     }

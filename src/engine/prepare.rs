@@ -203,7 +203,7 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
     if len == 0 {
         return refused("empty_prompt", "the prompt has no tokens".into());
     }
-    let context_len = context_len(room, len, prompt.max_tokens);
+    let context_len = context_of(room, len, prompt.max_tokens);
     // Nothing is stored of the last token that is scored.
     let beyond = usize::from(prompt.scored.is_some_and(|scored| scored.after.is_some()));
     if len >= context_len + beyond {
@@ -232,11 +232,11 @@ fn fit(mut prompt: PreparedPrompt, request: &Request, room: &Room) -> Result<Pre
 
 /// Tokens that a request may have in all. It outgrows the context that the model was trained with only if what is kept
 /// of it does not.
-fn context_len(room: &Room, len: usize, max_tokens: usize) -> usize {
+fn context_of(room: &Room, len: usize, max_tokens: usize) -> usize {
     let all = room.context_len.max(len);
     match room.kv_policy.kept(len, max_tokens.min(all - len)) {
         Kept::Window { start, recent } if start + recent <= room.trained_len => room.context_len,
-        _ => room.trained_len.min(room.context_len),
+        _ => room.trained_len,
     }
 }
 

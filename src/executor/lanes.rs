@@ -31,17 +31,17 @@ const AT_ONCE: Duration = Duration::from_micros(100);
 /// What a thread may have overslept.
 const OVERSLEPT: Duration = Duration::from_millis(2);
 
-/// A throttled link.
-struct Link {
+/// A link that is held to a rate.
+struct ThrottledLink {
     /// Until when it is taken.
     taken: Instant,
     /// When its thread was done with the step before.
     free: Instant,
 }
 
-impl Link {
-    /// Begins with `start` to move so many bytes; gives the moment at which they are there. What the thread overslept
-    /// is no loss of the link: a step that waited for nobody begins when the one before it ended.
+impl ThrottledLink {
+    /// Begins at `start` to move what takes so many seconds; gives the moment at which it is there. What the thread
+    /// overslept is no loss of the link: a step that waited for nobody begins when the one before it ended.
     fn take(&mut self, start: Instant, secs: f64) -> Instant {
         let overslept = if start - self.free < AT_ONCE { OVERSLEPT } else { Duration::ZERO };
         self.taken = self.taken.max(start - overslept) + Duration::from_secs_f64(secs);
@@ -361,7 +361,7 @@ struct Work<'a, D: Device> {
 impl<D: Device> Work<'_, D> {
     fn run(&mut self, batches: &Receiver<Batch>) {
         let now = Instant::now();
-        let mut link = Link { taken: now, free: now };
+        let mut link = ThrottledLink { taken: now, free: now };
         while let Ok(Batch { pass, steps, data }) = batches.recv() {
             for (step, fence) in steps {
                 let progress = self.common.handed(&fence);
@@ -394,7 +394,7 @@ impl<D: Device> Work<'_, D> {
         (step, fence): (Step, Fence),
         pass: u64,
         data: &PassData,
-        link: &mut Link,
+        link: &mut ThrottledLink,
     ) -> Result<()> {
         drop(progress);
         self.common.reach(&fence)?;
@@ -417,7 +417,7 @@ impl<D: Device> Work<'_, D> {
         (step, fence): (Step, Fence),
         pass: u64,
         data: &PassData,
-        link: &mut Link,
+        link: &mut ThrottledLink,
     ) -> Result<()> {
         let (device, own) = (self.common.device(), self.lane.index());
         self.common.settle(&mut progress);
@@ -453,7 +453,7 @@ impl<D: Device> Work<'_, D> {
         }
     }
 
-    fn throttle(&self, link: &mut Link, start: Instant, moved: u64) {
+    fn throttle(&self, link: &mut ThrottledLink, start: Instant, moved: u64) {
         if let Some(rate) = self.common.throttle[self.lane.index()].filter(|_| moved > 0) {
             let there = link.take(start, moved as f64 / rate);
             std::thread::sleep(there.saturating_duration_since(Instant::now()));
@@ -470,7 +470,7 @@ mod tests {
         let began = Instant::now() + Duration::from_secs(1);
         let at = |millis: f64| began + Duration::from_secs_f64(millis / 1e3);
         let secs = 0.010;
-        let mut link = Link { taken: at(0.0), free: at(0.0) };
+        let mut link = ThrottledLink { taken: at(0.0), free: at(0.0) };
         assert_eq!(link.take(at(5.0), secs), at(15.0), "it waited for 5 ms");
         link.free = at(15.3);
         assert_eq!(link.take(at(15.35), secs), at(25.0), "it overslept 0.3 ms");

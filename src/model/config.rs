@@ -163,7 +163,7 @@ impl ModelConfig {
     /// Tokens of prompt and completion together; more than the context where positions are counted within a cache that
     /// keeps part of them, if the model's positions allow it.
     pub fn sequence_len(&self, outgrows_context: bool) -> usize {
-        if outgrows_context && self.positions.are_rotary() { OUTGROWN } else { self.context_len }
+        if outgrows_context && self.positions.are_rotary() { OUTGROWN.max(self.context_len) } else { self.context_len }
     }
 
     /// Reads a `config.json`, in the dialects of transformers 4 and 5.

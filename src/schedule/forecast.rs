@@ -3,7 +3,7 @@
 //! Every sequence grows by a token a pass until it ends and gives back what it alone holds. Over some stretches of
 //! time the expected change is summed; the greatest sum is what must be free now. Where lengths are certain this is no
 //! more than reserving for each, and less where they end at different times. Where they are not, more may be needed
-//! than is expected, and somebody is paused: that computes 3 to 5 % of rows twice, where keeping a standard deviation
+//! than is expected, and somebody is paused: that computes 3 to 7 % of rows twice, where keeping a standard deviation
 //! free leaves a tenth of the cache empty (bench_results/ragged-job.md).
 //!
 //! **Invariant:** within a stretch a sequence counts as alive as at its beginning and as long as at its end, so with
