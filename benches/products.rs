@@ -49,7 +49,7 @@ fn main() {
     println!("| set | weights | activations | 1 row | 8 rows | 64 rows | 128 rows | 512 rows | ceiling |");
     println!("|---|---|---|---|---|---|---|---|---|");
     let plain = DType::ALL.into_iter().map(|dtype| (Isa::detect(), dtype, false));
-    let sets = [Isa::Amx, Isa::Avx512, Isa::Avx2].into_iter().filter(|isa| isa.is_available());
+    let sets = [Isa::Amx, Isa::Avx512, Isa::Avx2Vnni, Isa::Avx2].into_iter().filter(|isa| isa.is_available());
     let rounded = sets.flat_map(|isa| [(isa, DType::Int8, true), (isa, DType::Int4, true)]);
     for (isa, dtype, rounded) in plain.chain(rounded) {
         let ceiling = match rounded {

@@ -42,6 +42,7 @@ fn processor() -> Vec<String> {
     let kernels = match Isa::detect() {
         Isa::Portable => "portable",
         Isa::Avx2 => "AVX2",
+        Isa::Avx2Vnni => "AVX2 and AVX-VNNI",
         Isa::Avx512 => "AVX-512",
         Isa::Amx => "AVX-512 and AMX",
     };
@@ -58,6 +59,7 @@ fn features() -> Vec<&'static str> {
         ("avx2", has!("avx2")),
         ("fma", has!("fma")),
         ("f16c", has!("f16c")),
+        ("avxvnni", has!("avxvnni")),
         ("avx512f", has!("avx512f")),
         ("avx512bw", has!("avx512bw")),
         ("avx512vnni", has!("avx512vnni")),

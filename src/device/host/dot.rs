@@ -150,23 +150,60 @@ pub fn linear(isa: Isa, x: &IntegerRows<'_>, w: &Panels<'_>, bias: Option<&[f32]
 
 /// How a set of instructions multiplies bytes.
 trait Dots {
-    /// Its vectors.
-    type V: Lanes;
     /// Rows that are computed together at most.
     const ROWS: usize;
     /// Panels that are: 1 or 2.
     const PANELS: usize;
 
-    /// The products of a group: of each of `M` rows of 64 codes with the codes of 16 outputs of `N` panels. `wide`
-    /// codes have 8 bits, others 4.
+    /// Adds what a group gives to `y`: of each of `M` rows with the 16 outputs of `N` panels.
     ///
     /// # Safety
-    /// The set exists, a whole tile of each panel and 64 codes of each row are there.
-    unsafe fn group<const M: usize, const N: usize>(
-        tiles: [*const u8; N],
-        rows: *const i8,
-        wide: bool,
-    ) -> [[Self::V; N]; M];
+    /// The set exists, whole tiles of weights and `M` rows are there.
+    unsafe fn add_group<const M: usize, const N: usize>(group: Group<N>, y: &mut [[[f32; LANES]; N]; M]);
+}
+
+/// A group of inputs: of some panels, and of some rows.
+#[derive(Clone, Copy)]
+struct Group<const N: usize> {
+    tiles: [*const u8; N],
+    /// Weights have 8 bits, not 4.
+    wide: bool,
+    /// 64 codes of each row.
+    codes: *const i8,
+    /// What a step of a row is worth, and the sum of its codes.
+    steps: *const [f32; 2],
+}
+
+impl<const N: usize> Group<N> {
+    fn dtype(&self) -> DType {
+        if self.wide { DType::Int8 } else { DType::Int4 }
+    }
+
+    /// The scales of a panel's weights, and behind them their offsets, in f16.
+    fn scales(&self, n: usize) -> *const u16 {
+        self.tiles[n].wrapping_add(code_bytes(self.dtype())).cast()
+    }
+
+    /// Adds `sums`, the products of the codes, times what they are worth.
+    ///
+    /// # Safety
+    /// As [`Dots::add_group`].
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    unsafe fn scale<V: Lanes, const M: usize>(&self, sums: [[V; N]; M], y: &mut [[[f32; LANES]; N]; M]) {
+        for n in 0..N {
+            // SAFETY: 16 scales and 16 offsets end a tile; the rest is the caller's.
+            unsafe {
+                let (scale, offset) = (V::load_f16(self.scales(n)), V::load_f16(self.scales(n).add(LANES)));
+                for m in 0..M {
+                    let [step, sum] = *self.steps.add(m);
+                    let value = sums[m][n].fma(scale, offset.mul(V::splat(sum)));
+                    let y = y[m][n].as_mut_ptr();
+                    value.fma(V::splat(step), V::load(y)).store(y);
+                }
+            }
+        }
+    }
 }
 
 /// Some panels, all rows.
@@ -251,20 +288,13 @@ impl Task<'_> {
             // SAFETY: codes of these rows and groups exist; the set is the caller's.
             unsafe {
                 let place = tile.first * self.x.groups + group * tile.count + tile.row;
-                let steps = self.x.scales.as_ptr().add(place);
-                let tiles = panels.map(|panel| panel.add(group * tile_bytes(dtype)));
-                let sums =
-                    D::group::<M, N>(tiles, self.x.codes.as_ptr().add(place * TILE_INPUTS), dtype == DType::Int8);
-                for n in 0..N {
-                    let halves = tiles[n].add(code_bytes(dtype)).cast();
-                    let (scale, offset) = (D::V::load_f16(halves), D::V::load_f16(halves.add(LANES)));
-                    for m in 0..M {
-                        let [step, sum] = *steps.add(m);
-                        let value = sums[m][n].fma(scale, offset.mul(D::V::splat(sum)));
-                        let y = y[m][n].as_mut_ptr();
-                        value.fma(D::V::splat(step), D::V::load(y)).store(y);
-                    }
-                }
+                let group = Group {
+                    tiles: panels.map(|panel| panel.add(group * tile_bytes(dtype))),
+                    wide: dtype == DType::Int8,
+                    codes: self.x.codes.as_ptr().add(place * TILE_INPUTS),
+                    steps: self.x.scales.as_ptr().add(place),
+                };
+                D::add_group::<M, N>(group, &mut y);
             }
         }
         for m in 0..M {
@@ -308,26 +338,22 @@ unsafe fn copy<const N: usize>(from: *const f32, to: *mut f32, width: usize) {
 struct Plain;
 
 impl Dots for Plain {
-    type V = Portable;
     const ROWS: usize = 1;
     const PANELS: usize = 1;
 
     #[inline(always)]
-    unsafe fn group<const M: usize, const N: usize>(
-        tiles: [*const u8; N],
-        rows: *const i8,
-        wide: bool,
-    ) -> [[Portable; N]; M] {
+    unsafe fn add_group<const M: usize, const N: usize>(group: Group<N>, y: &mut [[[f32; LANES]; N]; M]) {
         let dot = |row: *const i8, tile: *const u8| {
-            let bytes = code_bytes(if wide { DType::Int8 } else { DType::Int4 });
             // SAFETY: the caller passes that many bytes.
-            let (codes, row) =
-                unsafe { (std::slice::from_raw_parts(tile, bytes), std::slice::from_raw_parts(row, TILE_INPUTS)) };
+            let (codes, row) = unsafe {
+                let codes = std::slice::from_raw_parts(tile, code_bytes(group.dtype()));
+                (codes, std::slice::from_raw_parts(row, TILE_INPUTS))
+            };
             let mut sums = [0i32; LANES];
             for (quad, codes) in codes.chunks_exact(4 * LANES).enumerate() {
                 for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(4)) {
                     for (k, &code) in (4 * quad..).zip(codes) {
-                        *sum += if wide {
+                        *sum += if group.wide {
                             i32::from(code) * i32::from(row[k])
                         } else {
                             i32::from(code & 15) * i32::from(row[k]) + i32::from(code >> 4) * i32::from(row[k + 32])
@@ -339,7 +365,10 @@ impl Dots for Plain {
             // SAFETY: plain code runs everywhere.
             unsafe { Portable::load(sums.as_ptr()) }
         };
-        std::array::from_fn(|m| tiles.map(|tile| dot(rows.wrapping_add(m * TILE_INPUTS), tile)))
+        let row = |m: usize| group.codes.wrapping_add(m * TILE_INPUTS);
+        let sums: [[Portable; N]; M] = std::array::from_fn(|m| group.tiles.map(|tile| dot(row(m), tile)));
+        // SAFETY: passed on from the caller.
+        unsafe { group.scale(sums, y) }
     }
 }
 
@@ -359,8 +388,11 @@ fn run(isa: Isa, task: Task<'_>) {
         // SAFETY: the processor was asked.
         Isa::Amx | Isa::Avx512 if has_vnni() => unsafe { x86::run_vnni(task) },
         #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor was asked.
+        Isa::Amx | Isa::Avx512 | Isa::Avx2Vnni if Isa::Avx2Vnni.is_available() => unsafe { x86::run_avx2_vnni(task) },
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: who has AVX-512 has AVX2, and `isa` was chosen among those that the processor has.
-        Isa::Amx | Isa::Avx512 | Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(task) },
+        Isa::Amx | Isa::Avx512 | Isa::Avx2Vnni | Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(task) },
         // SAFETY: plain code runs everywhere.
         _ => unsafe { task.run::<Plain>() },
     }
@@ -371,8 +403,8 @@ fn run(isa: Isa, task: Task<'_>) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::super::lanes::{Avx2, Avx512};
-    use super::{Dots, TILE_INPUTS, Task};
+    use super::super::lanes::{Avx512, LANES};
+    use super::{Dots, Group, TILE_INPUTS, Task};
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     pub unsafe fn run_vnni(task: Task<'_>) {
@@ -380,44 +412,45 @@ mod x86 {
         unsafe { task.run::<Vnni>() }
     }
 
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    pub unsafe fn run_avx2_vnni(task: Task<'_>) {
+        // SAFETY: this function is only entered where the set exists.
+        unsafe { task.run::<Halves<ShortVnni>>() }
+    }
+
     #[target_feature(enable = "avx2,fma,f16c")]
     pub unsafe fn run_avx2(task: Task<'_>) {
         // SAFETY: this function is only entered where the set exists.
-        unsafe { task.run::<Maddubs>() }
+        unsafe { task.run::<Halves<Maddubs>>() }
     }
 
     /// Four products and their sum for each of 16 outputs in one instruction.
     struct Vnni;
 
     impl Dots for Vnni {
-        type V = Avx512;
         const ROWS: usize = 12;
         const PANELS: usize = 2;
 
         #[inline(always)]
-        unsafe fn group<const M: usize, const N: usize>(
-            tiles: [*const u8; N],
-            rows: *const i8,
-            wide: bool,
-        ) -> [[Avx512; N]; M] {
+        unsafe fn add_group<const M: usize, const N: usize>(group: Group<N>, y: &mut [[[f32; LANES]; N]; M]) {
             // SAFETY: passed on from the caller.
             unsafe {
                 let mut sums = [[_mm512_setzero_si512(); N]; M];
-                if wide {
+                if group.wide {
                     for quad in 0..16 {
-                        add_quad(&mut sums, load(tiles, quad), rows.add(4 * quad));
+                        add_quad(&mut sums, load(group.tiles, quad), group.codes.add(4 * quad));
                     }
                 } else {
                     let mask = _mm512_set1_epi8(15);
                     for quad in 0..8 {
-                        let codes = load(tiles, quad);
+                        let codes = load(group.tiles, quad);
                         let (mut low, mut high) = (codes, codes);
                         for n in 0..N {
                             low[n] = _mm512_and_si512(codes[n], mask);
                             high[n] = _mm512_and_si512(_mm512_srli_epi16::<4>(codes[n]), mask);
                         }
-                        add_quad(&mut sums, low, rows.add(4 * quad));
-                        add_quad(&mut sums, high, rows.add(TILE_INPUTS / 2 + 4 * quad));
+                        add_quad(&mut sums, low, group.codes.add(4 * quad));
+                        add_quad(&mut sums, high, group.codes.add(TILE_INPUTS / 2 + 4 * quad));
                     }
                 }
                 let mut values = [[Avx512(_mm512_setzero_ps()); N]; M];
@@ -426,7 +459,7 @@ mod x86 {
                         values[m][n] = Avx512(_mm512_cvtepi32_ps(sums[m][n]));
                     }
                 }
-                values
+                group.scale(values, y);
             }
         }
     }
@@ -458,17 +491,108 @@ mod x86 {
         }
     }
 
+    /// Byte products of 256 bits.
+    trait ShortDots {
+        /// The products of a group with half of a panel's outputs, whose codes begin at `codes`.
+        unsafe fn half<const M: usize>(codes: *const u8, rows: *const i8, wide: bool) -> [__m256i; M];
+    }
+
+    /// Goes through a panel by halves: 12 rows keep their sums in registers then, so that codes are unpacked once for
+    /// as many, and what a sum is worth follows before anything of it is put away.
+    struct Halves<D>(D);
+
+    impl<D: ShortDots> Dots for Halves<D> {
+        const ROWS: usize = 12;
+        const PANELS: usize = 1;
+
+        #[inline(always)]
+        unsafe fn add_group<const M: usize, const N: usize>(group: Group<N>, y: &mut [[[f32; LANES]; N]; M]) {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let widen = |halves: *const u16| _mm256_cvtph_ps(_mm_loadu_si128(halves.cast()));
+                for n in 0..N {
+                    for part in 0..2 {
+                        let sums = D::half::<M>(group.tiles[n].add(32 * part), group.codes, group.wide);
+                        let scales = group.scales(n).add(8 * part);
+                        let (scale, offset) = (widen(scales), widen(scales.add(LANES)));
+                        for m in 0..M {
+                            let [step, sum] = *group.steps.add(m);
+                            let offset = _mm256_mul_ps(offset, _mm256_set1_ps(sum));
+                            let value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, offset);
+                            let y = y[m][n].as_mut_ptr().add(8 * part);
+                            let value = _mm256_fmadd_ps(value, _mm256_set1_ps(step), _mm256_loadu_ps(y));
+                            _mm256_storeu_ps(y, value);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Quads of a group's half. Where the compiler knows the number it unrolls loops over them and runs out of
+    /// registers.
+    #[inline(always)]
+    fn quads() -> usize {
+        std::hint::black_box(8)
+    }
+
+    /// Four codes of 8 outputs; `high` takes those of each byte's upper half.
+    #[inline(always)]
+    unsafe fn unpack(codes: *const u8, high: bool) -> __m256i {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            let codes = _mm256_loadu_si256(codes.cast());
+            _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, _mm256_set1_epi8(15))
+        }
+    }
+
+    /// Four inputs of a row, again and again.
+    #[inline(always)]
+    unsafe fn four(rows: *const i8, m: usize, quad: usize) -> __m256i {
+        // SAFETY: passed on from the caller.
+        unsafe { _mm256_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned()) }
+    }
+
+    /// Four products and their sum for each of 8 outputs in one instruction (AVX-VNNI).
+    struct ShortVnni;
+
+    impl ShortDots for ShortVnni {
+        #[inline(always)]
+        unsafe fn half<const M: usize>(codes: *const u8, rows: *const i8, wide: bool) -> [__m256i; M] {
+            // SAFETY: passed on from the caller.
+            unsafe {
+                let mut sums = [_mm256_setzero_si256(); M];
+                let (second, half) = (rows.add(TILE_INPUTS / 2), quads());
+                for quad in 0..half {
+                    let codes = codes.add(64 * quad);
+                    let w = if wide { _mm256_loadu_si256(codes.cast()) } else { unpack(codes, false) };
+                    for m in 0..M {
+                        sums[m] = _mm256_dpbusd_avx_epi32(sums[m], w, four(rows, m, quad));
+                    }
+                }
+                for quad in 0..half {
+                    let w = if wide {
+                        _mm256_loadu_si256(codes.add(64 * (half + quad)).cast())
+                    } else {
+                        unpack(codes.add(64 * quad), true)
+                    };
+                    for m in 0..M {
+                        sums[m] = _mm256_dpbusd_avx_epi32(sums[m], w, four(second, m, quad));
+                    }
+                }
+                sums
+            }
+        }
+    }
+
     /// Two products and their sum in 16 bits at a time. Of codes of 4 bits, 8 such sums stay below
     /// 8 * 2 * 15 * 127 < 2^15; wider codes are taken as two of 4 bits.
     struct Maddubs;
 
     impl Maddubs {
-        /// Adds the products of half a group, of codes of 4 bits, with half of a panel's outputs, `factor` times;
-        /// `high` takes those of each byte's upper half.
-        ///
-        /// Of half a panel, 12 rows keep their sums in registers, so that codes are unpacked once for as many.
+        /// Adds the products of half a group, of codes of 4 bits, `factor` times.
         #[inline(always)]
-        unsafe fn add_half<const M: usize>(
+        unsafe fn add<const M: usize>(
             sums: &mut [__m256i; M],
             (codes, rows): (*const u8, *const i8),
             high: bool,
@@ -476,79 +600,40 @@ mod x86 {
         ) {
             // SAFETY: passed on from the caller.
             unsafe {
-                let mask = _mm256_set1_epi8(15);
-                let mut w = Maddubs::unpack(codes, high, mask);
-                let mut pairs = [mask; M];
+                let mut w = unpack(codes, high);
+                let mut pairs = [w; M];
                 for m in 0..M {
-                    pairs[m] = _mm256_maddubs_epi16(w, Maddubs::four(rows, m, 0));
+                    pairs[m] = _mm256_maddubs_epi16(w, four(rows, m, 0));
                 }
-                // Where the compiler knows the number it unrolls the loop and runs out of registers.
-                for quad in 1..std::hint::black_box(8) {
-                    w = Maddubs::unpack(codes.add(64 * quad), high, mask);
+                for quad in 1..quads() {
+                    w = unpack(codes.add(64 * quad), high);
                     for m in 0..M {
-                        let products = _mm256_maddubs_epi16(w, Maddubs::four(rows, m, quad));
-                        pairs[m] = _mm256_add_epi16(pairs[m], products);
+                        pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(w, four(rows, m, quad)));
                     }
                 }
                 for m in 0..M {
-                    let products = _mm256_madd_epi16(pairs[m], _mm256_set1_epi16(factor));
-                    sums[m] = _mm256_add_epi32(sums[m], products);
+                    sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(pairs[m], _mm256_set1_epi16(factor)));
                 }
             }
-        }
-
-        /// Four codes of 8 outputs.
-        #[inline(always)]
-        unsafe fn unpack(codes: *const u8, high: bool, mask: __m256i) -> __m256i {
-            // SAFETY: passed on from the caller.
-            unsafe {
-                let codes = _mm256_loadu_si256(codes.cast());
-                _mm256_and_si256(if high { _mm256_srli_epi16::<4>(codes) } else { codes }, mask)
-            }
-        }
-
-        /// Four inputs of a row, again and again.
-        #[inline(always)]
-        unsafe fn four(rows: *const i8, m: usize, quad: usize) -> __m256i {
-            // SAFETY: passed on from the caller.
-            unsafe { _mm256_set1_epi32(rows.add(m * TILE_INPUTS + 4 * quad).cast::<i32>().read_unaligned()) }
         }
     }
 
-    impl Dots for Maddubs {
-        type V = Avx2;
-        const ROWS: usize = 12;
-        const PANELS: usize = 1;
-
+    impl ShortDots for Maddubs {
         #[inline(always)]
-        unsafe fn group<const M: usize, const N: usize>(
-            tiles: [*const u8; N],
-            rows: *const i8,
-            wide: bool,
-        ) -> [[Avx2; N]; M] {
+        unsafe fn half<const M: usize>(codes: *const u8, rows: *const i8, wide: bool) -> [__m256i; M] {
             // SAFETY: passed on from the caller.
             unsafe {
                 let second = rows.add(TILE_INPUTS / 2);
-                let mut values = [[Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()); N]; M];
-                for n in 0..N {
-                    for part in 0..2 {
-                        let codes = tiles[n].add(32 * part);
-                        let mut sums = [_mm256_setzero_si256(); M];
-                        Maddubs::add_half(&mut sums, (codes, rows), false, 1);
-                        if wide {
-                            Maddubs::add_half(&mut sums, (codes, rows), true, 16);
-                            Maddubs::add_half(&mut sums, (codes.add(512), second), false, 1);
-                            Maddubs::add_half(&mut sums, (codes.add(512), second), true, 16);
-                        } else {
-                            Maddubs::add_half(&mut sums, (codes, second), true, 1);
-                        }
-                        for m in 0..M {
-                            let halves: *mut __m256 = std::ptr::from_mut(&mut values[m][n]).cast();
-                            halves.add(part).write(_mm256_cvtepi32_ps(sums[m]));
-                        }
-                    }
+                let mut sums = [_mm256_setzero_si256(); M];
+                Maddubs::add(&mut sums, (codes, rows), false, 1);
+                if wide {
+                    Maddubs::add(&mut sums, (codes, rows), true, 16);
+                    Maddubs::add(&mut sums, (codes.add(512), second), false, 1);
+                    Maddubs::add(&mut sums, (codes.add(512), second), true, 16);
+                } else {
+                    Maddubs::add(&mut sums, (codes, second), true, 1);
                 }
-                values
+                sums
             }
         }
     }

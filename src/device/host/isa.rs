@@ -14,6 +14,8 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// The same with VNNI of 256 bits (AVX-VNNI).
+    Avx2Vnni,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
     /// The same with VNNI, and AMX for products of bytes.
@@ -82,8 +84,8 @@ impl Isa {
     }
 
     /// All sets, slowest first.
-    pub fn all() -> [Isa; 4] {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx]
+    pub fn all() -> [Isa; 5] {
+        [Isa::Portable, Isa::Avx2, Isa::Avx2Vnni, Isa::Avx512, Isa::Amx]
     }
 
     /// Whether this processor has it.
@@ -94,6 +96,8 @@ impl Isa {
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2Vnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -113,7 +117,7 @@ impl Isa {
     pub fn tile_rows(self) -> usize {
         match self {
             Isa::Amx | Isa::Avx512 => Wide::ROWS,
-            Isa::Avx2 => Narrow::ROWS,
+            Isa::Avx2Vnni | Isa::Avx2 => Narrow::ROWS,
             Isa::Portable => Single::ROWS,
         }
     }
@@ -126,7 +130,7 @@ impl Isa {
             Isa::Portable => unsafe { kernel.run::<Portable, Single>() },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: availability was asserted above.
-            Isa::Avx2 => unsafe { run_avx2(kernel) },
+            Isa::Avx2Vnni | Isa::Avx2 => unsafe { run_avx2(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: availability was asserted above.
             Isa::Amx | Isa::Avx512 => unsafe { run_avx512(kernel) },
