@@ -62,3 +62,27 @@ fn lines_of_a_file_are_counted() {
     assert_eq!(value["job"]["requests"], 4);
     assert_eq!((value["job"]["prompt_len"].as_f64(), value["job"]["gen_len"].as_f64()), (Some(3.25), Some(17.0)));
 }
+
+#[test]
+fn prompts_that_begin_alike_are_planned_as_what_they_need() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.jsonl");
+    let plan_of = |headers: u32| {
+        let prompt =
+            |line: u32| -> Vec<u32> { (0..900).map(|at| at * (1 + line % headers)).chain([line; 50]).collect() };
+        let lines = (0..1000).map(|line| format!("{{\"prompt\": {:?}, \"max_tokens\": 32}}\n", prompt(line)));
+        std::fs::write(&input, lines.collect::<String>()).unwrap();
+        let model = ["--model", "policies/models/opt-30b.json", "--json"];
+        let output = plan(&[&model[..], &T4, &["--input", input.to_str().unwrap()]].concat());
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let number = |value: &Value| value.as_f64().unwrap();
+    let (apart, alike) = (plan_of(1000), plan_of(4));
+    assert_eq!((number(&apart["job"]["prompt_len"]), number(&apart["job"]["shared_len"])), (950.0, 0.0));
+    // Fourteen whole pages of 900 tokens, a fraction less as a text than as tokens.
+    assert!((760.0..=896.0).contains(&number(&alike["job"]["shared_len"])), "{}", alike["job"]);
+    let sequences = |value: &Value| number(&value["policy"]["sequences"]);
+    let rate = |value: &Value| number(&value["predicted"]["generated_tokens_per_s"]);
+    assert!(sequences(&alike) > 1.5 * sequences(&apart), "{} {}", sequences(&alike), sequences(&apart));
+    assert!(rate(&alike) > 3.0 * rate(&apart), "{} {}", rate(&alike), rate(&apart));
+}

@@ -392,8 +392,7 @@ impl Arguments {
         };
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
-        let shares = self.prefix_sharing != Some(Switch::Off);
-        let batch = resources::batch(&decision.placement, shares, self.expect_output_len);
+        let batch = resources::batch(&decision.placement, self.shares(), self.expect_output_len);
         let arithmetic = card.map(|card| devices::numerics(card, element, &*kv_policy, config)).transpose()?;
         let numerics = BTreeMap::from([
             ("weights", element.to_string()),
@@ -414,6 +413,11 @@ impl Arguments {
         self.throttle.as_deref().map_or(Ok(Throttles::default()), |text| text.parse().map_err(wrong))
     }
 
+    /// Whether prompts that begin alike share what is computed of it.
+    fn shares(&self) -> bool {
+        self.prefix_sharing != Some(Switch::Off)
+    }
+
     /// What the job will take, as far as its file says. A pipe can be read once only, and a file without prompts is the
     /// job's to judge: then prompts of middling length are assumed.
     fn estimate(&self, model: &Model, kv_policy: &dyn KvPolicy) -> Job {
@@ -426,6 +430,7 @@ impl Arguments {
             context_len,
             kv_policy,
             count: &|text| counter.count(text),
+            shares: self.shares() && !model.config.positions.depend_on_length(),
         };
         let file = self.input.as_deref().filter(|file| file.is_file());
         let job = file.and_then(|file| estimate::job(file, &reading).ok());

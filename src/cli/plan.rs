@@ -310,6 +310,7 @@ impl Arguments {
                 context_len,
                 kv_policy: &*kv_policy,
                 count: &count,
+                shares: !model.config.positions.depend_on_length(),
             };
             return estimate::job(file, &reading);
         }
@@ -376,9 +377,13 @@ impl Report<'_> {
             Bytes((model.cost.frame_bytes / 64.0) as u64 * model.cost.num_layers as u64),
         );
         let _ = writeln!(text, "machine     {}", self.hardware.name);
+        let shared = match job.prompt_len - job.fresh_len {
+            shared if shared >= 0.5 => format!(" ({shared:.0} of the prompt shared)"),
+            _ => String::new(),
+        };
         let _ = writeln!(
             text,
-            "job         {} sequences, {:.0} prompt and {:.0} generated tokens each",
+            "job         {} sequences, {:.0} prompt and {:.0} generated tokens each{shared}",
             job.requests, job.prompt_len, job.gen_len
         );
         let _ = writeln!(
@@ -438,7 +443,10 @@ impl Report<'_> {
             },
             "numerics": {"weights": model.cost.weights, "kv_dtype": model.cost.kv},
             "hardware": self.hardware.name,
-            "job": {"requests": job.requests, "prompt_len": job.prompt_len, "gen_len": job.gen_len},
+            "job": {
+                "requests": job.requests, "prompt_len": job.prompt_len, "shared_len": job.prompt_len - job.fresh_len,
+                "gen_len": job.gen_len,
+            },
             "policy": plan.policy,
             "bytes": {
                 "gpu": plan.placement.bytes[0], "cpu": plan.placement.bytes[1], "disk": plan.placement.bytes[2],

@@ -103,7 +103,8 @@ impl Situation<'_> {
     /// Whether the cache holds as many sequences as are worth having.
     fn is_roomy(&self, placement: &Placement) -> bool {
         let wanted = placement.policy.sequences.min(self.job.requests).min(64) as f64 * self.job.pages;
-        placement.total_pages() as f64 >= wanted && placement.total_pages() >= self.job.most_pages
+        placement.total_pages() as f64 >= wanted + self.job.common_pages as f64
+            && placement.total_pages() >= self.job.most_pages
     }
 
     fn plan(&self) -> Result<Decision> {

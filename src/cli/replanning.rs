@@ -217,7 +217,7 @@ mod tests {
         };
         let whole = plan(&Job::uniform(2000, 200, 100));
         let left = || Left {
-            requests: vec![Request { prompt_len: 200, gen_len: 100, max_tokens: 100, kept: Kept::All }; 2],
+            requests: vec![Request { prompt_len: 200, shared: 0, gen_len: 100, max_tokens: 100, kept: Kept::All }; 2],
             lines: 2000,
             is_all: true,
             again: 20,

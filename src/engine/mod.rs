@@ -40,7 +40,7 @@ pub use replan::{Advisor, Left, Used};
 use sequence::{Begin, Job, Sequence};
 
 /// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.
-const AHEAD_PROMPTS: usize = 1024;
+pub const AHEAD_PROMPTS: usize = 1024;
 const AHEAD_TOKENS: usize = 1 << 20;
 
 /// Passes without a new line after which none is waited for any more.

@@ -10,7 +10,7 @@
 //! sequence that computes for itself what is ready does not hold the node's page: the tree gives it up where nobody
 //! else does.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
@@ -245,6 +245,20 @@ impl Prefixes {
             (id, depth) = (parent, depth + 1);
         }
         depth
+    }
+}
+
+/// Ways that were walked, one after the other.
+#[derive(Debug, Default)]
+pub struct Seen(HashSet<NodeId>);
+
+impl Seen {
+    /// Walks a way; gives how many of its first tokens lie on one that was walked before.
+    pub fn walk(&mut self, path: &Path) -> usize {
+        let shared =
+            path.nodes[..path.takes.min(path.nodes.len())].iter().take_while(|node| self.0.contains(node)).count();
+        self.0.extend(&path.nodes);
+        shared * PAGE_POSITIONS
     }
 }
 

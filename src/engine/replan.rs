@@ -9,6 +9,7 @@
 use super::Engine;
 use super::admission::path_of;
 use super::lengths::{Kind, is_certain};
+use super::prefix::Seen;
 use super::sequence::{Begin, Sequence};
 use crate::device::Device;
 use crate::error::{Result, Tier};
@@ -130,12 +131,14 @@ impl<D: Device> Engine<'_, D> {
     fn left(&self, is_all: bool) -> Left {
         let flying = self.active.iter().chain(&self.waiting);
         let again = flying.clone().map(|sequence| sequence.computed).sum();
-        let mut requests = Vec::new();
-        for Sequence { job, prompt, sample, siblings, .. } in flying {
-            self.requests_of(*job, *prompt, sample.iter().chain(siblings), &mut requests);
+        let (mut requests, mut seen) = (Vec::new(), Seen::default());
+        for Sequence { job, prompt, sample, siblings, path, .. } in flying {
+            let shared = seen.walk(path);
+            self.requests_of((*job, *prompt), shared, sample.iter().chain(siblings), &mut requests);
         }
-        for Begin { job, prompt, samples, .. } in &self.pending {
-            self.requests_of(*job, *prompt, samples.iter(), &mut requests);
+        for Begin { job, prompt, samples, path, .. } in &self.pending {
+            let shared = seen.walk(path);
+            self.requests_of((*job, *prompt), shared, samples.iter(), &mut requests);
         }
         // Lines to come were let in as what the cache holds now.
         let longest = match is_all {
@@ -149,11 +152,12 @@ impl<D: Device> Engine<'_, D> {
         Left { requests, lines: self.accepted, is_all, again, longest: longest + 1 }
     }
 
-    /// Samples of a prompt as requests for what they lack; of a prompt that is scored alone, the prompt.
+    /// Samples of a prompt as requests for what they lack; of a prompt that is scored alone, the prompt. The first
+    /// shares `shared` of its tokens with another prompt, further samples the whole prompt with the first.
     fn requests_of<'a>(
         &'a self,
-        job: u64,
-        prompt: usize,
+        (job, prompt): (u64, usize),
+        shared: usize,
         samples: impl Iterator<Item = &'a super::sample::Sample>,
         requests: &mut Vec<Request>,
     ) {
@@ -172,10 +176,14 @@ impl<D: Device> Engine<'_, D> {
                     survival.expected(known, max_tokens).round().max(1.0) as usize
                 }
             };
-            Request { prompt_len: len + known, gen_len, max_tokens, kept }
+            Request { prompt_len: len + known, shared: 0, gen_len, max_tokens, kept }
         }));
         if requests.len() == before {
-            requests.push(Request { prompt_len: len, gen_len: 1, max_tokens: 1, kept });
+            requests.push(Request { prompt_len: len, shared: 0, gen_len: 1, max_tokens: 1, kept });
+        }
+        for (index, request) in requests[before..].iter_mut().enumerate() {
+            let siblings = index > 0 && self.batch.share_prompts;
+            *request = request.sharing(if siblings { len } else { shared });
         }
     }
 

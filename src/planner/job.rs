@@ -3,11 +3,12 @@
 //! **Invariant:** rows, keys and pages of a pass are those of the sequences it stands for, spread evenly over its
 //! blocks; nothing here knows a tier.
 
+use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::{Kept, KvPolicy, positions};
 use crate::schedule::shape::BlockShape;
 
 /// Positions of a page.
-const PAGE: f64 = 64.0;
+const PAGE: f64 = PAGE_POSITIONS as f64;
 
 /// Sequences whose lengths are kept one by one.
 const LENGTHS: usize = 1024;
@@ -26,12 +27,17 @@ pub struct Job {
     pub lengths: Vec<Request>,
     /// Prompt tokens of a sequence.
     pub prompt_len: f64,
-    /// Keys that the queries of a prompt see, summed over them.
+    /// How many of them it computes: the others are there from another sequence.
+    pub fresh_len: f64,
+    /// Keys that the queries which a prompt computes see, summed over them.
     pub prompt_keys: f64,
     /// Tokens that a sequence generates.
     pub gen_len: f64,
-    /// Pages that a sequence is expected to hold in the end.
+    /// Pages that a sequence is expected to hold in the end beside those that it shares.
     pub pages: f64,
+    /// Pages of the longest beginning that sequences share: what the cache holds for all of them, as prompts with one
+    /// beginning follow each other.
+    pub common_pages: usize,
     /// Pages that the longest sequence may hold.
     pub most_pages: usize,
     /// Pages that a single layer of the longest sequence works with.
@@ -49,6 +55,8 @@ pub struct Job {
 pub struct Request {
     /// Prompt tokens.
     pub prompt_len: usize,
+    /// How many of them are there from another sequence, in whole pages.
+    pub shared: usize,
     /// Tokens that it will generate.
     pub gen_len: usize,
     /// Tokens that it may generate.
@@ -60,7 +68,19 @@ pub struct Request {
 impl Request {
     /// A sequence that may generate `max_tokens` and will generate `gen_len` of them.
     pub fn new(prompt_len: usize, gen_len: usize, max_tokens: usize, kv_policy: &dyn KvPolicy) -> Self {
-        Request { prompt_len, gen_len, max_tokens, kept: kv_policy.kept(prompt_len, max_tokens) }
+        Request { prompt_len, shared: 0, gen_len, max_tokens, kept: kv_policy.kept(prompt_len, max_tokens) }
+    }
+
+    /// The same, where another sequence begins with as many of its tokens. It computes its last one, and shares
+    /// nothing if it evicts.
+    pub fn sharing(self, tokens: usize) -> Self {
+        let most = if self.kept == Kept::All { self.prompt_len.saturating_sub(1) } else { 0 };
+        Request { shared: tokens.min(most) / PAGE_POSITIONS * PAGE_POSITIONS, ..self }
+    }
+
+    /// Pages that it shares.
+    pub fn shared_pages(&self) -> usize {
+        self.shared / PAGE_POSITIONS
     }
 
     /// Pages that it may hold.
@@ -68,9 +88,9 @@ impl Request {
         self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
     }
 
-    /// Pages that it will hold in the end.
+    /// Pages that it will hold in the end beside those that it shares.
     fn expected_pages(&self) -> usize {
-        self.kept.pages(positions(self.prompt_len, self.gen_len)).max(1)
+        self.kept.pages(positions(self.prompt_len, self.gen_len)).saturating_sub(self.shared_pages()).max(1)
     }
 
     /// Pages that a single layer of it works with, at most, in a model with more than one.
@@ -91,10 +111,11 @@ impl Request {
         (0..steps).map(pages).sum::<f64>() / steps as f64
     }
 
-    /// Keys that the queries of its prompt see, summed over them.
+    /// Keys that the queries of its prompt that it computes see, summed over them.
     fn prompt_keys(&self) -> f64 {
+        let upto = |len: usize| (len * (len + 1)) as f64 / 2.0;
         match self.kept {
-            Kept::All => (self.prompt_len * (self.prompt_len + 1)) as f64 / 2.0,
+            Kept::All => upto(self.prompt_len) - upto(self.shared),
             kept => (0..self.prompt_len).map(|position| kept.keys(position) as f64).sum(),
         }
     }
@@ -103,7 +124,7 @@ impl Request {
 impl Job {
     /// `requests` equal sequences.
     pub fn uniform(requests: usize, prompt_len: usize, gen_len: usize) -> Self {
-        let request = Request { prompt_len, gen_len, max_tokens: gen_len, kept: Kept::All };
+        let request = Request { prompt_len, shared: 0, gen_len, max_tokens: gen_len, kept: Kept::All };
         Job { requests: requests.max(1), ..Job::of(&[request]) }
     }
 
@@ -115,9 +136,11 @@ impl Job {
             requests: requests.len().max(1),
             lengths: requests.iter().take(LENGTHS).copied().collect(),
             prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
+            fresh_len: mean(&|request| (request.prompt_len - request.shared) as f64).max(1.0),
             prompt_keys: mean(&Request::prompt_keys).max(1.0),
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.expected_pages() as f64).max(1.0),
+            common_pages: requests.iter().map(Request::shared_pages).max().unwrap_or(0),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
             widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
             decode_pages: mean(&Request::decode_pages),
@@ -131,7 +154,7 @@ impl Job {
         self.lengths.iter().any(|request| request.gen_len < request.max_tokens)
     }
 
-    /// Prompt and generated tokens of all sequences.
+    /// Prompt and generated tokens of all sequences, what they share counted for each.
     pub fn tokens(&self) -> f64 {
         self.requests as f64 * (self.prompt_len + self.gen_len)
     }
@@ -141,9 +164,9 @@ impl Job {
         let (count, steps) = (sequences as f64, self.gen_len);
         let tokens = match count >= steps || steps < 2.0 {
             // Prompts take one pass each.
-            true => count * self.prompt_len / steps,
+            true => count * self.fresh_len / steps,
             // One prompt at a time, in several passes.
-            false => (count - 1.0) * self.prompt_len / (steps - 1.0),
+            false => (count - 1.0) * self.fresh_len / (steps - 1.0),
         };
         tokens.ceil().max(16.0) as usize
     }
@@ -152,13 +175,13 @@ impl Job {
     /// prompt if that is more; of a short one, whose beginning and end count, also all prompts at once, and between.
     pub fn chunks(&self, sequences: usize) -> Vec<usize> {
         let balanced = self.balanced_chunk(sequences);
-        let all = (sequences as f64 * self.prompt_len).ceil() as usize;
+        let all = (sequences as f64 * self.fresh_len).ceil() as usize;
         let mut chunks = vec![balanced];
         if self.requests < SHORT_ROUNDS * sequences && all > balanced {
             let between = (balanced as f64 * all as f64).sqrt() as usize;
             chunks.extend([between, all].into_iter().filter(|&chunk| chunk > balanced && chunk <= LONGEST_CHUNK));
-        } else if self.prompt_len.ceil() as usize > balanced {
-            chunks.push(self.prompt_len.ceil() as usize);
+        } else if self.fresh_len.ceil() as usize > balanced {
+            chunks.push(self.fresh_len.ceil() as usize);
         }
         chunks.dedup();
         chunks
@@ -168,9 +191,9 @@ impl Job {
     pub fn steady(&self, sequences: usize, chunk_tokens: usize) -> PassLoad {
         let (count, chunk, steps) = (sequences as f64, chunk_tokens as f64, self.gen_len);
         // Passes that a prompt takes on its own.
-        let prefill = (self.prompt_len / chunk).max(1.0);
-        let rate = (chunk / self.prompt_len).min(count / (prefill + steps - 1.0));
-        PassLoad { prompt_tokens: rate * self.prompt_len, prompts: rate, decodes: rate * (steps - 1.0) }
+        let prefill = (self.fresh_len / chunk).max(1.0);
+        let rate = (chunk / self.fresh_len).min(count / (prefill + steps - 1.0));
+        PassLoad { prompt_tokens: rate * self.fresh_len, prompts: rate, decodes: rate * (steps - 1.0) }
     }
 }
 
@@ -208,20 +231,21 @@ impl PassLoad {
         let rows = self.prompt_tokens / parts;
         // A prompt is cut by the passes and blocks that it goes through; a cut segment attends to what was before it.
         // Never into parts of less than a token, whatever rounding leaves of a pass.
-        let cuts = if rows > 0.0 { (job.prompt_len / rows).clamp(1.0, job.prompt_len) } else { 1.0 };
-        let started = self.prompt_tokens / job.prompt_len;
-        // No segment reads more pages than its sequence holds.
-        let own_pages = (job.prompt_len / PAGE).ceil().min(cuts * job.pages);
+        let cuts = if rows > 0.0 { (job.fresh_len / rows).clamp(1.0, job.fresh_len) } else { 1.0 };
+        let started = self.prompt_tokens / job.fresh_len;
+        let shared_pages = (job.prompt_len - job.fresh_len) / PAGE;
+        // No segment reads more pages than its sequence holds, and what it shares.
+        let own_pages = (job.fresh_len / PAGE).ceil().min(cuts * job.pages) + cuts * shared_pages;
         let prompt_keys = started * job.prompt_keys;
-        let (old, written) = cut_pages(job.prompt_len, cuts);
+        let (old, written) = cut_pages(job.fresh_len, cuts);
         let (prompt_old, mut prompt_written) = (started * old.min(cuts * job.pages), started * written);
         let decode_len = (job.prompt_len + job.gen_len / 2.0).min(job.most_keys);
-        let decode_pages = job.decode_pages;
+        let decode_pages = job.decode_pages - shared_pages;
         let totals = [
             self.prompt_tokens,
             self.decodes,
             prompt_keys + self.decodes * decode_len,
-            prompt_old + started * own_pages + self.decodes * decode_pages,
+            prompt_old + started * own_pages + self.decodes * job.decode_pages,
             self.prompts + self.decodes,
             started * cuts + self.decodes,
         ];
@@ -242,7 +266,9 @@ impl PassLoad {
                 ..BlockShape::default()
             }
         };
-        let old_pages = (prompt_old + self.decodes * decode_pages) / parts;
+        // A block brings what its sequences share once.
+        let common = if self.rows() > 0.0 { job.common_pages as f64 } else { 0.0 };
+        let old_pages = (prompt_old + self.decodes * decode_pages) / parts + common;
         let mut decode_written = self.decodes;
         if job.rewrites {
             (prompt_written, decode_written) = (prompt_written.max(prompt_old), self.decodes * decode_pages);
@@ -281,11 +307,28 @@ mod tests {
     #[test]
     fn a_pass_of_next_to_nothing_is_cut_into_tokens_at_most() {
         let job = Job::of(&[
-            Request { prompt_len: 65, gen_len: 4, max_tokens: 4, kept: Kept::All },
-            Request { prompt_len: 1, gen_len: 9, max_tokens: 9, kept: Kept::All },
+            Request { prompt_len: 65, shared: 0, gen_len: 4, max_tokens: 4, kept: Kept::All },
+            Request { prompt_len: 1, shared: 0, gen_len: 9, max_tokens: 9, kept: Kept::All },
         ]);
         let load = PassLoad { prompt_tokens: 1e-13, prompts: 0.0, decodes: 3.0 };
         assert_eq!(load.blocks(&job, 2).iter().map(|block| block.shape.rows).sum::<usize>(), 3);
+    }
+
+    #[test]
+    fn what_is_shared_is_neither_computed_nor_held_again() {
+        let request = Request { prompt_len: 700, shared: 0, gen_len: 20, max_tokens: 20, kept: Kept::All };
+        let job = Job::of(&[request.sharing(650); 4]);
+        assert_eq!((job.prompt_len, job.fresh_len, job.common_pages), (700.0, 60.0, 10));
+        // 720 positions lie in 12 pages, ten of which are shared.
+        assert_eq!((job.pages, job.most_pages), (2.0, 12));
+        let load = job.steady(100, job.balanced_chunk(100));
+        assert!((load.prompts - 5.0).abs() < 1e-9 && (load.prompt_tokens - 300.0).abs() < 1e-6, "{load:?}");
+        let all: f64 = load.blocks(&job, 2).iter().map(|block| block.shape.keys as f64).sum();
+        // Every query sees the whole beginning.
+        let keys = 5.0 * (640..700).map(|at| f64::from(at + 1)).sum::<f64>() + load.decodes * 710.0;
+        assert!((all / keys - 1.0).abs() < 0.001, "{all} {keys}");
+        let [one, _] = load.blocks(&job, 2)[..] else { panic!("two blocks") };
+        assert!(one.old_pages < 10.0 + 50.0 * 3.0, "{}", one.old_pages);
     }
 
     #[test]

@@ -36,15 +36,17 @@ struct Sequence {
     /// Positions that are computed, and those whose token is known.
     computed: usize,
     known: usize,
+    /// Those of its own, which come after what it shares.
     pages: Vec<PageId>,
 }
 
 /// A pass in the making, and who may be in it.
 struct Crowd {
     num_layers: usize,
-    /// Where things are computed, and pages by tier.
+    /// Where things are computed, pages by tier, and where those lie that sequences share.
     compute: Tier,
     pages: [usize; 3],
+    common: Vec<Tier>,
     /// Sequences that one of these stands for.
     each: f64,
     /// Answers that end with a token, of all that could; none where lengths are certain.
@@ -59,14 +61,20 @@ struct Crowd {
     /// Limits of a block.
     block_rows: usize,
     block_pages: usize,
-    /// Blocks of the pass, and the streamed pages of the last one.
+    /// Blocks of the pass, and the streamed pages of the last one; how many that sequences share are among them.
     blocks: Vec<BlockShape>,
     streamed: usize,
+    noted_common: usize,
 }
 
 impl Sequence {
     fn new(request: Request) -> Self {
-        Sequence { request, computed: 0, known: request.prompt_len, pages: Vec::new() }
+        Sequence { request, computed: request.shared, known: request.prompt_len, pages: Vec::new() }
+    }
+
+    /// Pages that it has, those that it shares included.
+    fn covered(&self) -> usize {
+        self.request.shared_pages() + self.pages.len()
     }
 
     /// Whether its next row is a generated token.
@@ -79,7 +87,7 @@ impl Sequence {
         let Request { prompt_len, max_tokens, kept, .. } = self.request;
         let (held, answer) = (self.pages.len(), self.known - prompt_len);
         let most = positions(prompt_len, max_tokens);
-        let grown = |more: usize| kept.pages((self.known + more).min(most)).saturating_sub(held);
+        let grown = |more: usize| kept.pages((self.known + more).min(most)).saturating_sub(self.covered());
         let goes_on = |more: usize| if more + answer < max_tokens { (-(more as f64) * ends).exp() } else { 0.0 };
         forecast.add(held, grown, goes_on);
     }
@@ -100,11 +108,13 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     let places = policy.sequences.min(job.requests).clamp(1, FOLLOWED);
     let each = policy.sequences.min(job.requests).max(1) as f64 / places as f64;
     let fewer = |count: usize| (count as f64 / each).ceil() as usize;
-    let pages = placement.pages.map(fewer);
+    let (common, left) = common_pages(job, placement);
+    let pages = left.map(fewer);
     let mut crowd = Crowd {
         num_layers: placement.num_layers,
         compute: placement.compute,
         pages,
+        common,
         each,
         ends: if job.ends_early() { 1.0 / job.gen_len } else { 0.0 },
         active: Vec::new(),
@@ -116,12 +126,15 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         block_pages: fewer(policy.block_pages).max(job.widest_layer),
         blocks: Vec::new(),
         streamed: 0,
+        noted_common: 0,
     };
     let requests = (job.requests as f64 / each).round() as usize;
     let followed = requests.min(ROUNDS * places);
     let room = crowd.pool.len();
-    let fits = |request: &&Request| request.pages() <= room;
-    let mut waiting = job.lengths.iter().filter(fits).cycle().take(followed).peekable();
+    let shares = |request: &Request| if crowd.common.is_empty() { Request { shared: 0, ..*request } } else { *request };
+    let fits = |request: &Request| request.pages() - request.shared_pages() <= room;
+    let lengths: Vec<Request> = job.lengths.iter().map(shares).filter(fits).collect();
+    let mut waiting = lengths.iter().cycle().take(followed).peekable();
     let (mut passes, mut begun, mut closed) = (Vec::new(), 0, false);
     // When the third round had begun, and when as many again had: the pass, and how many had begun. Between them lies
     // all that repeats, however unevenly a round begins.
@@ -161,6 +174,20 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
     passes
 }
 
+/// Where the longest beginning that sequences share lies, and what is left of the cache by tier. Nowhere if the
+/// longest sequence would not fit beside it: then it would be given up.
+fn common_pages(job: &Job, placement: &Placement) -> (Vec<Tier>, [usize; 3]) {
+    let mut left = placement.pages;
+    if placement.total_pages() < job.common_pages + job.most_pages {
+        return (Vec::new(), left);
+    }
+    let mut pool = PagePool::new(placement.pages);
+    let tiers = (0..job.common_pages).map(|_| placement.page_tier(pool.take() as usize));
+    let common: Vec<Tier> = tiers.collect();
+    common.iter().for_each(|&tier| left[tier as usize] -= 1);
+    (common, left)
+}
+
 impl Crowd {
     /// What those in flight will need, as the engine sees it once it has learned how long answers get.
     fn forecast(&self) -> Forecast {
@@ -197,7 +224,7 @@ impl Crowd {
     fn make_room(&mut self) {
         loop {
             let needs = |(index, sequence): (usize, &Sequence)| match index == 0 || sequence.decodes() {
-                true => sequence.request.kept.pages(sequence.computed + 1).saturating_sub(sequence.pages.len()),
+                true => sequence.request.kept.pages(sequence.computed + 1).saturating_sub(sequence.covered()),
                 false => 0,
             };
             self.noted = self.active.iter().enumerate().map(needs).collect();
@@ -260,7 +287,7 @@ impl Fill for Crowd {
 
     fn open_block(&mut self) {
         self.blocks.push(BlockShape::default());
-        self.streamed = 0;
+        (self.streamed, self.noted_common) = (0, 0);
     }
 
     fn take_up(&mut self, index: usize, most: usize) -> Result<usize, Infallible> {
@@ -275,19 +302,26 @@ impl Fill for Crowd {
         }
         // Others have been promised what their next positions need.
         let free = self.pool.free() - (self.noted_pages - self.noted[index]);
-        let most = (sequence.pages.len() + free) * PAGE_POSITIONS;
-        let to = if kept.pages(to) > sequence.pages.len() + free { most.max(from) } else { to };
+        let most = (sequence.covered() + free) * PAGE_POSITIONS;
+        let to = if kept.pages(to) > sequence.covered() + free { most.max(from) } else { to };
         if to == from {
             return Ok(0);
         }
         self.noted_pages -= std::mem::take(&mut self.noted[index]);
-        while sequence.pages.len() < kept.pages(to) {
+        while sequence.covered() < kept.pages(to) {
             sequence.pages.push(self.pool.take());
         }
-        let (range, pages) = (from..to, &sequence.pages);
+        let (range, pages, shared) = (from..to, &sequence.pages, sequence.request.shared_pages());
+        // What sequences share is brought once.
         let tiers = |indices: &mut dyn Iterator<Item = usize>| {
             let mut counts = [0; 3];
-            indices.for_each(|index| counts[tier_of(&self.pages, pages[index] as usize) as usize] += 1);
+            for index in indices.filter(|&index| index >= shared.min(self.noted_common)) {
+                let tier = match index.checked_sub(shared) {
+                    Some(own) => tier_of(&self.pages, pages[own] as usize),
+                    None => self.common[index],
+                };
+                counts[tier as usize] += 1;
+            }
             counts[self.compute as usize] = 0;
             counts
         };
@@ -299,6 +333,7 @@ impl Fill for Crowd {
         }
         self.streamed += streamed;
         let (old, written) = (tiers(&mut kept.reads(&range)), tiers(&mut kept.writes(&range)));
+        self.noted_common = self.noted_common.max(shared);
         block.rows += to - from;
         block.segments += 1;
         block.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
@@ -372,6 +407,35 @@ mod tests {
                 assert!(pass.blocks.len() <= blocks);
             }
         }
+    }
+
+    #[test]
+    fn what_sequences_share_is_brought_once_by_a_block() {
+        let all = Request::new(650, 10, 10, &*crate::kv::policy::full());
+        let job = |request: Request| {
+            let mut requests = [request; 10];
+            requests[0] = all;
+            Job { requests: 200, ..Job::of(&requests) }
+        };
+        let (alone, sharing) = (job(all), job(all.sharing(640)));
+        let on_cpu = Split::all(Tier::Cpu);
+        let count = |job: &Job, pages: usize| {
+            let mut placement = placement(job, 40, 400, 2, on_cpu);
+            placement.pages = [0, pages, 0];
+            let passes = passes(job, &placement);
+            let sum = |value: &dyn Fn(&BlockShape) -> usize| -> f64 {
+                passes.iter().map(|pass| pass.times * pass.blocks.iter().map(value).sum::<usize>() as f64).sum()
+            };
+            [sum(&|block| block.rows), sum(&|block| block.loads.cpu), sum(&|block| block.outputs)]
+        };
+        // Of ten prompts nine compute their last ten tokens; everybody decodes nine times.
+        let [rows, loads, outputs] = count(&sharing, 200);
+        assert!((rows / 20.0 / (659.0 + 9.0 * 19.0) - 1.0).abs() < 0.02, "{rows}");
+        assert!((outputs / 2000.0 - 1.0).abs() < 0.02, "{outputs}");
+        let [rows, apart, _] = count(&alone, 200);
+        assert!((rows / 200.0 / 659.0 - 1.0).abs() < 0.02 && apart > 4.0 * loads, "{rows}: {apart} {loads}");
+        // Where the beginning finds no room beside the longest sequence, nothing is shared.
+        assert!((count(&sharing, 20)[0] / 200.0 / 659.0 - 1.0).abs() < 0.02);
     }
 
     #[test]

@@ -40,17 +40,17 @@ pub fn rollout(job: &Job, sequences: usize, chunk_tokens: usize, price: &mut dyn
     while waiting + prefilling + decoding > 0 {
         let begin = waiting.min(sequences - prefilling - decoding);
         (waiting, prefilling) = (waiting - begin, prefilling + begin);
-        let tokens = (prefilling as f64 * job.prompt_len - done).min(chunk_tokens as f64);
-        let prompts = ((done + tokens) / job.prompt_len + 1e-9).floor().min(prefilling as f64);
+        let tokens = (prefilling as f64 * job.fresh_len - done).min(chunk_tokens as f64);
+        let prompts = ((done + tokens) / job.fresh_len + 1e-9).floor().min(prefilling as f64);
         let load = PassLoad { prompt_tokens: tokens, prompts, decodes: decoding as f64 };
         let secs = price(&load);
         total = Rollout { secs: total.secs + secs, passes: total.passes + 1.0 };
-        done += tokens - prompts * job.prompt_len;
+        done += tokens - prompts * job.fresh_len;
         // The last of a few rounds, with somebody still waiting: as steady as it gets.
         let begun = followed - waiting;
         if waiting > 0 && begun > (ROUNDS / 2) * sequences {
             steady = Rollout { secs: steady.secs + secs, passes: steady.passes + 1.0 };
-            steady_prompts += tokens / job.prompt_len;
+            steady_prompts += tokens / job.fresh_len;
         }
         cohorts.iter_mut().for_each(|cohort| cohort.left -= 1);
         while cohorts.front().is_some_and(|cohort| cohort.left == 0) {

@@ -303,7 +303,7 @@ impl<'a> Question<'a> {
     fn sequences(&self) -> Vec<usize> {
         let frames = self.model.cost.num_layers as f64 * self.model.bytes.frame as f64;
         let room: f64 = self.budgets.0.iter().sum();
-        let most = (room / (self.job.pages * frames)) as usize;
+        let most = ((room / frames - self.job.common_pages as f64) / self.job.pages) as usize;
         let most = most.clamp(1, MOST_SEQUENCES).min(self.job.requests);
         let mut all: Vec<usize> = vec![most];
         let mut count = most as f64;
@@ -326,8 +326,8 @@ impl<'a> Question<'a> {
         let rows = blocks.iter().map(|block| block.shape.rows).max().unwrap_or(1);
         // Passes of a real job carry a few rows more than the mean one.
         let spare = if blocks.len() == 1 { rows.max(sequences + chunk_tokens) } else { rows + rows.div_ceil(16) };
-        let pages = (sequences as f64 * self.job.pages).ceil() as usize;
-        let prompts = ((chunk_tokens as f64 / self.job.prompt_len) as usize).clamp(1, blocks.len());
+        let pages = (sequences as f64 * self.job.pages).ceil() as usize + self.job.common_pages;
+        let prompts = ((chunk_tokens as f64 / self.job.fresh_len) as usize).clamp(1, blocks.len());
         Outline {
             sequences,
             chunk_tokens,
