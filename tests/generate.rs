@@ -355,3 +355,35 @@ fn stop_tokens_end_a_sample() {
     assert_eq!((&choice["stop_reason"], &choice["finish_reason"]), (&json!(stop), &json!("stop")));
     assert_eq!(choice["text"], answers[1]["text"], "the stop token leaves no text");
 }
+
+#[test]
+fn numerics_that_the_program_chose_are_kept_by_whoever_goes_on() {
+    let scratch = Scratch::new();
+    let lines = [greedy(json!({"max_tokens": 20})), greedy(json!({"prompt": "Sum: 1 + 2 =", "max_tokens": 3}))];
+    let input = scratch.jsonl("in.jsonl", &lines);
+    let (chosen, stats) = (scratch.path("chosen.jsonl"), scratch.path("stats.json"));
+    let lossy = ["--allow-lossy", "--stats", stats.to_str().unwrap()];
+    let said = generate_ok("demo", &input, &chosen, &lossy, 0);
+    let words = said.lines().find_map(|line| line.strip_prefix("--allow-lossy chose ")).expect("it says what");
+    let words = words.split(", ").next().unwrap();
+    let flags: Vec<&str> = words.split(' ').collect();
+    let numerics = &serde_json::from_slice::<Value>(&std::fs::read(&stats).unwrap()).unwrap()["numerics"];
+    for pair in flags.chunks(2) {
+        let name = pair[0].trim_start_matches('-').replace('-', "_");
+        let same = numerics[&name] == pair[1] || (numerics[&name] == "bf16" && ["native", "auto"].contains(&pair[1]));
+        assert!(same, "{numerics} {words}");
+    }
+    // The flags that it names give the same bytes.
+    let again = scratch.path("again.jsonl");
+    generate_ok("demo", &input, &again, &flags, 0);
+    assert_eq!(std::fs::read(&chosen).unwrap(), std::fs::read(&again).unwrap());
+    // A job begun with numerics that are hardly anybody's choice goes on with them; what is said must agree.
+    let begun = scratch.path("begun.jsonl");
+    generate_ok("demo", &input, &begun, &["--weights", "int8", "--kv-dtype", "f32"], 0);
+    let before = std::fs::read(&begun).unwrap();
+    let said = generate_ok("demo", &input, &begun, &["--allow-lossy"], 0);
+    assert!(said.contains("already finished"), "{said}");
+    assert_eq!(std::fs::read(&begun).unwrap(), before);
+    let said = generate_ok("demo", &input, &begun, &["--allow-lossy", "--weights", "int4"], 1);
+    assert!(said.contains("int8") && said.contains("int4"), "{said}");
+}

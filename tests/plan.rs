@@ -86,3 +86,26 @@ fn prompts_that_begin_alike_are_planned_as_what_they_need() {
     assert!(sequences(&alike) > 1.5 * sequences(&apart), "{} {}", sequences(&alike), sequences(&apart));
     assert!(rate(&alike) > 3.0 * rate(&apart), "{} {}", rate(&alike), rate(&apart));
 }
+
+#[test]
+fn numerics_are_chosen_where_it_is_allowed_and_they_are_not_said() {
+    let plan_with = |more: &[&str]| {
+        let job = ["--model", "policies/models/opt-30b.json", "--prompt-len", "512", "--gen-len", "32", "--json"];
+        let output = plan(&[&job[..], &T4, more].concat());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        (serde_json::from_slice::<Value>(&output.stdout).unwrap(), said)
+    };
+    let rate = |value: &Value| value["predicted"]["generated_tokens_per_s"].as_f64().unwrap();
+    let ((plain, nothing), (chosen, said)) = (plan_with(&[]), plan_with(&["--allow-lossy"]));
+    assert!(nothing.is_empty() && said.starts_with("--allow-lossy chose ") && said.contains(" int"), "{said}");
+    // The link binds, over which 16 bits go.
+    assert!(rate(&chosen) > 1.5 * rate(&plain), "{} {}", rate(&chosen), rate(&plain));
+    let words = said.split("chose ").nth(1).unwrap().trim();
+    let flags: Vec<&str> = words.split(' ').collect();
+    let mut said_so = plan_with(&flags).0;
+    said_so["planning_secs"] = chosen["planning_secs"].clone();
+    assert_eq!(said_so, chosen);
+    let (kept, _) = plan_with(&["--allow-lossy", "--weights", "f16", "--kv-dtype", "f16"]);
+    assert_eq!((&kept["numerics"], rate(&kept)), (&plain["numerics"], rate(&plain)));
+}

@@ -312,3 +312,23 @@ fn grids_and_flags_that_make_no_sense_are_refused() {
     let nothing = sweep("no/such/model", &format!("batch=1;{lengths}"), &output, &T4);
     hint(&refused(&nothing, 2));
 }
+
+#[test]
+fn points_get_numerics_where_the_program_may_choose() {
+    let scratch = Scratch::new();
+    let output = scratch.path("out");
+    let lossy = |grid: &str, code: i32| {
+        said(&sweep("policies/models/opt-30b.json", grid, &output, &[&T4[..], &["--allow-lossy"]].concat()), code)
+    };
+    let grid = "batch=4,64;prompt-len=512;gen-len=32;kv-dtype=f16";
+    lossy(grid, 0);
+    let there = rows(&output).1;
+    for row in &there {
+        let point = &row["point"];
+        assert_eq!((&point["kv-dtype"], point["weights"] == "native"), (&Value::from("f16"), false), "{point}");
+        assert!(point["activations"].is_string(), "{point}");
+    }
+    // The same choice again, so nothing is left to do.
+    assert!(lossy(grid, 0).contains("2 of 2 points are there already"));
+    assert_eq!(rows(&output).1, there);
+}

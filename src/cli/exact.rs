@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use super::flags::{ActivationsChoice, KvChoice, WeightsChoice, kv_policy, rounds_activations};
+use super::lossy::Stored;
 use super::{devices, resources};
 use crate::error::Result;
 use crate::executor::size::model_bytes;
@@ -41,6 +42,13 @@ pub struct Exact {
     pub model: PlanModel,
 }
 
+/// The dtypes of a model as it lies there.
+pub fn stored(model: &Model) -> Stored {
+    let kv = model.weights.dtype(&model.source.embed).or(model.config.dtype).unwrap_or(DType::F32);
+    let converted = model.packed.as_ref().and_then(PackedModel::weights);
+    Stored { weights: converted.unwrap_or(kv), is_packed: model.packed.is_some(), kv }
+}
+
 impl Exact {
     /// The model in these numerics; `packed` is it in the dtype of its weights, `card` whether a card computes.
     ///
@@ -48,21 +56,20 @@ impl Exact {
     /// [`Error::Usage`](crate::error::Error::Usage) for numerics that do not go with the model.
     pub fn new(model: &Model, packed: &dyn Packed, numerics: Numerics<'_>, card: bool) -> Result<Exact> {
         let config = &model.config;
-        let stored = model.weights.dtype(&model.source.embed).or(config.dtype).unwrap_or(DType::F32);
-        let converted = model.packed.as_ref().and_then(PackedModel::weights);
+        let stored = stored(model);
         let kv_policy = kv_policy(numerics.kv_policy, config)?;
         let kv = KvLayout {
             num_layers: config.num_layers,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
-            dtype: numerics.kv.dtype(stored),
+            dtype: numerics.kv.said().unwrap_or(stored.kv),
             scored: kv_policy.needs_scores(),
         };
         let mut bytes = model_bytes(config, packed.layout(), &kv);
         if card {
             bytes.workspace = devices::workspace_of(config, packed.layout());
         }
-        let element = numerics.weights.dtype().or(converted).unwrap_or(stored);
+        let element = numerics.weights.dtype().unwrap_or(stored.weights);
         let plan_model = PlanModel::new(&model.name, config.clone(), None, element, kv.dtype);
         let mut plan_model = plan_model.with_scores(kv.scored).with_bytes(bytes);
         plan_model.cost.integer_activations = rounds_activations(numerics.activations, element)?;

@@ -93,6 +93,18 @@ pub enum WeightsChoice {
 }
 
 impl WeightsChoice {
+    /// The choice that stands for a dtype; none is as stored.
+    pub fn of(dtype: Option<DType>) -> Self {
+        match dtype {
+            None => WeightsChoice::Native,
+            Some(DType::Bf16) => WeightsChoice::Bf16,
+            Some(DType::F16) => WeightsChoice::F16,
+            Some(DType::F32) => WeightsChoice::F32,
+            Some(DType::Int8) => WeightsChoice::Int8,
+            Some(DType::Int4) => WeightsChoice::Int4,
+        }
+    }
+
     /// The dtype to convert to; none for as stored.
     pub fn dtype(self) -> Option<DType> {
         match self {
@@ -125,15 +137,27 @@ pub enum KvChoice {
 }
 
 impl KvChoice {
-    /// The dtype, given the checkpoint's.
-    pub fn dtype(self, checkpoint: DType) -> DType {
+    /// The choice that stands for a dtype; none is the checkpoint's.
+    pub fn of(dtype: Option<DType>) -> Self {
+        match dtype {
+            None => KvChoice::Auto,
+            Some(DType::F32) => KvChoice::F32,
+            Some(DType::Bf16) => KvChoice::Bf16,
+            Some(DType::F16) => KvChoice::F16,
+            Some(DType::Int8) => KvChoice::Int8,
+            Some(DType::Int4) => KvChoice::Int4,
+        }
+    }
+
+    /// The dtype; none for the checkpoint's.
+    pub fn said(self) -> Option<DType> {
         match self {
-            KvChoice::Auto => checkpoint,
-            KvChoice::F32 => DType::F32,
-            KvChoice::Bf16 => DType::Bf16,
-            KvChoice::F16 => DType::F16,
-            KvChoice::Int8 => DType::Int8,
-            KvChoice::Int4 => DType::Int4,
+            KvChoice::Auto => None,
+            KvChoice::F32 => Some(DType::F32),
+            KvChoice::Bf16 => Some(DType::Bf16),
+            KvChoice::F16 => Some(DType::F16),
+            KvChoice::Int8 => Some(DType::Int8),
+            KvChoice::Int4 => Some(DType::Int4),
         }
     }
 }
@@ -226,6 +250,11 @@ pub enum ProgressChoice {
     Json,
     /// Nothing.
     None,
+}
+
+/// The name that a choice has on the command line.
+pub fn choice_name(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().expect("no choice is hidden").get_name().to_owned()
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! **Invariant:** whatever can be refused is refused before the model is loaded; the fingerprint holds everything
 //! that changes a completion and nothing that does not.
 
+mod choosing;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::config::{self, PolicyFile};
 use super::exact::{Exact, Numerics};
 use super::flags::{
-    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, ScheduleChoice, Size, Switch, WeightsChoice, kv_policy,
+    ActivationsChoice, DeviceChoice, KvChoice, ProgressChoice, ScheduleChoice, Size, Switch, WeightsChoice,
+    choice_name, kv_policy,
 };
 use super::planning::{Decision, Situation};
 use super::progress::Progress;
@@ -146,6 +149,11 @@ pub struct Arguments {
     /// Dtype that weights are computed from [default: native].
     #[arg(long, env = "TIDEMILL_WEIGHTS", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     weights: Option<WeightsChoice>,
+    /// Let the program choose dtypes of weights and cache and the precision of activations, where they are not said:
+    /// what rounds least of what is about as fast as the fastest. Changes tokens.
+    #[arg(long, env = "TIDEMILL_ALLOW_LOSSY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL",
+        help_heading = "Budgets and numerics")]
+    allow_lossy: Option<bool>,
     /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in
     /// positions or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
@@ -204,6 +212,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let started = Instant::now();
     let card = devices::choose(arguments.device)?;
     let mut model = Model::open(&model_spec)?;
+    let arguments = arguments.settled(&model, card.as_ref())?;
     let resolved = arguments.resolve(&model, card.as_ref())?;
     let options = arguments.job_options(input, output, &model, &resolved)?;
     match job::open(options)? {
@@ -244,6 +253,7 @@ pub fn serve(arguments: Arguments, batch_wait: Duration) -> Result<u8> {
     let started = Instant::now();
     let card = devices::choose(arguments.device)?;
     let model = Model::open(&model_spec)?;
+    let arguments = arguments.settled(&model, card.as_ref())?;
     let resolved = arguments.resolve(&model, card.as_ref())?;
     let options = arguments.job_options(Input::Stdin, Output::Stdout, &model, &resolved)?;
     let job = job::worker(&options, signals.number.clone());
@@ -379,17 +389,7 @@ impl Arguments {
         let Exact { kv_policy, kv, element, model: plan_model } = Exact::new(model, &*packed, asked, card.is_some())?;
         let job = self.estimate(model, &*kv_policy);
         let throttles = self.throttles()?;
-        let situation = Situation {
-            model: &plan_model,
-            policy: policy.as_ref(),
-            schedule,
-            budgets,
-            throttles: &throttles,
-            job: &job,
-            card: card.map(|card| &card.facts),
-            cache: cache::directory(self.cache_dir.as_deref())?,
-            offload: self.offload_directory()?,
-        };
+        let situation = self.situation(&plan_model, policy.as_ref(), (budgets, &throttles), &job, card)?;
         let decision = situation.decide(self.trace.is_some())?;
         resources::check_planes(&decision.placement, packed.layout(), model.packed.as_ref())?;
         let batch = resources::batch(&decision.placement, self.shares(), self.expect_output_len);
@@ -405,6 +405,20 @@ impl Arguments {
         let model = plan_model;
         let device = card.map_or("host".to_owned(), |card| card.facts.name.clone());
         Ok(Resolved { device, budgets, batch, decision, model, throttles, kv, kv_policy, weights, numerics, synthetic })
+    }
+
+    fn situation<'a>(
+        &self,
+        model: &'a PlanModel,
+        policy: Option<&'a PolicyFile>,
+        (budgets, throttles): (Budgets, &'a Throttles),
+        job: &'a Job,
+        card: Option<&'a Card>,
+    ) -> Result<Situation<'a>> {
+        let cache = cache::directory(self.cache_dir.as_deref())?;
+        let (offload, schedule) = (self.offload_directory()?, self.schedule.map(ScheduleChoice::order));
+        let card = card.map(|card| &card.facts);
+        Ok(Situation { model, policy, schedule, budgets, throttles, job, card, cache, offload })
     }
 
     fn throttles(&self) -> Result<Throttles> {
@@ -559,11 +573,6 @@ impl Arguments {
 /// Why a job cannot go on.
 fn lost_card(name: &str) -> Error {
     Error::Device { what: format!("{name} is not there any more") }
-}
-
-/// The name that a choice has on the command line.
-fn choice_name(choice: impl clap::ValueEnum) -> String {
-    choice.to_possible_value().expect("no choice is hidden").get_name().to_owned()
 }
 
 /// A path without links and detours; the file itself need not exist. None without its directory.

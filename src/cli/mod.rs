@@ -12,6 +12,7 @@ mod eval;
 mod exact;
 mod flags;
 mod generate;
+mod lossy;
 mod pack;
 mod plan;
 mod planning;

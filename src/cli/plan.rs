@@ -11,9 +11,10 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
-use super::flags::{ActivationsChoice, DeviceChoice, ScheduleChoice, Size, kv_policy, rounds_activations};
+use super::flags::{ActivationsChoice, DeviceChoice, ScheduleChoice, Size, Switch, kv_policy, rounds_activations};
+use super::lossy::{Choice, Said, Stored, choose};
 use super::planning::this_machine;
-use super::say;
+use super::{resources, say};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
 use crate::memory::limits;
@@ -84,10 +85,20 @@ pub struct Arguments {
     /// Dtype of the KV cache: auto, f32, bf16, f16, int8, int4 [default: auto, the checkpoint's].
     #[arg(long, env = "TIDEMILL_KV_DTYPE", value_name = "DTYPE", help_heading = "Budgets and numerics")]
     kv_dtype: Option<String>,
+    /// Let the program choose dtypes of weights and cache and the precision of activations, where they are not said.
+    #[arg(long, env = "TIDEMILL_ALLOW_LOSSY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL",
+        help_heading = "Budgets and numerics")]
+    allow_lossy: Option<bool>,
     /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in
     /// positions or as shares of a request's length [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
+    /// Whether prompts of --input that begin alike share their beginnings [default: on].
+    #[arg(long, env = "TIDEMILL_PREFIX_SHARING", value_name = "SWITCH", help_heading = "Budgets and numerics")]
+    prefix_sharing: Option<Switch>,
+    /// Threads that compute, of this machine [default: one per core].
+    #[arg(long, env = "TIDEMILL_THREADS", value_name = "N", help_heading = "Budgets and numerics")]
+    threads: Option<usize>,
     /// Whether prompts are computed beside answers, or all of a batch first [default: mixed].
     #[arg(long, env = "TIDEMILL_SCHEDULE", value_name = "SCHEDULE", help_heading = "Budgets and numerics")]
     schedule: Option<ScheduleChoice>,
@@ -113,11 +124,34 @@ pub struct Arguments {
 /// # Errors
 /// A model, profile, input or flag that cannot be used; [`Error::OverBudget`] when nothing fits.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    let model = arguments.model()?;
+    resources::use_threads(arguments.threads)?;
+    let configuration = arguments.configuration()?;
+    let said = arguments.said()?;
+    let mut choice = Choice {
+        weights: said.weights.flatten(),
+        kv: said.kv.flatten(),
+        activations: said.activations.unwrap_or(ActivationsChoice::F32),
+    };
+    let model_of = |choice: Choice| {
+        let numerics = Numerics { weights: choice.weights, kv: choice.kv };
+        configuration.model(numerics, Some(choice.activations), arguments.kv_policy.as_deref())
+    };
     let (hardware, budgets) = arguments.hardware()?;
-    let job = arguments.job(&model)?;
+    let job = arguments.job(&configuration.model(Numerics::default(), None, arguments.kv_policy.as_deref())?)?;
     let capabilities = Capabilities::default();
     let schedule = arguments.schedule.map_or(Order::Mixed, ScheduleChoice::order);
+    if arguments.allow_lossy == Some(true) {
+        let secs = |choice: Choice| {
+            let (model, hardware, job) = (&model_of(choice).ok()?, &hardware, &job);
+            Question { model, hardware, budgets, capabilities, job, schedule }.best_program_secs()
+        };
+        let choices = said.choices(configuration.stored()?);
+        // What fits nowhere is refused with the numbers of what is smallest.
+        let smallest = choices.last().copied().unwrap_or(choice);
+        choice = choose(&choices, secs).map_or(smallest, |(choice, _)| choice);
+        say::line(&format!("--allow-lossy chose {}", choice.words()));
+    }
+    let model = model_of(choice)?;
     let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule };
     let started = Instant::now();
     let plan = question.plan()?;
@@ -188,6 +222,15 @@ impl Configuration {
         };
         let name = name.map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned());
         Ok(Some(Configuration { name, value: read_json(&file)?, file }))
+    }
+
+    /// The dtypes that it names.
+    ///
+    /// # Errors
+    /// As [`Configuration::model`].
+    pub fn stored(&self) -> Result<Stored> {
+        let cost = self.model(Numerics::default(), None, None)?.cost;
+        Ok(Stored { weights: cost.weights, is_packed: false, kv: cost.kv })
     }
 
     /// The model in these numerics.
@@ -268,15 +311,17 @@ impl Granted<'_> {
 }
 
 impl Arguments {
-    fn model(&self) -> Result<PlanModel> {
-        let numerics = Numerics {
-            weights: dtype("--weights", self.weights.as_deref(), "native")?,
-            kv: dtype("--kv-dtype", self.kv_dtype.as_deref(), "auto")?,
-        };
+    fn configuration(&self) -> Result<Configuration> {
         let hint = "name a config.json (policies/models/ has some) or a model directory";
         let missing = || Error::usage(format!("--model {}: no such configuration", self.model), hint);
-        let configuration = Configuration::find(&self.model)?.ok_or_else(missing)?;
-        configuration.model(numerics, self.activations, self.kv_policy.as_deref())
+        Configuration::find(&self.model)?.ok_or_else(missing)
+    }
+
+    fn said(&self) -> Result<Said> {
+        let (weights, kv) = (self.weights.as_deref(), self.kv_dtype.as_deref());
+        let weights = weights.map(|text| dtype("--weights", Some(text), "native")).transpose()?;
+        let kv = kv.map(|text| dtype("--kv-dtype", Some(text), "auto")).transpose()?;
+        Ok(Said { weights, kv, activations: self.activations })
     }
 
     fn hardware(&self) -> Result<(Hardware, Budgets)> {
@@ -310,7 +355,7 @@ impl Arguments {
                 context_len,
                 kv_policy: &*kv_policy,
                 count: &count,
-                shares: !model.config.positions.depend_on_length(),
+                shares: self.prefix_sharing != Some(Switch::Off) && !model.config.positions.depend_on_length(),
             };
             return estimate::job(file, &reading);
         }
@@ -441,7 +486,10 @@ impl Report<'_> {
                 "name": model.name, "parameters": total, "active_parameters": active,
                 "weight_bytes": model.weight_bytes(),
             },
-            "numerics": {"weights": model.cost.weights, "kv_dtype": model.cost.kv},
+            "numerics": {
+                "weights": model.cost.weights, "kv_dtype": model.cost.kv,
+                "activations": if model.cost.integer_activations { "int8" } else { "f32" },
+            },
             "hardware": self.hardware.name,
             "job": {
                 "requests": job.requests, "prompt_len": job.prompt_len, "shared_len": job.prompt_len - job.fresh_len,

@@ -107,6 +107,15 @@ impl Situation<'_> {
             && placement.total_pages() >= self.job.most_pages
     }
 
+    /// Seconds that the fastest plan is expected to take, by the linear program alone; none if nothing fits.
+    ///
+    /// # Errors
+    /// What measuring the machine gives.
+    pub fn best_secs(&self) -> Result<Option<f64>> {
+        let hardware = self.profile(true)?.expect("it was measured");
+        Ok(self.question(&hardware).best_program_secs())
+    }
+
     fn plan(&self) -> Result<Decision> {
         let hardware = self.profile(true)?.expect("it was measured");
         let started = Instant::now();

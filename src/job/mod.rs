@@ -35,7 +35,7 @@ mod writer;
 
 pub use journal::PartialSample;
 pub use merge::merge;
-pub use open::{Job, Opening, open};
+pub use open::{Job, Opening, begun, open};
 pub use options::{Defaults, Fingerprint, Input, JobOptions, Limits, Output, Shard, Summary};
 pub use parse::check_defaults;
 pub use reader::{Event, Item, Reader};

@@ -47,6 +47,15 @@ pub struct Job {
     pub started_secs: u64,
 }
 
+/// What the job of an output depends on, if there is one.
+///
+/// # Errors
+/// When it cannot be read, or `output` is no place for one.
+pub fn begun(output: &Path) -> Result<Option<Fingerprint>> {
+    let paths = Paths::of(&Input::Stdin, output, None)?;
+    Ok(RunState::load(&paths.state)?.map(|state| state.fingerprint()))
+}
+
 /// Opens a job: begins it, or finds where an earlier process left it.
 ///
 /// # Errors

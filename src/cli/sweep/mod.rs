@@ -34,7 +34,7 @@ use crate::model::packed::cache;
 use crate::planner::draw;
 
 /// Flags that a sweep does not have: it makes its own jobs.
-pub const FOREIGN: [&str; 17] = [
+pub const FOREIGN: [&str; 15] = [
     "input",
     "error_file",
     "retry_failed",
@@ -50,12 +50,10 @@ pub const FOREIGN: [&str; 17] = [
     "n",
     "stop",
     "logprobs",
-    "expect_output_len",
-    "prefix_sharing",
 ];
 
 /// Flags that say where and how, not what.
-const OWN: [&str; 6] = ["model", "output", "seed", "cache-dir", "offload-dir", "progress"];
+const OWN: [&str; 7] = ["model", "output", "seed", "cache-dir", "offload-dir", "progress", "allow-lossy"];
 /// Points that are predicted before their rows are written.
 const TOGETHER: usize = 64;
 /// Runs of a point, if nothing else is said.
@@ -134,7 +132,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     std::fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
     let lock = Lock::take(&directory.join("results.jsonl.lock"))?;
     let mut results = Results::open(&directory.join("results.jsonl"))?;
-    let points = grid.points(&flags.settings);
+    let mut points = grid.points(&flags.settings);
     let is_this = stated.is_none();
     let found = match stated {
         Some(hardware) => hardware,
@@ -149,6 +147,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         false => Machine::Stated(hardware.clone()),
     };
     let mut planner = Planner::new(subject, machine, text("throttle").map(str::to_owned));
+    if given.get("allow-lossy").and_then(toml::Value::as_bool) == Some(true) {
+        points = planner.settle(points)?;
+    }
     planner.prepare(points.iter());
     let seed = number("seed").unwrap_or(0);
     let mut program = (env!("CARGO_PKG_VERSION").to_owned(), environment::commit());

@@ -8,11 +8,15 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::ValueEnum;
+use rayon::prelude::*;
 
 use crate::bench::sweep::{Failure, Point, Predicted, digits};
 use crate::cli::devices;
-use crate::cli::exact::{Exact, Numerics};
-use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, ScheduleChoice, Size, WeightsChoice, kv_policy};
+use crate::cli::exact::{Exact, Numerics, stored};
+use crate::cli::flags::{
+    ActivationsChoice, DeviceChoice, KvChoice, ScheduleChoice, Size, WeightsChoice, choice_name, kv_policy,
+};
+use crate::cli::lossy::{Choice, Said, choose};
 use crate::cli::plan::{self, Configuration, Granted};
 use crate::cli::planning::{Places, card_profile};
 use crate::error::{Error, Result};
@@ -95,6 +99,18 @@ fn choice<T: ValueEnum>(point: &Point, name: &str) -> Option<T> {
     point.settings.get(name).and_then(|text| T::from_str(text, false).ok())
 }
 
+/// A point in these numerics.
+fn with(point: &Point, choice: Choice) -> Point {
+    let mut point = point.clone();
+    let said = [
+        ("weights", choice_name(WeightsChoice::of(choice.weights))),
+        ("kv-dtype", choice_name(KvChoice::of(choice.kv))),
+        ("activations", choice_name(choice.activations)),
+    ];
+    point.settings.extend(said.map(|(name, text)| (name.to_owned(), text)));
+    point
+}
+
 impl Planner {
     /// A planner; `throttle` holds links back.
     pub fn new(subject: Subject, machine: Machine, throttle: Option<String>) -> Self {
@@ -116,6 +132,33 @@ impl Planner {
                 self.models.insert(model, made);
             }
         }
+    }
+
+    /// Says the numerics that points leave open: each gets the choice that suits it.
+    ///
+    /// # Errors
+    /// A model that cannot be planned with.
+    pub fn settle(&mut self, points: Vec<Point>) -> Result<Vec<Point>> {
+        let stored = match &self.subject {
+            Subject::Configuration(configuration) => configuration.stored()?,
+            Subject::Model(model) => stored(model),
+        };
+        let variants = |point: &Point| -> Vec<(Choice, Point)> {
+            let said = Said::new(choice(point, "weights"), choice(point, "kv-dtype"), choice(point, "activations"));
+            said.choices(stored).into_iter().map(|choice| (choice, with(point, choice))).collect()
+        };
+        let settled = points.into_iter().map(|point| {
+            let variants = variants(&point);
+            self.prepare(variants.iter().map(|(_, variant)| variant));
+            let (choices, variants): (Vec<Choice>, Vec<Point>) = variants.into_iter().unzip();
+            let plans = variants.par_iter().map(|variant| Some(self.plan(variant).ok()?.plan.secs));
+            let secs: Vec<Option<f64>> = plans.collect();
+            let at = |choice: Choice| choices.iter().position(|&other| other == choice).expect("it is one of them");
+            let chosen = choose(&choices, |choice| secs[at(choice)]);
+            // What fits nowhere is a row that says so.
+            chosen.map_or(point, |(choice, _)| variants[at(choice)].clone())
+        });
+        Ok(settled.collect())
     }
 
     /// The card that a point uses.
