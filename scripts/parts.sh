@@ -45,10 +45,11 @@ summary() {
     printf '%6.1f min  in all\n' "$(minutes "$SECONDS")"
 }
 
-# Compiled once, into .cache/.
+# Compiled once, into .cache/, in a quarter of the time without optimisation: it runs for two seconds.
 install_cargo_deny() {
     if [ "$("$TOOLS/bin/cargo-deny" --version 2>/dev/null)" != "cargo-deny $CARGO_DENY_VERSION" ]; then
-        cargo install cargo-deny --version "$CARGO_DENY_VERSION" --locked --root "$TOOLS" \
+        CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256 \
+            cargo install cargo-deny --version "$CARGO_DENY_VERSION" --locked --root "$TOOLS" \
             --target-dir .cache/build
         rm -rf .cache/build
     fi
