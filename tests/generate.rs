@@ -386,4 +386,11 @@ fn numerics_that_the_program_chose_are_kept_by_whoever_goes_on() {
     assert_eq!(std::fs::read(&begun).unwrap(), before);
     let said = generate_ok("demo", &input, &begun, &["--allow-lossy", "--weights", "int4"], 1);
     assert!(said.contains("int8") && said.contains("int4"), "{said}");
+    // What was removed is made anew, and shards are not to choose each for itself.
+    std::fs::remove_file(&begun).unwrap();
+    let said = generate_ok("demo", &input, &begun, &["--allow-lossy"], 0);
+    assert!(said.contains("--allow-lossy chose"), "{said}");
+    let shard = scratch.path("shard.jsonl");
+    let said = generate_ok("demo", &input, &shard, &["--allow-lossy", "--shard", "0/2"], 2);
+    assert!(said.contains("--shard") && said.contains("hint: run `tidemill plan"), "{said}");
 }

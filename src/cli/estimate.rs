@@ -254,7 +254,7 @@ mod tests {
         let job = read(&*full, true);
         // One of each kind computes the header, the others the end of their own; three pages of 200 tokens are whole.
         assert_eq!(shared(&job), 98 * 192 + 2 * 192);
-        assert_eq!(job.common_pages, 3);
+        assert_eq!(job.sharing.1, 3.0);
         assert!(job.fresh_len < 20.0 && job.prompt_len > 200.0, "{} of {}", job.fresh_len, job.prompt_len);
         assert_eq!((job.pages.round(), job.most_pages), (1.0, 4));
         assert_eq!((shared(&read(&*full, false)), shared(&read(&*evicting, true))), (0, 0));

@@ -152,7 +152,7 @@ pub struct Arguments {
     /// Let the program choose dtypes of weights and cache and the precision of activations, where they are not said:
     /// what rounds least of what is about as fast as the fastest. Changes tokens.
     #[arg(long, env = "TIDEMILL_ALLOW_LOSSY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL",
-        help_heading = "Budgets and numerics")]
+        value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Budgets and numerics")]
     allow_lossy: Option<bool>,
     /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in
     /// positions or as shares of a request's length [default: full].

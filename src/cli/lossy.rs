@@ -59,7 +59,8 @@ impl Said {
     /// What goes with what was said, what rounds least first.
     pub fn choices(&self, stored: Stored) -> Vec<Choice> {
         let smaller = |than: DType| {
-            let rounded = [DType::Int8, DType::Int4].into_iter().filter(move |dtype| dtype.bytes() < than.bytes());
+            let rounded =
+                [DType::Bf16, DType::Int8, DType::Int4].into_iter().filter(move |dtype| dtype.bytes() < than.bytes());
             std::iter::once(None).chain(rounded.map(Some))
         };
         let weights: Vec<_> = match self.weights {
@@ -88,11 +89,12 @@ impl Choice {
     /// values (`bench_results/quality.md`).
     fn loss(&self) -> u32 {
         let of = |dtype: Option<DType>, int4: u32| match dtype {
-            Some(DType::Int8) => 1,
+            Some(DType::Bf16) => 1,
+            Some(DType::Int8) => 2,
             Some(DType::Int4) => int4,
             _ => 0,
         };
-        of(self.weights, 8) + of(self.kv, 4) + u32::from(self.activations == ActivationsChoice::Int8)
+        of(self.weights, 16) + of(self.kv, 8) + if self.activations == ActivationsChoice::Int8 { 2 } else { 0 }
     }
 
     /// What a job that was begun had; `stored` names what flags need not.
@@ -143,6 +145,10 @@ mod tests {
         assert_eq!(said.choices(BF16).len(), 1);
         let said = Said { activations: Some(ActivationsChoice::Int8), ..Said::default() };
         assert!(said.choices(BF16).iter().all(|choice| choice.weights.is_some()));
+        // Of 32 bits, 16 are on the way.
+        let single = Stored { weights: DType::F32, is_packed: false, kv: DType::F32 };
+        let all = Said::default().choices(single);
+        assert_eq!((all.len(), all[1].weights.or(all[1].kv)), (4 * (2 + 2 + 2), Some(DType::Bf16)));
         let packed = Stored { weights: DType::Int4, is_packed: true, kv: DType::F16 };
         assert_eq!(Said::default().choices(packed).len(), 3 * 2);
     }

@@ -87,7 +87,7 @@ pub struct Arguments {
     kv_dtype: Option<String>,
     /// Let the program choose dtypes of weights and cache and the precision of activations, where they are not said.
     #[arg(long, env = "TIDEMILL_ALLOW_LOSSY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL",
-        help_heading = "Budgets and numerics")]
+        value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Budgets and numerics")]
     allow_lossy: Option<bool>,
     /// What the KV cache keeps: full, h2o:heavy=H,recent=R (or pyramid, per-head) or sink:start=S,recent=R, in
     /// positions or as shares of a request's length [default: full].
@@ -143,15 +143,17 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     if arguments.allow_lossy == Some(true) {
         let secs = |choice: Choice| {
             let (model, hardware, job) = (&model_of(choice).ok()?, &hardware, &job);
-            Question { model, hardware, budgets, capabilities, job, schedule }.best_program_secs()
+            Question { model, hardware, budgets, capabilities, job, schedule }.rough_secs()
         };
         let choices = said.choices(configuration.stored()?);
         // What fits nowhere is refused with the numbers of what is smallest.
         let smallest = choices.last().copied().unwrap_or(choice);
         choice = choose(&choices, secs).map_or(smallest, |(choice, _)| choice);
-        say::line(&format!("--allow-lossy chose {}", choice.words()));
     }
     let model = model_of(choice)?;
+    if arguments.allow_lossy == Some(true) {
+        say::line(&format!("--allow-lossy chose {}", choice.words()));
+    }
     let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule };
     let started = Instant::now();
     let plan = question.plan()?;

@@ -102,18 +102,17 @@ impl Situation<'_> {
 
     /// Whether the cache holds as many sequences as are worth having.
     fn is_roomy(&self, placement: &Placement) -> bool {
-        let wanted = placement.policy.sequences.min(self.job.requests).min(64) as f64 * self.job.pages;
-        placement.total_pages() as f64 >= wanted + self.job.common_pages as f64
-            && placement.total_pages() >= self.job.most_pages
+        let wanted = self.job.pages_of(placement.policy.sequences.min(self.job.requests).min(64) as f64);
+        placement.total_pages() as f64 >= wanted && placement.total_pages() >= self.job.most_pages
     }
 
-    /// Seconds that the fastest plan is expected to take, by the linear program alone; none if nothing fits.
+    /// Seconds that a good plan is expected to take, by the linear program alone; none if nothing fits.
     ///
     /// # Errors
     /// What measuring the machine gives.
-    pub fn best_secs(&self) -> Result<Option<f64>> {
+    pub fn rough_secs(&self) -> Result<Option<f64>> {
         let hardware = self.profile(true)?.expect("it was measured");
-        Ok(self.question(&hardware).best_program_secs())
+        Ok(self.question(&hardware).rough_secs())
     }
 
     fn plan(&self) -> Result<Decision> {

@@ -53,7 +53,9 @@ pub struct Job {
 /// When it cannot be read, or `output` is no place for one.
 pub fn begun(output: &Path) -> Result<Option<Fingerprint>> {
     let paths = Paths::of(&Input::Stdin, output, None)?;
-    Ok(RunState::load(&paths.state)?.map(|state| state.fingerprint()))
+    // Whoever removes a finished output wants it made anew.
+    let is_there = |state: &RunState| state.result.is_none() || paths.output.exists() || paths.journal.exists();
+    Ok(RunState::load(&paths.state)?.filter(is_there).map(|state| state.fingerprint()))
 }
 
 /// Opens a job: begins it, or finds where an earlier process left it.

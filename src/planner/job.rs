@@ -23,7 +23,7 @@ const LONGEST_CHUNK: usize = 1 << 16;
 pub struct Job {
     /// Sequences in all.
     pub requests: usize,
-    /// The first of them; the rest is taken to be like these.
+    /// Some of them, in order; the rest is taken to be like these.
     pub lengths: Vec<Request>,
     /// Prompt tokens of a sequence.
     pub prompt_len: f64,
@@ -35,9 +35,10 @@ pub struct Job {
     pub gen_len: f64,
     /// Pages that a sequence is expected to hold in the end beside those that it shares.
     pub pages: f64,
-    /// Pages of the longest beginning that sequences share: what the cache holds for all of them, as prompts with one
-    /// beginning follow each other.
-    pub common_pages: usize,
+    /// The same with those that it shares.
+    pub whole_pages: f64,
+    /// The part of the sequences that share, and the pages that one of them does.
+    pub sharing: (f64, f64),
     /// Pages that the longest sequence may hold.
     pub most_pages: usize,
     /// Pages that a single layer of the longest sequence works with.
@@ -132,21 +133,39 @@ impl Job {
     pub fn of(requests: &[Request]) -> Self {
         let count = requests.len().max(1) as f64;
         let mean = |value: &dyn Fn(&Request) -> f64| requests.iter().map(value).sum::<f64>() / count;
+        let sharers: Vec<f64> =
+            requests.iter().map(|request| request.shared_pages() as f64).filter(|&pages| pages > 0.0).collect();
+        // Of many, some from everywhere.
+        let kept = requests.len().min(LENGTHS);
+        let lengths = (0..kept).map(|index| requests[index * requests.len() / kept]).collect();
         Job {
             requests: requests.len().max(1),
-            lengths: requests.iter().take(LENGTHS).copied().collect(),
+            lengths,
             prompt_len: mean(&|request| request.prompt_len as f64).max(1.0),
             fresh_len: mean(&|request| (request.prompt_len - request.shared) as f64).max(1.0),
             prompt_keys: mean(&Request::prompt_keys).max(1.0),
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.expected_pages() as f64).max(1.0),
-            common_pages: requests.iter().map(Request::shared_pages).max().unwrap_or(0),
+            whole_pages: mean(&|request| (request.expected_pages() + request.shared_pages()) as f64).max(1.0),
+            sharing: (sharers.len() as f64 / count, sharers.iter().sum::<f64>() / sharers.len().max(1) as f64),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
             widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
             decode_pages: mean(&Request::decode_pages),
             most_keys: mean(&Request::most_keys),
             rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),
         }
+    }
+
+    /// Pages that `sequences` in flight share, as prompts with one beginning follow each other: what the beginning
+    /// takes, if anybody shares.
+    pub fn common_pages(&self, sequences: f64) -> f64 {
+        let (share, pages) = self.sharing;
+        pages * (1.0 - (1.0 - share).powf(sequences))
+    }
+
+    /// Pages that `sequences` in flight hold together.
+    pub fn pages_of(&self, sequences: f64) -> f64 {
+        (sequences * self.whole_pages).min(sequences * self.pages + self.common_pages(sequences))
     }
 
     /// Whether answers are expected to end before their last token.
@@ -234,8 +253,8 @@ impl PassLoad {
         let cuts = if rows > 0.0 { (job.fresh_len / rows).clamp(1.0, job.fresh_len) } else { 1.0 };
         let started = self.prompt_tokens / job.fresh_len;
         let shared_pages = (job.prompt_len - job.fresh_len) / PAGE;
-        // No segment reads more pages than its sequence holds, and what it shares.
-        let own_pages = (job.fresh_len / PAGE).ceil().min(cuts * job.pages) + cuts * shared_pages;
+        // No segment reads more pages than its sequence holds.
+        let own_pages = (job.fresh_len / PAGE).ceil().min(cuts * job.pages);
         let prompt_keys = started * job.prompt_keys;
         let (old, written) = cut_pages(job.fresh_len, cuts);
         let (prompt_old, mut prompt_written) = (started * old.min(cuts * job.pages), started * written);
@@ -245,7 +264,7 @@ impl PassLoad {
             self.prompt_tokens,
             self.decodes,
             prompt_keys + self.decodes * decode_len,
-            prompt_old + started * own_pages + self.decodes * job.decode_pages,
+            prompt_old + started * own_pages + self.decodes * decode_pages,
             self.prompts + self.decodes,
             started * cuts + self.decodes,
         ];
@@ -254,6 +273,8 @@ impl PassLoad {
             let upto = |index: usize| (total * index as f64 / parts).round();
             upto(index + 1) - upto(index)
         };
+        // A block brings what its sequences share once, and attends to it together.
+        let common = job.common_pages((started * cuts + self.decodes) / parts);
         let shape = |index: usize| {
             let [prompt, decodes, keys, pages, outputs, segments] = totals.map(|total| part(total, index));
             let rows = prompt + decodes;
@@ -261,13 +282,11 @@ impl PassLoad {
                 rows: rows as usize,
                 segments: segments.min(rows).max(f64::from(u8::from(rows > 0.0))) as usize,
                 keys: keys as u64,
-                pages: pages as u64,
+                pages: (pages + common).round() as u64,
                 outputs: outputs.min(rows) as usize,
                 ..BlockShape::default()
             }
         };
-        // A block brings what its sequences share once.
-        let common = if self.rows() > 0.0 { job.common_pages as f64 } else { 0.0 };
         let old_pages = (prompt_old + self.decodes * decode_pages) / parts + common;
         let mut decode_written = self.decodes;
         if job.rewrites {
@@ -318,9 +337,16 @@ mod tests {
     fn what_is_shared_is_neither_computed_nor_held_again() {
         let request = Request { prompt_len: 700, shared: 0, gen_len: 20, max_tokens: 20, kept: Kept::All };
         let job = Job::of(&[request.sharing(650); 4]);
-        assert_eq!((job.prompt_len, job.fresh_len, job.common_pages), (700.0, 60.0, 10));
+        assert_eq!((job.prompt_len, job.fresh_len, job.sharing), (700.0, 60.0, (1.0, 10.0)));
         // 720 positions lie in 12 pages, ten of which are shared.
-        assert_eq!((job.pages, job.most_pages), (2.0, 12));
+        assert_eq!((job.pages, job.whole_pages, job.most_pages), (2.0, 12.0, 12));
+        assert_eq!((job.pages_of(1.0), job.pages_of(20.0)), (12.0, 50.0));
+        // Of two samples one holds the prompt; what is shared is no more than a prompt. Two prompts of many hardly matter.
+        let two = Job::of(&[request, request.sharing(700)]);
+        assert_eq!((two.pages_of(1.0), two.pages_of(100.0) < 710.1), (12.0, true));
+        let mut many = [Request { prompt_len: 40, ..request }; 600];
+        (many[0], many[1]) = (request, request.sharing(700));
+        assert!(Job::of(&many).pages_of(20.0) < 22.0, "{}", Job::of(&many).pages_of(20.0));
         let load = job.steady(100, job.balanced_chunk(100));
         assert!((load.prompts - 5.0).abs() < 1e-9 && (load.prompt_tokens - 300.0).abs() < 1e-6, "{load:?}");
         let all: f64 = load.blocks(&job, 2).iter().map(|block| block.shape.keys as f64).sum();

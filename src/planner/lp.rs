@@ -45,8 +45,10 @@ pub struct Outline {
     pub blocks: usize,
     /// Rows of a block, at most.
     pub block_rows: usize,
-    /// Pages of the KV cache.
+    /// Pages of the KV cache, and how many of them sequences share.
     pub pages: usize,
+    /// As for `pages`.
+    pub common_pages: f64,
     /// Pages that the layer with most of them works with, for each page that a sequence holds.
     pub widest_layer: f64,
     /// Stages of streamed weights with the device.
@@ -62,9 +64,11 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Pages that a block may touch in a layer: its share of all, and a few more, because sequences are whole.
+    /// Pages that a block may touch in a layer: its share of all, and a few more, because sequences are whole; and what
+    /// all of them share.
     pub fn block_pages(&self) -> f64 {
-        1.06 * self.widest_layer * self.pages as f64 / self.blocks as f64
+        let own = self.pages as f64 - self.common_pages;
+        1.06 * self.widest_layer * own / self.blocks as f64 + self.common_pages
     }
 }
 
@@ -395,6 +399,7 @@ mod tests {
                 blocks: blocks.len(),
                 block_rows: blocks.iter().map(|block| block.shape.rows).max().unwrap(),
                 pages,
+                common_pages: 0.0,
                 widest_layer: 1.0,
                 weight_slots: 2,
                 kv_slots: 2,
@@ -453,6 +458,7 @@ mod tests {
             blocks: 2,
             block_rows: blocks[0].shape.rows,
             pages: 600,
+            common_pages: 0.0,
             widest_layer: 1.0,
             weight_slots: 2,
             kv_slots: 2,

@@ -39,6 +39,8 @@ const DISK_HANDICAP: f64 = 1.02;
 /// Sequences in flight at most.
 const MOST_SEQUENCES: usize = 1 << 15;
 /// Blocks of a pass that are tried.
+/// Numbers of sequences that tell models apart.
+const ROUGH: usize = 6;
 const BLOCKS: [usize; 14] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
 
 /// What is asked of the planner.
@@ -208,6 +210,13 @@ impl<'a> Question<'a> {
         self.candidates().iter().map(|candidate| candidate.secs).min_by(f64::total_cmp)
     }
 
+    /// The same from afar: a few numbers of sequences. It is for comparing models, whose best numbers differ.
+    pub fn rough_secs(&self) -> Option<f64> {
+        let all = self.sequences();
+        let few: Vec<usize> = all.iter().copied().step_by(all.len().div_ceil(ROUGH)).collect();
+        self.outlines(&few).iter().map(|candidate| candidate.secs).min_by(f64::total_cmp)
+    }
+
     /// A plan's passes in time.
     pub fn rehearse(&self, plan: &Plan, passes: usize) -> Rehearsed {
         let shapes = place(&plan.steady.blocks(self.job, plan.outline.blocks), &plan.placement);
@@ -303,7 +312,8 @@ impl<'a> Question<'a> {
     fn sequences(&self) -> Vec<usize> {
         let frames = self.model.cost.num_layers as f64 * self.model.bytes.frame as f64;
         let room: f64 = self.budgets.0.iter().sum();
-        let most = ((room / frames - self.job.common_pages as f64) / self.job.pages) as usize;
+        let room = room / frames;
+        let most = ((room - self.job.sharing.1) / self.job.pages).max(room / self.job.whole_pages) as usize;
         let most = most.clamp(1, MOST_SEQUENCES).min(self.job.requests);
         let mut all: Vec<usize> = vec![most];
         let mut count = most as f64;
@@ -326,7 +336,7 @@ impl<'a> Question<'a> {
         let rows = blocks.iter().map(|block| block.shape.rows).max().unwrap_or(1);
         // Passes of a real job carry a few rows more than the mean one.
         let spare = if blocks.len() == 1 { rows.max(sequences + chunk_tokens) } else { rows + rows.div_ceil(16) };
-        let pages = (sequences as f64 * self.job.pages).ceil() as usize + self.job.common_pages;
+        let pages = self.job.pages_of(sequences as f64).ceil() as usize;
         let prompts = ((chunk_tokens as f64 / self.job.fresh_len) as usize).clamp(1, blocks.len());
         Outline {
             sequences,
@@ -335,6 +345,7 @@ impl<'a> Question<'a> {
             // A prompt is in one block of a pass, so few prompts need larger ones.
             block_rows: spare.max(chunk_tokens.div_ceil(prompts) + sequences.div_ceil(blocks.len())),
             pages: pages.max(self.job.most_pages) + 1,
+            common_pages: self.job.common_pages(sequences as f64).min(pages as f64),
             widest_layer: self.job.widest_layer as f64 / self.job.most_pages as f64,
             weight_slots: 3,
             kv_slots: if blocks.len() == 1 { 2 } else { 3 },

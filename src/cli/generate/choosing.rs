@@ -8,7 +8,7 @@ use crate::cli::flags::{KvChoice, WeightsChoice, kv_policy};
 use crate::cli::lossy::{Choice, Said, choose};
 use crate::cli::say;
 use crate::device::cuda::card::Card;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::job;
 use crate::model::Model;
 
@@ -26,7 +26,13 @@ impl Arguments {
         let output = self.output.as_deref().filter(|output| output.as_os_str() != "-");
         let begun = output.map_or(Ok(None), job::begun)?;
         if let Some(choice) = begun.and_then(|fingerprint| Choice::of(&fingerprint, stored)) {
+            say::line(&format!("--allow-lossy keeps what the job was begun with: {}", choice.words()));
             return Ok(self.with(choice));
+        }
+        if self.shard.is_some() {
+            // Found out by `merge`, it would be a night too late.
+            let hint = "run `tidemill plan --allow-lossy` once and give all shards the flags that it names";
+            return Err(Error::usage("--allow-lossy could choose something else for every --shard", hint));
         }
         let kv_policy = kv_policy(self.kv_policy.as_deref(), &model.config)?;
         let (job, budgets, throttles) = (self.estimate(model, &*kv_policy), self.budgets(card)?, self.throttles()?);
@@ -39,7 +45,7 @@ impl Arguments {
                 activations: Some(choice.activations),
             };
             let exact = Exact::new(model, &*packed, numerics, card.is_some())?;
-            self.situation(&exact.model, None, (budgets, &throttles), &job, card)?.best_secs()
+            self.situation(&exact.model, None, (budgets, &throttles), &job, card)?.rough_secs()
         };
         let choices = said.choices(stored);
         if choices.is_empty() {
