@@ -341,7 +341,7 @@ mod tests {
         // 720 positions lie in 12 pages, ten of which are shared.
         assert_eq!((job.pages, job.whole_pages, job.most_pages), (2.0, 12.0, 12));
         assert_eq!((job.pages_of(1.0), job.pages_of(20.0)), (12.0, 50.0));
-        // Of two samples one holds the prompt; what is shared is no more than a prompt. Two prompts of many hardly matter.
+        // Of two samples one holds the prompt, and nobody shares more than that. Two prompts of many hardly matter.
         let two = Job::of(&[request, request.sharing(700)]);
         assert_eq!((two.pages_of(1.0), two.pages_of(100.0) < 710.1), (12.0, true));
         let mut many = [Request { prompt_len: 40, ..request }; 600];
