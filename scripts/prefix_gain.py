@@ -7,6 +7,7 @@ each, on the demo model; with and without sharing, alternating. Completions must
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 import random
@@ -78,10 +79,13 @@ def main():
     text = "\n".join(line for line in (
         "# Prompts that begin alike", "",
         f"`python3 scripts/prefix_gain.py --subjects {arguments.subjects} --questions {arguments.questions} --rounds "
-        f"{arguments.rounds}`: few-shot headers", "of 400 to 900 tokens with questions of 20 to 100 behind them, one "
+        f"{arguments.rounds}`, {datetime.date.today()}: few-shot headers", "of 400 to 900 tokens with questions of 20 to 100 behind them, one "
         "token asked of each, the demo model, a shared machine.", "Completions are equal byte for byte.", "",
         *head, *rows, ""))
-    (RESULTS / "prefix-sharing.md").write_text(text, encoding="utf-8")
+    record = RESULTS / "prefix-sharing.md"
+    # Sections behind the table are written by hand, and stay.
+    _, mark, rest = record.read_text(encoding="utf-8").partition("\n## ") if record.exists() else ("", "", "")
+    record.write_text(text + mark + rest, encoding="utf-8")
     print(text)
 
 
