@@ -31,7 +31,7 @@ use measure::{median, rounds};
 pub const SOURCE: &str = "measured by tidemill calibrate";
 
 /// Which way of measuring this is: profiles made in another way are not kept.
-pub const METHOD: u32 = 6;
+pub const METHOD: u32 = 7;
 
 /// What is measured, and how long.
 #[derive(Clone, Debug)]

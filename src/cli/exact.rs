@@ -62,7 +62,7 @@ impl Exact {
             num_layers: config.num_layers,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
-            dtype: numerics.kv.said().unwrap_or(stored.kv),
+            dtype: numerics.kv.dtype().unwrap_or(stored.kv),
             scored: kv_policy.needs_scores(),
         };
         let mut bytes = model_bytes(config, packed.layout(), &kv);

@@ -6,6 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -95,14 +96,7 @@ pub enum WeightsChoice {
 impl WeightsChoice {
     /// The choice that stands for a dtype; none is as stored.
     pub fn of(dtype: Option<DType>) -> Self {
-        match dtype {
-            None => WeightsChoice::Native,
-            Some(DType::Bf16) => WeightsChoice::Bf16,
-            Some(DType::F16) => WeightsChoice::F16,
-            Some(DType::F32) => WeightsChoice::F32,
-            Some(DType::Int8) => WeightsChoice::Int8,
-            Some(DType::Int4) => WeightsChoice::Int4,
-        }
+        *Self::value_variants().iter().find(|choice| choice.dtype() == dtype).expect("every dtype has a choice")
     }
 
     /// The dtype to convert to; none for as stored.
@@ -139,18 +133,11 @@ pub enum KvChoice {
 impl KvChoice {
     /// The choice that stands for a dtype; none is the checkpoint's.
     pub fn of(dtype: Option<DType>) -> Self {
-        match dtype {
-            None => KvChoice::Auto,
-            Some(DType::F32) => KvChoice::F32,
-            Some(DType::Bf16) => KvChoice::Bf16,
-            Some(DType::F16) => KvChoice::F16,
-            Some(DType::Int8) => KvChoice::Int8,
-            Some(DType::Int4) => KvChoice::Int4,
-        }
+        *Self::value_variants().iter().find(|choice| choice.dtype() == dtype).expect("every dtype has a choice")
     }
 
     /// The dtype; none for the checkpoint's.
-    pub fn said(self) -> Option<DType> {
+    pub fn dtype(self) -> Option<DType> {
         match self {
             KvChoice::Auto => None,
             KvChoice::F32 => Some(DType::F32),

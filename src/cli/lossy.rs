@@ -48,7 +48,7 @@ pub struct Stored {
 impl Said {
     /// As typed.
     pub fn new(weights: Option<WeightsChoice>, kv: Option<KvChoice>, activations: Option<ActivationsChoice>) -> Self {
-        Said { weights: weights.map(WeightsChoice::dtype), kv: kv.map(KvChoice::said), activations }
+        Said { weights: weights.map(WeightsChoice::dtype), kv: kv.map(KvChoice::dtype), activations }
     }
 
     /// Whether nothing is left to choose.
@@ -119,13 +119,15 @@ impl Choice {
 }
 
 /// The first of some choices, in order of what they round, that takes a tenth longer than the fastest at most, and how
-/// many times as fast it is as the very first. `secs` is what the job takes; none where it does not fit.
+/// many times as fast it is as the very first; none of no choices. `secs` is what the job takes, none where it does not
+/// fit. Where nothing fits it is the last, which is smallest: what is told of it then helps most.
 pub fn choose(choices: &[Choice], secs: impl Fn(Choice) -> Option<f64> + Sync) -> Option<(Choice, Option<f64>)> {
     let timed: Vec<Option<f64>> = choices.par_iter().map(|&choice| secs(choice)).collect();
     let least = timed.iter().flatten().copied().fold(f64::INFINITY, f64::min);
-    let (choice, secs) = choices.iter().zip(&timed).find(|(_, secs)| secs.is_some_and(|secs| secs <= ABOUT * least))?;
-    let gain = timed[0].zip(*secs).map(|(first, secs)| first / secs);
-    Some((*choice, gain))
+    let good = timed.iter().position(|secs| secs.is_some_and(|secs| secs <= ABOUT * least));
+    let chosen = good.or(choices.len().checked_sub(1))?;
+    let gain = timed[0].zip(timed[chosen]).map(|(first, secs)| first / secs);
+    Some((choices[chosen], gain))
 }
 
 #[cfg(test)]
@@ -170,6 +172,7 @@ mod tests {
         assert!((gain.unwrap() - 100.0 / 55.0).abs() < 1e-9);
         // What fits nowhere is no choice, and nothing to compare with.
         assert_eq!(by([f64::INFINITY, f64::INFINITY, 30.0]), (by([9.0, 9.0, 1.0]).0, None));
-        assert_eq!(choose(&choices, |_| None), None);
+        assert_eq!(choose(&choices, |_| None), Some((choices[choices.len() - 1], None)));
+        assert_eq!(choose(&[], |_| Some(1.0)), None);
     }
 }

@@ -140,18 +140,16 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let job = arguments.job(&configuration.model(Numerics::default(), None, arguments.kv_policy.as_deref())?)?;
     let capabilities = Capabilities::default();
     let schedule = arguments.schedule.map_or(Order::Mixed, ScheduleChoice::order);
-    if arguments.allow_lossy == Some(true) {
+    let chooses = arguments.allow_lossy == Some(true) && !said.is_all();
+    if chooses {
         let secs = |choice: Choice| {
             let (model, hardware, job) = (&model_of(choice).ok()?, &hardware, &job);
             Question { model, hardware, budgets, capabilities, job, schedule }.rough_secs()
         };
-        let choices = said.choices(configuration.stored()?);
-        // What fits nowhere is refused with the numbers of what is smallest.
-        let smallest = choices.last().copied().unwrap_or(choice);
-        choice = choose(&choices, secs).map_or(smallest, |(choice, _)| choice);
+        choice = choose(&said.choices(configuration.stored()?), secs).map_or(choice, |(choice, _)| choice);
     }
     let model = model_of(choice)?;
-    if arguments.allow_lossy == Some(true) {
+    if chooses {
         say::line(&format!("--allow-lossy chose {}", choice.words()));
     }
     let question = Question { model: &model, hardware: &hardware, budgets, capabilities, job: &job, schedule };

@@ -255,8 +255,7 @@ pub struct Seen(HashSet<NodeId>);
 impl Seen {
     /// Walks a way; gives how many of its first tokens lie on one that was walked before.
     pub fn walk(&mut self, path: &Path) -> usize {
-        let shared =
-            path.nodes[..path.takes.min(path.nodes.len())].iter().take_while(|node| self.0.contains(node)).count();
+        let shared = path.nodes[..path.takes].iter().take_while(|node| self.0.contains(node)).count();
         self.0.extend(&path.nodes);
         shared * PAGE_POSITIONS
     }

@@ -48,15 +48,12 @@ impl Arguments {
             self.situation(&exact.model, None, (budgets, &throttles), &job, card)?.rough_secs()
         };
         let choices = said.choices(stored);
-        if choices.is_empty() {
-            // What was said does not go together, which is told to whoever uses it.
-            return Ok(self);
-        }
-        // Measures the machine if need be, and says what is wrong with what was said.
-        secs(choices[0])?;
-        let chosen = choose(&choices, |choice| secs(choice).unwrap_or(None));
-        // What fits nowhere is refused with the numbers of what is smallest.
-        let (choice, gain) = chosen.unwrap_or((choices[choices.len() - 1], None));
+        // What was said may not go together, which is told to whoever uses it.
+        let Some(&first) = choices.first() else { return Ok(self) };
+        // Measures the machine if need be, once, and says what is wrong with what was said.
+        let first_secs = secs(first)?;
+        let secs = |choice| if choice == first { first_secs } else { secs(choice).unwrap_or(None) };
+        let Some((choice, gain)) = choose(&choices, secs) else { return Ok(self) };
         let gain = gain.map_or_else(String::new, |gain| format!(", {gain:.1} times as fast by the plan"));
         say::line(&format!("--allow-lossy chose {}{gain}", choice.words()));
         Ok(self.with(choice))

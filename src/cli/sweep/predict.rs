@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::ValueEnum;
-use rayon::prelude::*;
 
 use crate::bench::sweep::{Failure, Point, Predicted, digits};
 use crate::cli::devices;
@@ -143,20 +142,13 @@ impl Planner {
             Subject::Configuration(configuration) => configuration.stored()?,
             Subject::Model(model) => stored(model),
         };
-        let variants = |point: &Point| -> Vec<(Choice, Point)> {
-            let said = Said::new(choice(point, "weights"), choice(point, "kv-dtype"), choice(point, "activations"));
-            said.choices(stored).into_iter().map(|choice| (choice, with(point, choice))).collect()
-        };
         let settled = points.into_iter().map(|point| {
-            let variants = variants(&point);
-            self.prepare(variants.iter().map(|(_, variant)| variant));
-            let (choices, variants): (Vec<Choice>, Vec<Point>) = variants.into_iter().unzip();
-            let plans = variants.par_iter().map(|variant| Some(self.plan(variant).ok()?.plan.secs));
-            let secs: Vec<Option<f64>> = plans.collect();
-            let at = |choice: Choice| choices.iter().position(|&other| other == choice).expect("it is one of them");
-            let chosen = choose(&choices, |choice| secs[at(choice)]);
-            // What fits nowhere is a row that says so.
-            chosen.map_or(point, |(choice, _)| variants[at(choice)].clone())
+            let said = Said::new(choice(&point, "weights"), choice(&point, "kv-dtype"), choice(&point, "activations"));
+            let choices = said.choices(stored);
+            let variants: Vec<Point> = choices.iter().map(|&choice| with(&point, choice)).collect();
+            self.prepare(variants.iter());
+            let chosen = choose(&choices, |choice| Some(self.plan(&with(&point, choice)).ok()?.plan.secs));
+            chosen.map_or_else(|| point.clone(), |(choice, _)| with(&point, choice))
         });
         Ok(settled.collect())
     }
