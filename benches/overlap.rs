@@ -80,6 +80,7 @@ fn setting(seed: u64) -> Setting {
         kv_slots: 2 + dice.below(2),
         pages: sequences * per_sequence,
         block_pages: sequences.div_ceil(blocks) * per_sequence,
+        paused_pages: 0,
         weights: dice.split(),
         kv: if dice.below(2) == 0 { Split::all(Tier::Gpu) } else { dice.split() },
         hidden: Split::all(dice.tier()),
@@ -166,7 +167,7 @@ fn run(
     }
     let parts = Parts { packed: &packed, config, placement, kv, offload: Some(directory), throttle };
     let mut executor = Executor::new(device, host, parts).expect("an executor");
-    let mut pool = PagePool::new(executor.placement().pages);
+    let mut pool = PagePool::new(executor.placement().pages, 0);
     let per_sequence = pages_for(setting.context + PASSES + WARM_PASSES);
     let pages: Vec<Vec<u32>> =
         (0..setting.policy.sequences).map(|_| (0..per_sequence).map(|_| pool.take()).collect()).collect();

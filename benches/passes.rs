@@ -78,6 +78,7 @@ fn executor(model: &Model) -> Executor<Host> {
         kv_slots: 2,
         pages: PAGES,
         block_pages: PAGES,
+        paused_pages: 0,
         weights: Split::all(Tier::Cpu),
         kv: Split::all(Tier::Cpu),
         hidden: Split::all(Tier::Cpu),

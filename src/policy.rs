@@ -87,6 +87,9 @@ pub struct Policy {
     pub pages: usize,
     /// Streamed pages that a block may have, at most.
     pub block_pages: usize,
+    /// Pages in files for sequences that are paused, beside those of the cache; who finds none there is computed again.
+    #[serde(default)]
+    pub paused_pages: usize,
     /// Decoder layers, and a head that is not resident.
     pub weights: Split,
     /// Pages of the KV cache.

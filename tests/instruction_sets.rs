@@ -54,6 +54,7 @@ fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
         kv_slots: 2,
         pages: PAGES,
         block_pages: PAGES,
+        paused_pages: 0,
         weights: Split::all(Tier::Cpu),
         kv: Split::all(Tier::Cpu),
         hidden: Split::all(Tier::Cpu),

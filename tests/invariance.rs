@@ -98,16 +98,35 @@ fn sharing_prompts_changes_nothing() {
 #[test]
 fn phases_and_wrong_expectations_change_nothing() {
     let scratch = Scratch::new();
-    let input = scratch.write("in.jsonl", file(&mixed(&DEMO, 30, 9)));
+    let mut lines = mixed(&DEMO, 30, 9);
+    // Answers that go on for much longer than expected.
+    let story = |index| json!({"id": format!("s{index}"), "prompt": format!("Story {index}:"), "max_tokens": 150});
+    lines.extend((0..12).map(|index| story(index).to_string()));
+    let input = scratch.write("in.jsonl", file(&lines));
     let expected = bytes(&DEMO, &input, "expected.jsonl", &scratch, &[]);
-    let tight = scratch.write("policy.toml", "sequences = 30\nchunk-tokens = 50\npages = 20\n");
-    let tight = ["--policy", tight.to_str().unwrap(), "--expect-output-len", "2"];
-    for (index, extra) in [&["--schedule", "phased"][..], &tight, &[&tight[..], &["--schedule", "phased"]].concat()]
-        .into_iter()
-        .enumerate()
-    {
-        let got = bytes(&DEMO, &input, &format!("got-{index}.jsonl"), &scratch, extra);
+    let tight = "sequences = 30\nchunk-tokens = 50\npages = 20\n";
+    let tight = scratch.write("tight.toml", tight);
+    let keeping =
+        scratch.write("keeping.toml", format!("{}paused-pages = 30\n", std::fs::read_to_string(&tight).unwrap()));
+    let [tight, keeping] =
+        [&tight, &keeping].map(|policy| ["--policy", policy.to_str().unwrap(), "--expect-output-len", "2"]);
+    let phased = ["--schedule", "phased"];
+    // How it is run, and what surely happens: sequences are paused, what they have computed is kept. Who is in a batch
+    // that is closed depends on when lines come.
+    let ways = [
+        (phased.to_vec(), vec![]),
+        (tight.to_vec(), vec!["pauses"]),
+        (keeping.to_vec(), vec!["pauses", "kept_tokens"]),
+        ([&tight[..], &phased].concat(), vec![]),
+        ([&keeping[..], &phased].concat(), vec![]),
+    ];
+    let stats = scratch.path("stats.json");
+    for (index, (mut extra, happens)) in ways.into_iter().enumerate() {
+        extra.extend(["--stats", stats.to_str().unwrap()]);
+        let got = bytes(&DEMO, &input, &format!("got-{index}.jsonl"), &scratch, &extra);
         assert!(got == expected, "{extra:?}: {}", first_difference(&expected, &got));
+        let kv = &read_stats(&stats)["kv"];
+        assert!(happens.iter().all(|key| kv[key].as_u64() > Some(0)), "{extra:?}: {kv}");
     }
 }
 

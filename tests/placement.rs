@@ -71,6 +71,10 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
         let mut extra = vec!["--progress", "none", "--policy", file.to_str().unwrap(), "--threads", &threads];
         extra.extend(["--cache-dir", cache.to_str().unwrap(), "--stats", figures.to_str().unwrap()]);
         extra.extend(["--cpu-memory", "400MiB", "--disk-space", "400MiB"]);
+        // Wrong, so that sequences are paused.
+        if seed % 2 == 0 {
+            extra.extend(["--expect-output-len", "1"]);
+        }
         // Every fourth has no device: main memory and files alone.
         if seed % 4 != 3 {
             extra.extend(["--gpu-memory", "200MiB", "--device", "host"]);
@@ -100,6 +104,54 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     }
     assert!(streamed.iter().all(|&runs| runs * 5 > count), "lanes that moved bytes, of {count} runs: {streamed:?}");
     assert!(decoded * 20 > count, "{decoded} of {count} runs read from disk under policies with compressed planes");
+}
+
+/// Answers get much longer than expected, so sequences are paused; what they have computed goes to files and comes
+/// back, wherever their pages lie.
+#[test]
+fn what_a_paused_sequence_has_computed_comes_back() {
+    let scratch = Scratch::new();
+    let story = |index: usize| {
+        let prompt = format!("{} Tell me a story.", "Once there was a fox. ".repeat(index % 7));
+        json!({"id": format!("s{index}"), "prompt": prompt, "max_tokens": 150, "n": 1 + index % 3 / 2})
+    };
+    let input = scratch.jsonl("in.jsonl", &(0..16).map(story).collect::<Vec<_>>());
+    let cache = scratch.path("cache");
+    let ways: [(&[&str], u64, &str, bool); 6] = [
+        (&[], 16, "gpu = 1.0", true),
+        (&[], 16, "gpu = 0.3, cpu = 0.4, disk = 0.3", true),
+        (&[], 16, "cpu = 0.5, disk = 0.5", false),
+        (HEAVY, 12, "cpu = 1.0", false),
+        (SINK, 12, "cpu = 0.6, disk = 0.4", true),
+        (PYRAMID, 12, "gpu = 0.5, cpu = 0.5", true),
+    ];
+    for (index, (numerics, pages, kv, has_device)) in ways.into_iter().enumerate() {
+        let run = |name: &str, extra: &[&str]| {
+            let (output, figures) = (scratch.path(name), scratch.path("stats.json"));
+            let mut all = vec!["--progress", "none", "--cache-dir", cache.to_str().unwrap()];
+            all.extend(["--stats", figures.to_str().unwrap()]);
+            all.extend(numerics.iter().chain(extra));
+            generate_ok("demo", &input, &output, &all, 0);
+            (std::fs::read(output).unwrap(), stats(&figures))
+        };
+        let (expected, _) = run(&format!("expected-{index}.jsonl"), &[]);
+        let policy = format!(
+            "sequences = 20\nchunk-tokens = 60\nblocks = 2\npages = {pages}\nblock-pages = {pages}\n\
+             paused-pages = 40\nkv = {{ {kv} }}\n"
+        );
+        let policy = scratch.write("policy.toml", policy);
+        let mut extra = vec!["--policy", policy.to_str().unwrap(), "--expect-output-len", "2"];
+        if has_device {
+            extra.extend(["--gpu-memory", "200MiB", "--device", "host"]);
+        }
+        let (got, figures) = run(&format!("got-{index}.jsonl"), &extra);
+        assert!(got == expected, "{numerics:?} {kv}");
+        let [pauses, kept] = ["pauses", "kept_tokens"].map(|key| figures["kv"][key].as_u64().unwrap());
+        assert!(pauses > 0 && kept > 0, "{numerics:?} {kv}: {}", figures["kv"]);
+        let rows = figures["computed_tokens"].as_u64().unwrap() - figures["generated_tokens"].as_u64().unwrap();
+        assert!(rows <= figures["prompt_tokens"].as_u64().unwrap(), "nothing was computed again: {figures}");
+        assert!(figures["peak_bytes"]["disk"].as_u64().unwrap() > 0);
+    }
 }
 
 /// Rows are full with samples, so the other sequence sits out a pass in which no page of its kind is stored: what it

@@ -80,18 +80,30 @@ fn run(scratch: &Scratch, lines: &[Value], extra: &[&str]) -> Outcome {
     outcome
 }
 
+/// Caches that keep everything share pages. Those that keep a number of positions get copies of what others had there;
+/// the first of a group may be past a place when others come that part from it there.
 #[test]
 fn nearly_all_that_could_be_saved_is_saved() {
     let scratch = Scratch::new();
-    for mixed in [false, true] {
+    for (mixed, kv_policy) in [
+        (false, "full"),
+        (true, "full"),
+        (false, "h2o:heavy=60,recent=40"),
+        (true, "h2o:heavy=100,recent=20"),
+        (true, "sink:start=4,recent=100"),
+        (true, "pyramid:heavy=60,recent=40,slope=0.8"),
+        (false, "per-head:heavy=50,recent=50"),
+    ] {
         let prompts = questions(1, 8, 15, mixed);
         let lines: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt": prompt, "max_tokens": 2})).collect();
-        let shared = run(&scratch, &lines, &[]);
-        let own = run(&scratch, &lines, &["--prefix-sharing", "off"]);
-        assert!(shared.bytes == own.bytes, "mixed: {mixed}");
+        let shared = run(&scratch, &lines, &["--kv-policy", kv_policy]);
+        let own = run(&scratch, &lines, &["--kv-policy", kv_policy, "--prefix-sharing", "off"]);
+        let what = format!("{kv_policy}, mixed: {mixed}");
+        assert!(shared.bytes == own.bytes, "{what}");
         let tokens = |outcome: &Outcome, key: &str| outcome.stats[key].as_u64().unwrap() as usize;
         let (could, saved) = (could_be_saved(&prompts), tokens(&shared, "prefix_shared_tokens"));
-        assert!(saved * 100 >= could * 95 && saved <= could, "mixed: {mixed}, saved {saved} of {could}");
+        let least = if kv_policy == "full" { 95 } else { 85 };
+        assert!(saved * 100 >= could * least && saved <= could, "{what}, saved {saved} of {could}");
         assert_eq!(tokens(&own, "prefix_shared_tokens"), 0);
         assert_eq!(tokens(&own, "computed_tokens") - tokens(&shared, "computed_tokens"), saved);
         assert_eq!(tokens(&shared, "prompt_tokens"), prompts.iter().map(Vec::len).sum::<usize>());
@@ -120,10 +132,18 @@ fn sharing_changes_no_byte_wherever_pages_are_and_however_few() {
         assert!(outcome.bytes == expected, "policy {index}");
         assert!(outcome.stats["prefix_shared_tokens"].as_u64() > Some(0), "policy {index}");
     }
-    // Caches that evict, and numerics of integers.
-    for numerics in [&["--kv-policy", "h2o:heavy=0.1,recent=0.1"][..], &["--kv-dtype", "int4", "--weights", "int8"]] {
+    // Caches that evict, and numerics of integers; in as few pages as a sequence and its copies need, too.
+    for numerics in [
+        &["--kv-policy", "h2o:heavy=0.1,recent=0.1"][..],
+        &["--kv-policy", "h2o:heavy=60,recent=60", "--kv-dtype", "int8"],
+        &["--kv-policy", "sink:start=4,recent=150"],
+        &["--kv-dtype", "int4", "--weights", "int8"],
+    ] {
         let own = run(&scratch, &lines, &[numerics, &["--prefix-sharing", "off"]].concat());
         assert!(run(&scratch, &lines, numerics).bytes == own.bytes, "{numerics:?}");
+        let policy = scratch.write("policy.toml", "sequences = 6\nchunk-tokens = 100\npages = 18\npaused-pages = 5\n");
+        let tight = run(&scratch, &lines, &[numerics, &["--policy", policy.to_str().unwrap()]].concat());
+        assert!(tight.bytes == own.bytes, "{numerics:?}, few pages");
     }
 }
 

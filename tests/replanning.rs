@@ -36,7 +36,7 @@ fn lines(seed: u64) -> Vec<Value> {
     let mut chance = Chance::new(seed);
     let tokens = |count: u64, chance: &mut Chance| (0..count).map(|_| 20 + chance.below(600)).collect::<Vec<u64>>();
     let headers: Vec<Vec<u64>> = (0..3).map(|_| tokens(150, &mut chance)).collect();
-    let stops: Vec<u64> = (0..40).map(|index| 20 + 15 * index).collect();
+    let stops: Vec<u64> = (0..8).map(|index| 20 + 75 * index).collect();
     let line = |_| {
         let own = 1 + chance.below(180);
         let own = tokens(own, &mut chance);
@@ -57,10 +57,11 @@ fn lines(seed: u64) -> Vec<Value> {
 
 /// A placement of a few sequences and pages, everything in main memory.
 fn placement(chance: &mut Chance, model: &Model, kv: &KvLayout) -> Placement {
-    let (sequences, chunk_tokens) = (1 + chance.below(30) as usize, 1 + chance.below(200) as usize);
+    let (sequences, chunk_tokens) = (3 + chance.below(30) as usize, 1 + chance.below(200) as usize);
     let blocks = 1 + chance.below(3) as usize;
     let more = if chance.below(2) == 0 { 6 } else { 60 };
     let pages = LEAST_PAGES + chance.below(more) as usize;
+    let paused_pages = if chance.below(3) == 0 { 0 } else { chance.below(2 * pages as u64) as usize };
     let here = Split::all(Tier::Cpu);
     let policy = Policy {
         sequences,
@@ -71,6 +72,7 @@ fn placement(chance: &mut Chance, model: &Model, kv: &KvLayout) -> Placement {
         kv_slots: 2,
         pages,
         block_pages: pages,
+        paused_pages,
         weights: here,
         kv: here,
         hidden: here,
@@ -82,12 +84,13 @@ fn placement(chance: &mut Chance, model: &Model, kv: &KvLayout) -> Placement {
     Placement::new(&model_bytes(&model.config, Packer::new(model, None).layout(), kv), &policy, Tier::Cpu)
 }
 
-fn executor(model: &Model, placement: Placement, kv: KvLayout) -> Executor<Host> {
+fn executor(model: &Model, placement: Placement, kv: KvLayout, offload: &Path) -> Executor<Host> {
     let (device_bytes, host_bytes) = placement.arenas();
     let device = Host::new(Arena::new("test", Tier::Cpu, device_bytes as usize).unwrap());
     let host = Arena::new("test", Tier::Cpu, host_bytes as usize).unwrap();
     let packed = Packer::new(model, None);
-    let parts = Parts { packed: &packed, config: &model.config, placement, kv, offload: None, throttle: [None; 6] };
+    let (config, offload) = (&model.config, Some(offload));
+    let parts = Parts { packed: &packed, config, placement, kv, offload, throttle: [None; 6] };
     Executor::new(device, host, parts).unwrap()
 }
 
@@ -96,6 +99,7 @@ struct Whim<'a> {
     chance: Chance,
     model: &'a Model,
     kv: KvLayout,
+    offload: &'a Path,
 }
 
 impl Advisor<Host> for Whim<'_> {
@@ -110,7 +114,7 @@ impl Advisor<Host> for Whim<'_> {
     }
 
     fn build(&mut self, placement: Placement) -> Result<Executor<Host>> {
-        Ok(executor(self.model, placement, self.kv))
+        Ok(executor(self.model, placement, self.kv, self.offload))
     }
 }
 
@@ -142,9 +146,10 @@ fn options(model: &Model, input: &Path, output: &Path) -> JobOptions {
 #[test]
 fn pauses_and_other_placements_on_the_way_change_no_answer() {
     let count: u64 = std::env::var("REPLANS").map_or(4, |count| count.parse().unwrap());
-    let scratch = Scratch::new();
+    let (scratch, files) = (Scratch::new(), Scratch::new());
+    let offload = files.path("");
     let model = Model::open("demo").unwrap();
-    let (mut total, mut expected) = (Counts::default(), Vec::new());
+    let (mut total, mut all) = (Counts::default(), Vec::new());
     let policies =
         ["full", "h2o:heavy=60,recent=30", "sink:start=4,recent=100", "pyramid:heavy=50,recent=20,slope=0.8"];
     for seed in 0..count {
@@ -156,7 +161,7 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
             let output = scratch.path(name);
             let Opening::Run(job) = job::open(options(&model, &input, &output)).unwrap() else { panic!("a new job") };
             let (reader, mut writer) = (job.reader, job.writer);
-            let mut engine = Engine::new(&model, executor(&model, placement, kv), kv_policy.clone(), batch);
+            let mut engine = Engine::new(&model, executor(&model, placement, kv, &offload), kv_policy.clone(), batch);
             let advisor = advisor.map(|advisor| advisor as &mut dyn Advisor<Host>);
             let counts = engine.run(reader, &mut writer, &AtomicUsize::new(0), advisor, &mut |_| {}).unwrap();
             writer.close(true).unwrap();
@@ -170,7 +175,7 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
         };
         let roomy = {
             let mut policy = placement(&mut Chance::new(0), &model, &kv).policy;
-            (policy.sequences, policy.pages, policy.block_pages) = (200, 900, 900);
+            (policy.sequences, policy.pages, policy.block_pages, policy.paused_pages) = (200, 900, 900, 0);
             (policy.block_rows, policy.blocks, policy.chunk_tokens) = (1200, 1, 1000);
             let bytes = model_bytes(&model.config, Packer::new(&model, None).layout(), &kv);
             Placement::new(&bytes, &policy, Tier::Cpu)
@@ -183,15 +188,19 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
         // Far too short, so that more begin than there is room for.
         let expected_len = (chance.below(4) > 0).then(|| 1 + chance.below(12) as usize);
         let tight_batch = batch(&tight, order, chance.below(4) > 0, expected_len);
-        let mut whim = Whim { chance, model: &model, kv };
-        let (got, counts) = run("got", tight.clone(), tight_batch, Some(&mut whim));
-        let differ = answers.iter().zip(&got).find(|(a, b)| a != b);
-        assert!(got.len() == answers.len() && differ.is_none(), "seed {seed}, {tight_batch:?}, {tight:?}: {differ:?}");
-        assert_eq!(counts.succeeded, 45, "seed {seed}");
-        (total.paused, total.replanned) = (total.paused + counts.paused, total.replanned + counts.replanned);
-        expected.push((counts.paused, counts.replanned));
+        let mut whim = Whim { chance, model: &model, kv, offload: &offload };
+        for advisor in [None, Some(&mut whim)] {
+            let (got, counts) = run("got", tight.clone(), tight_batch, advisor);
+            let differ = answers.iter().zip(&got).find(|(a, b)| a != b);
+            let what = format!("seed {seed}, {tight_batch:?}, {tight:?}");
+            assert!(got.len() == answers.len() && differ.is_none(), "{what}: {differ:?}");
+            assert_eq!(counts.succeeded, 45, "{what}");
+            (total.paused, total.replanned) = (total.paused + counts.paused, total.replanned + counts.replanned);
+            total.kept_tokens += counts.kept_tokens;
+            all.push((counts.paused, counts.kept_tokens, counts.replanned));
+        }
     }
-    assert!(total.paused > 5 * count && total.replanned >= count, "{expected:?}");
+    assert!(total.paused > count && total.replanned >= count && total.kept_tokens > 100 * count, "{all:?}");
 }
 
 /// Advises once, and then has no memory for it.
@@ -213,7 +222,8 @@ impl Advisor<Host> for Poor<'_> {
 
 #[test]
 fn a_placement_that_cannot_be_built_ends_the_run_and_another_goes_on() {
-    let scratch = Scratch::new();
+    let (scratch, files) = (Scratch::new(), Scratch::new());
+    let offload = files.path("");
     let model = Model::open("demo").unwrap();
     let kv = layout(&model, false);
     let input = scratch.jsonl("in.jsonl", &lines(3));
@@ -224,7 +234,7 @@ fn a_placement_that_cannot_be_built_ends_the_run_and_another_goes_on() {
         let (reader, mut writer) = (job.reader, job.writer);
         let placement = placement(&mut Chance::new(4), &model, &kv);
         let batch = batch(&placement, Order::Mixed, true, None);
-        let mut engine = Engine::new(&model, executor(&model, placement, kv), parse("full").unwrap(), batch);
+        let mut engine = Engine::new(&model, executor(&model, placement, kv, &offload), parse("full").unwrap(), batch);
         let result = engine.run(reader, &mut writer, &AtomicUsize::new(0), advisor, &mut |_| {});
         // What was done can still be told.
         assert!(engine.used().bytes[1] + engine.used().bytes[0] > 0);
@@ -232,7 +242,7 @@ fn a_placement_that_cannot_be_built_ends_the_run_and_another_goes_on() {
         result
     };
     run("expected.jsonl", None).unwrap();
-    let mut poor = Poor(Whim { chance: Chance::new(5), model: &model, kv });
+    let mut poor = Poor(Whim { chance: Chance::new(5), model: &model, kv, offload: &offload });
     let error = run("out.jsonl", Some(&mut poor)).unwrap_err().to_string();
     assert!(error.contains("no memory for this"), "{error}");
     let counts = run("out.jsonl", None).unwrap();

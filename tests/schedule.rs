@@ -37,6 +37,7 @@ fn policy() -> Policy {
         kv_slots: 2,
         pages: 10,
         block_pages: 8,
+        paused_pages: 0,
         weights: Split::all(Tier::Gpu),
         kv: Split::all(Tier::Gpu),
         hidden: Split::all(Tier::Gpu),

@@ -47,6 +47,8 @@ pub struct PolicyFile {
     pub pages: Option<usize>,
     /// Streamed pages of a block.
     pub block_pages: Option<usize>,
+    /// Pages in files for sequences that are paused.
+    pub paused_pages: Option<usize>,
     /// Decoder layers.
     pub weights: Option<Split>,
     /// Pages.
@@ -85,9 +87,10 @@ impl PolicyFile {
             ("pages", policy.pages, 1 << 30),
             ("block-pages", policy.block_pages, 1 << 30),
         ];
-        for (key, value, most) in counts {
-            if value.is_some_and(|value| !(1..=most).contains(&value)) {
-                return Err(wrong(format!("{key} must be between 1 and {most}")));
+        let counts = counts.map(|(key, value, most)| (key, value, 1..=most));
+        for (key, value, range) in counts.into_iter().chain([("paused-pages", policy.paused_pages, 0..=1 << 30)]) {
+            if value.is_some_and(|value| !range.contains(&value)) {
+                return Err(wrong(format!("{key} must be between {} and {}", range.start(), range.end())));
             }
         }
         for (key, split) in [("weights", policy.weights), ("kv", policy.kv), ("hidden", policy.hidden)] {

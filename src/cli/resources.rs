@@ -200,6 +200,7 @@ impl Wishes<'_> {
             kv_slots: file.kv_slots.unwrap_or(2),
             pages,
             block_pages: file.block_pages.unwrap_or(streamed.div_ceil(blocks).max(longest)),
+            paused_pages: file.paused_pages.unwrap_or(0),
             weights: file.weights.unwrap_or(here),
             kv,
             hidden: file.hidden.unwrap_or(here),

@@ -71,7 +71,7 @@ pub fn write(
         "numerics": resolved.numerics,
         "kv": {
             "policy": resolved.numerics["kv_policy"], "evicted_tokens": counts.evicted_tokens,
-            "pauses": counts.paused,
+            "pauses": counts.paused, "kept_tokens": counts.kept_tokens,
         },
         "synthetic": resolved.synthetic,
     });

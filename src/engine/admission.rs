@@ -14,13 +14,13 @@ use super::outlook::Outlook;
 use super::prefix::{Found, Path, Prefixes};
 use super::prepare::{Prepared, PreparedPrompt, Scored, Unfit, Work};
 use super::sample::{Rules, Sample};
-use super::sequence::{Begin, Job, PromptState, Sequence};
+use super::sequence::{Aside, Begin, Job, PromptState, Sequence};
+use super::snapshot::{Snapshots, Trail};
 use super::{AHEAD_PROMPTS, Engine};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::{FinishReason, LineError};
-use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::Kept;
 
 /// Who was paused comes back when this part of the cache stays free, so that it is not paused again at once.
@@ -95,10 +95,10 @@ impl<D: Device> Engine<'_, D> {
                 let scored = scored.filter(|_| group == 0);
                 if scored.is_some() || !samples.is_empty() {
                     let prompt = &job.prompts[prompt_index].prompt;
-                    let path = path_of(&mut self.prefixes, shares, prompt, scored);
+                    let (path, trail) = enter((&mut self.prefixes, &mut self.snapshots), shares, prompt, scored);
                     self.pending_tokens += prompt.tokens.len();
                     let prompt = prompt_index;
-                    self.pending.push_back(Begin { job: index, prompt, samples, scored, path, paused: None });
+                    self.pending.push_back(Begin { job: index, prompt, samples, scored, path, trail, paused: None });
                 }
             }
         }
@@ -110,34 +110,35 @@ impl<D: Device> Engine<'_, D> {
     }
 
     /// Begins what there is room for.
-    pub(super) fn admit(&mut self) {
+    pub(super) fn admit(&mut self) -> Result<()> {
         if self.places() == 0 || self.waiting.is_empty() && self.pending.is_empty() {
-            return;
+            return Ok(());
         }
         let mut outlook = self.outlook.take().unwrap_or_else(|| self.outlook());
-        self.admit_into(&mut outlook);
+        self.admit_into(&mut outlook)?;
         self.outlook = Some(outlook);
+        Ok(())
     }
 
-    fn admit_into(&mut self, outlook: &mut Outlook) {
+    fn admit_into(&mut self, outlook: &mut Outlook) -> Result<()> {
         while let Some(sequence) = self.waiting.front() {
             let before = outlook.forecast;
             self.look_at(sequence, outlook);
             let fits = self.active.is_empty() || outlook.forecast.peak() <= self.free_pages() as f64;
             if self.places() == 0 || !fits {
                 outlook.forecast = before;
-                return;
+                return Ok(());
             }
             self.active.extend(self.waiting.pop_front());
         }
         // Siblings that will wait for room keep new prompts out.
         if self.active.iter().any(|sequence| !sequence.siblings.is_empty() && !sequence.siblings_go_on) {
-            return;
+            return Ok(());
         }
         if self.active.is_empty() {
             self.closed = false;
         } else if self.closed {
-            return;
+            return Ok(());
         }
         while let Some((index, siblings_go_on)) = self.next_prompt(outlook) {
             if !siblings_go_on && self.must_part(index) {
@@ -147,8 +148,11 @@ impl<D: Device> Engine<'_, D> {
             }
             self.passed_over = if index == 0 { 0 } else { self.passed_over + 1 };
             let begin = self.pending.remove(index).expect("it was looked at");
-            self.begin(begin, siblings_go_on);
+            if self.begin(begin, siblings_go_on)? {
+                *outlook = self.outlook();
+            }
         }
+        Ok(())
     }
 
     /// The prompt that is to begin next, and whether all of its samples have room; the outlook then counts them.
@@ -174,23 +178,26 @@ impl<D: Device> Engine<'_, D> {
         None
     }
 
-    /// Prompts that may begin next, the most welcome first, and how many pages of its beginning each finds ready. The
-    /// first in line goes first, unless its beginning is being computed or a later one finds more ready; the next few
-    /// may take the room that is too small for it.
+    /// Prompts that may begin next, the most welcome first, and how many pages of its beginning each takes. The first
+    /// goes first, unless its beginning is being computed or a later one finds more ready; the next few may take the
+    /// room that is too small for it.
     fn candidates(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         let pending = self.pending.iter().enumerate().take(if self.places() > 0 { usize::MAX } else { 0 });
-        let mut found = pending.filter_map(|(index, begin)| match self.prefixes.look(&begin.path) {
-            Found::Pages(pages) => Some((index, pages)),
-            Found::Soon => None,
+        // What is ready of a beginning: pages to take, or to copy.
+        let mut found = pending.filter_map(|(index, begin)| {
+            match (self.prefixes.look(&begin.path), self.snapshots.look(&begin.trail)) {
+                (Found::Pages(takes), Found::Pages(copies)) => Some((index, takes, takes + copies)),
+                _ => None,
+            }
         });
         let first = found.next();
         // Nobody is passed over for ever, nor whoever was paused at all.
         let paused = self.pending.front().is_some_and(|begin| begin.paused.is_some());
         let strict = paused || self.passed_over >= AHEAD_PROMPTS;
-        let looks = !strict && first.is_some_and(|(_, pages)| pages == 0);
-        let ready = if looks { found.clone().find(|&(_, pages)| pages > 0) } else { None };
+        let looks = !strict && first.is_some_and(|(_, _, ready)| ready == 0);
+        let ready = if looks { found.clone().find(|&(_, _, ready)| ready > 0) } else { None };
         let smaller = if strict || self.passed_over >= PASSED_OVER { 0 } else { SMALLER };
-        ready.into_iter().chain(first).chain(found.take(smaller))
+        ready.into_iter().chain(first).chain(found.take(smaller)).map(|(index, takes, _)| (index, takes))
     }
 
     /// Whether samples that do not fit together compute their prompt for themselves.
@@ -201,34 +208,53 @@ impl<D: Device> Engine<'_, D> {
 
     /// Lets every sample of a prompt in line compute it for itself.
     fn part_samples(&mut self, place: usize) {
-        let Begin { job, prompt, samples, scored, paused, .. } = self.pending.remove(place).expect("it was looked at");
+        let begin = self.pending.remove(place).expect("it was looked at");
+        let Begin { job, prompt, samples, scored, mut paused, .. } = begin;
         let tokens = self.jobs[&job].prompts[prompt].prompt.tokens.len();
         self.pending_tokens += tokens * (samples.len() - 1);
+        let shares = self.shares_beginnings();
         for (index, sample) in samples.into_iter().enumerate().rev() {
-            // Caches that evict share no beginnings.
-            let (samples, scored, path) = (vec![sample], scored.filter(|_| index == 0), Path::default());
+            let (samples, scored) = (vec![sample], scored.filter(|_| index == 0));
+            let state = &self.jobs[&job].prompts[prompt].prompt;
+            let trees = (&mut self.prefixes, &mut self.snapshots);
+            let (path, trail) = enter(trees, shares, state, scored);
             // One of them is who was paused, the others are new.
-            let paused = paused.filter(|_| index == 0);
-            self.pending.insert(place, Begin { job, prompt, samples, scored, path, paused });
+            let paused = if index == 0 { paused.take() } else { None };
+            self.pending.insert(place, Begin { job, prompt, samples, scored, path, trail, paused });
         }
     }
 
-    fn begin(&mut self, begin: Begin, siblings_go_on: bool) {
-        let Begin { job, prompt, samples, scored, mut path, paused } = begin;
-        self.begun += u64::from(paused.is_none());
-        let number = paused.unwrap_or(self.begun);
-        let pages = self.prefixes.begin(&mut path, number, &mut self.pool);
-        let taken = pages.len() * PAGE_POSITIONS;
+    /// Begins a prompt; gives whether it holds pages already that it was expected to take.
+    fn begin(&mut self, begin: Begin, siblings_go_on: bool) -> Result<bool> {
+        let Begin { job, prompt, samples, scored, mut path, mut trail, paused } = begin;
+        let is_new = paused.is_none();
+        self.begun += u64::from(is_new);
+        let number = paused.as_ref().map_or(self.begun, |paused| paused.number);
+        let mut pages = self.prefixes.begin(&mut path, number, &mut self.pool);
+        let kept = self.jobs[&job].prompts[prompt].prompt.kept;
+        let taken = pages.len();
+        // What it had itself, or what another has left, whichever goes further.
+        let (snapped, copies) = self.snapshots.begin(&trail, &mut self.pool);
+        let mut best = Aside { computed: snapped, before: 0, pages: copies };
+        if let Some(mut own) = paused.and_then(|paused| paused.aside) {
+            if own.computed > snapped {
+                std::mem::swap(&mut best, &mut own);
+            }
+            own.pages.into_iter().for_each(|page| self.pool.release(page));
+        }
+        let computed = self.bring_back(best, &mut pages)?;
+        let brings = pages.len() > taken;
+        self.snapshots.set_out(&mut trail, computed);
         let prepared = &self.jobs[&job].prompts[prompt].prompt;
-        let (prompt_tokens, kept) = (&prepared.tokens, prepared.kept);
+        let prompt_tokens = &prepared.tokens;
         let mut samples = samples.into_iter();
         let sample = samples.next();
         let mut tokens = prompt_tokens.clone();
         tokens.extend(sample.iter().flat_map(|sample| &sample.tokens).map(|token| token.id));
         let siblings: Vec<Sample> = samples.collect();
-        if paused.is_none() {
+        if is_new {
             self.counts.prompt_tokens += prompt_tokens.len() as u64;
-            self.counts.shared_tokens += taken as u64;
+            self.counts.shared_tokens += computed as u64;
         }
         self.pending_tokens -= prompt_tokens.len();
         self.promised_places += if siblings_go_on { siblings.len() } else { 0 };
@@ -237,16 +263,18 @@ impl<D: Device> Engine<'_, D> {
             prompt,
             prompt_len: prompt_tokens.len(),
             tokens,
-            computed: taken,
+            computed,
             kept,
             pages,
             number,
             path,
+            trail,
             scored,
             sample,
             siblings,
             siblings_go_on,
         });
+        Ok(brings)
     }
 
     /// Starts the siblings of a sequence whose prompt has just been computed: each takes a share of its pages.
@@ -269,6 +297,7 @@ impl<D: Device> Engine<'_, D> {
                 pages,
                 number: self.begun,
                 path: self.prefixes.join(&leader.path, &leader.pages),
+                trail: Trail::default(),
                 scored: None,
                 sample: Some(sample),
                 siblings: Vec::new(),
@@ -289,6 +318,7 @@ impl<D: Device> Engine<'_, D> {
     /// Gives back everything that a sequence holds.
     pub(super) fn release(&mut self, sequence: &Sequence) {
         self.prefixes.end(&sequence.path, sequence.number, &sequence.pages, &mut self.pool);
+        self.snapshots.end(&sequence.trail, &mut self.pool);
         sequence.pages.iter().for_each(|&page| self.pool.release(page));
         // Siblings that have not begun.
         if sequence.siblings_go_on {
@@ -301,11 +331,18 @@ impl<D: Device> Engine<'_, D> {
     }
 }
 
-/// The way of a prompt through the tree of beginnings, if it shares its own.
-pub(super) fn path_of(prefixes: &mut Prefixes, shares: bool, prompt: &PreparedPrompt, scored: Option<Scored>) -> Path {
-    if !shares || prompt.kept != Kept::All {
-        return Path::default();
-    }
+/// The way of a prompt through the tree of beginnings, or of snapshots where its cache evicts, if it shares its own.
+pub(super) fn enter(
+    (prefixes, snapshots): (&mut Prefixes, &mut Snapshots),
+    shares: bool,
+    prompt: &PreparedPrompt,
+    scored: Option<Scored>,
+) -> (Path, Trail) {
     // The row before the first token that is scored predicts it.
-    prefixes.enter(&prompt.tokens, scored.map_or(usize::MAX, |scored| scored.from - 1))
+    let from = scored.map_or(usize::MAX, |scored| scored.from - 1);
+    match prompt.kept {
+        _ if !shares => Default::default(),
+        Kept::All => (prefixes.enter(&prompt.tokens, from), Trail::default()),
+        kept => (Path::default(), snapshots.enter(&prompt.tokens, from, kept)),
+    }
 }

@@ -13,6 +13,7 @@ mod room;
 mod sample;
 mod score;
 mod sequence;
+mod snapshot;
 mod step;
 
 use std::collections::{HashMap, VecDeque};
@@ -38,6 +39,7 @@ use prepare::{Arrival, Room};
 use replan::Looks;
 pub use replan::{Advisor, Left, Used};
 use sequence::{Begin, Job, Sequence};
+use snapshot::Snapshots;
 
 /// Prompts, and tokens of prompts, that are looked at ahead for what they have in common.
 pub const AHEAD_PROMPTS: usize = 1024;
@@ -85,8 +87,10 @@ pub struct Counts {
     pub passes: u64,
     /// Answers that have ended.
     pub ended: u64,
-    /// Sequences that gave their pages to others and were computed again.
+    /// Sequences that gave their pages to others.
     pub paused: u64,
+    /// Positions of them that were kept in files; others are computed again.
+    pub kept_tokens: u64,
     /// Changes to another placement.
     pub replanned: u64,
     /// Sequences in flight now.
@@ -116,8 +120,9 @@ pub struct Engine<'m, D: Device> {
     pending_tokens: usize,
     /// Prompts that began before the first of them did.
     passed_over: usize,
-    /// Beginnings that prompts have in common.
+    /// Beginnings that prompts have in common; of caches that evict, what these hold after them.
     prefixes: Prefixes,
+    snapshots: Snapshots,
     /// Sequences that have begun.
     begun: u64,
     jobs: HashMap<u64, Job>,
@@ -158,7 +163,8 @@ pub struct Engine<'m, D: Device> {
 impl<'m, D: Device> Engine<'m, D> {
     /// An engine over a loaded model.
     pub fn new(model: &'m Model, executor: Executor<D>, kv_policy: Arc<dyn KvPolicy>, batch: Batch) -> Self {
-        let pool = PagePool::new(executor.placement().pages);
+        let placement = executor.placement();
+        let pool = PagePool::new(placement.pages, placement.policy.paused_pages);
         Engine {
             model,
             executor: Some(executor),
@@ -171,6 +177,7 @@ impl<'m, D: Device> Engine<'m, D> {
             pending_tokens: 0,
             passed_over: 0,
             prefixes: Prefixes::default(),
+            snapshots: Snapshots::default(),
             begun: 0,
             jobs: HashMap::new(),
             lengths: Lengths::new(batch.expected_len),
@@ -255,7 +262,7 @@ impl<'m, D: Device> Engine<'m, D> {
         let mut more = true;
         loop {
             check(signal)?;
-            self.admit();
+            self.admit()?;
             while more && self.wants_lines() {
                 // Lines that fail cost no pass: any number of them may come in a row.
                 check(signal)?;
@@ -273,7 +280,7 @@ impl<'m, D: Device> Engine<'m, D> {
                     Next::NotYet => break,
                     Next::End => more = false,
                 }
-                self.admit();
+                self.admit()?;
                 if idle && !self.active.is_empty() {
                     self.hold_until = Some(Instant::now() + self.batch_wait);
                 }

@@ -189,6 +189,12 @@ impl Prefixes {
         }
     }
 
+    /// How many of a sequence's first pages other sequences hold too, so that it will find them there.
+    pub fn held_by_others(&self, path: &Path, pages: &[PageId]) -> usize {
+        let nodes = path.nodes[..path.takes].iter().map(|&node| &self.nodes[node as usize]);
+        nodes.zip(pages).take_while(|(node, page)| node.state == State::Ready(**page) && node.holding > 1).count()
+    }
+
     /// How many of a sequence's pages no other sequence holds, though the tree does.
     pub fn held_alone(&self, path: &Path, pages: &[PageId]) -> usize {
         let nodes = path.nodes.iter().map(|&node| &self.nodes[node as usize]);
@@ -290,7 +296,7 @@ mod tests {
     /// A page behind one that nobody computed after all is of no use to a prompt that could take it, and not kept.
     #[test]
     fn what_cannot_be_taken_is_given_up() {
-        let (mut pool, mut tree) = (PagePool::new([6, 0, 0]), Prefixes::default());
+        let (mut pool, mut tree) = (PagePool::new([6, 0, 0], 0), Prefixes::default());
         let both = prompt(&[0, 1], 3);
         let [mut a, mut b, c] =
             [(&both[..70], 70), (&both[..], 0), (&both[..], 130)].map(|(t, from)| tree.enter(t, from));
@@ -316,7 +322,7 @@ mod tests {
     /// A prompt that may not take its last page leaves no second one with the tree, nor holds the first.
     #[test]
     fn what_is_computed_again_takes_the_place_of_what_was_ready() {
-        let (mut pool, mut tree) = (PagePool::new([4, 0, 0]), Prefixes::default());
+        let (mut pool, mut tree) = (PagePool::new([4, 0, 0], 0), Prefixes::default());
         let tokens = prompt(&[0, 1], 0);
         let [mut a, mut b] = [(); 2].map(|()| tree.enter(&tokens, usize::MAX));
         tree.begin(&mut a, 1, &mut pool);
@@ -342,7 +348,7 @@ mod tests {
             prompts in prop::collection::vec((prop::collection::vec(0u32..3, 0..5), 1usize..64, 0usize..400), 1..24),
             turns in prop::collection::vec((0u8..6, 0usize..24), 0..200),
         ) {
-            let mut pool = PagePool::new([200, 0, 0]);
+            let mut pool = PagePool::new([200, 0, 0], 0);
             let mut tree = Prefixes::default();
             // What every page holds: all tokens up to its end.
             let mut contents: HashMap<PageId, Vec<u32>> = HashMap::new();

@@ -7,7 +7,7 @@
 //! **Invariant:** memory of the old placement is given back before any of the new one is taken.
 
 use super::Engine;
-use super::admission::path_of;
+use super::admission::enter;
 use super::lengths::{Kind, is_certain};
 use super::prefix::Seen;
 use super::sequence::{Begin, Sequence};
@@ -107,7 +107,7 @@ impl<D: Device> Engine<'_, D> {
         self.executor = None;
         let policy = &placement.policy;
         (self.batch.sequences, self.batch.chunk_tokens) = (policy.sequences, policy.chunk_tokens);
-        self.pool = PagePool::new(placement.pages);
+        self.pool = PagePool::new(placement.pages, policy.paused_pages);
         self.counts.replanned += 1;
         self.outlook = None;
         self.executor = Some(advisor.build(placement)?);
@@ -189,13 +189,16 @@ impl<D: Device> Engine<'_, D> {
 
     fn pause_all(&mut self, writer: &mut Writer) -> Result<()> {
         while let Some(sequence) = self.waiting.pop_back().or_else(|| self.active.pop()) {
-            self.pause(sequence, writer)?;
+            self.pause(sequence, false, writer)?;
         }
         // What the tree holds lies in the pages that go.
-        self.prefixes = Default::default();
+        (self.prefixes, self.snapshots) = Default::default();
         let shares = self.shares_beginnings();
-        for Begin { job, prompt, scored, path, .. } in &mut self.pending {
-            *path = path_of(&mut self.prefixes, shares, &self.jobs[job].prompts[*prompt].prompt, *scored);
+        for Begin { job, prompt, scored, path, trail, paused, .. } in &mut self.pending {
+            // So do what was put aside.
+            paused.iter_mut().for_each(|paused| paused.aside = None);
+            let state = &self.jobs[job].prompts[*prompt].prompt;
+            (*path, *trail) = enter((&mut self.prefixes, &mut self.snapshots), shares, state, *scored);
         }
         Ok(())
     }

@@ -1,21 +1,23 @@
 //! Pages for those who are in flight: given out one by one, and taken from the youngest when there are not enough.
 //!
 //! Admission goes by a forecast, and a forecast can be wrong. A sequence that is paused gives back all that it holds
-//! and waits before all prompts, with its tokens; it is then computed again like one that another process began, so
-//! no bit of it changes.
+//! and waits before all prompts, with its tokens. What it has computed goes to files, and comes back with it; where
+//! there is no room for that, it is computed again like a sequence that another process began. Either way no bit of it
+//! changes.
 //!
 //! **Invariant:** a pass never takes more pages than there are, and the oldest sequence is never paused, so there is
 //! always one that goes on.
 
 use std::ops::Range;
 
-use super::admission::path_of;
-use super::sequence::{Begin, Sequence};
+use super::admission::enter;
+use super::sequence::{Aside, Begin, Paused, Sequence};
 use super::{Engine, journal_sample};
 use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::kv::layout::PAGE_POSITIONS;
+use crate::kv::pages::{PageId, PagePool};
 
 impl<D: Device> Engine<'_, D> {
     /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies of those that
@@ -29,7 +31,18 @@ impl<D: Device> Engine<'_, D> {
 
     /// Pages that nobody in flight holds.
     pub(super) fn free_pages(&self) -> usize {
-        self.pool.free() + self.prefixes.idle_pages()
+        self.pool.free() + self.prefixes.idle_pages() + self.snapshots.pages()
+    }
+
+    /// Gives up what is only kept for prompts to come until so many pages are free, if that is enough.
+    fn give_up(&mut self, wanted: usize) {
+        let lacks = |pool: &PagePool| wanted.saturating_sub(pool.free());
+        if lacks(&self.pool) > 0 {
+            self.prefixes.give_up(lacks(&self.pool), &mut self.pool);
+        }
+        if lacks(&self.pool) > 0 {
+            self.snapshots.give_up(lacks(&self.pool), &mut self.pool);
+        }
     }
 
     /// Pauses the youngest until everybody who decodes, and the oldest prompt, has the pages that its next positions
@@ -68,10 +81,7 @@ impl<D: Device> Engine<'_, D> {
     /// Makes the pages that positions `from .. to` of a sequence are written to its own.
     pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
         self.noted_pages -= std::mem::take(&mut self.noted[index]);
-        let lacks = self.pages_needed(&self.active[index], from..to).saturating_sub(self.pool.free());
-        if lacks > 0 {
-            self.prefixes.give_up(lacks, &mut self.pool);
-        }
+        self.give_up(self.pages_needed(&self.active[index], from..to));
         let sequence = &mut self.active[index];
         let kept = sequence.kept;
         let new = kept.pages(to).saturating_sub(sequence.pages.len());
@@ -80,10 +90,27 @@ impl<D: Device> Engine<'_, D> {
             let shared = self.active[index].pages[page];
             if self.pool.is_shared(shared) {
                 let own = self.pool.take();
-                self.executor_mut().copy_page(shared, own)?;
+                self.executor_mut().copy_pages(&[(shared, own)])?;
                 self.active[index].pages[page] = own;
                 self.pool.release(shared);
             }
+        }
+        Ok(())
+    }
+
+    /// Leaves snapshots of those who stand where one is wanted, if there is room.
+    pub(super) fn leave_snapshots(&mut self) -> Result<()> {
+        for index in 0..self.active.len() {
+            let Sequence { trail, computed, kept, .. } = &self.active[index];
+            let (computed, count) = (*computed, kept.pages(*computed));
+            if self.snapshots.next_point(trail) == Some(computed) && count <= self.pool.free() {
+                let pages = &self.active[index].pages[..count];
+                let pairs: Vec<_> = pages.iter().map(|&page| (page, self.pool.take())).collect();
+                self.executor_mut().copy_pages(&pairs)?;
+                let copies = pairs.into_iter().map(|(_, copy)| copy).collect();
+                self.snapshots.leave(&self.active[index].trail, computed, copies);
+            }
+            self.snapshots.pass(&mut self.active[index].trail, computed);
         }
         Ok(())
     }
@@ -98,13 +125,56 @@ impl<D: Device> Engine<'_, D> {
         } else {
             self.waiting.pop_back().expect("a prompt that needs the whole cache was let in")
         };
-        self.pause(sequence, writer)
+        self.counts.paused += 1;
+        self.pause(sequence, true, writer)
     }
 
-    /// Puts a sequence back before the prompts that have not begun.
-    pub(super) fn pause(&mut self, sequence: Sequence, writer: &mut Writer) -> Result<()> {
+    /// Copies what a sequence has computed to pages that are not of the cache, if there are enough.
+    fn put_aside(&mut self, sequence: &Sequence) -> Result<Option<Aside>> {
+        let computed = sequence.computed;
+        let pages = &sequence.pages[..sequence.kept.pages(computed)];
+        let before = self.prefixes.held_by_others(&sequence.path, pages);
+        let pages = &pages[before..];
+        let Some(aside) = self.pool.take_aside(pages.len()) else { return Ok(None) };
+        let pairs: Vec<_> = pages.iter().copied().zip(aside.iter().copied()).collect();
+        self.executor_mut().copy_pages(&pairs)?;
+        self.counts.kept_tokens += computed as u64;
+        Ok(Some(Aside { computed, before, pages: aside }))
+    }
+
+    /// Gives a sequence that begins with `pages` of its beginning what was put aside of it, or what another one left;
+    /// gives how many positions it has then. What is missing is computed again.
+    pub(super) fn bring_back(&mut self, aside: Aside, pages: &mut Vec<PageId>) -> Result<usize> {
+        let Aside { computed, before, pages: mut copies } = aside;
+        let taken = pages.len();
+        // Where its beginning is gone what came after it is of no use; nor is what others have computed since.
+        if before <= taken && computed > taken * PAGE_POSITIONS {
+            copies.drain(..taken - before).for_each(|page| self.pool.release(page));
+            let is_own = |pool: &PagePool| copies.iter().all(|&page| pool.is_alone(page));
+            if !is_own(&self.pool) {
+                self.give_up(copies.len());
+            }
+            if is_own(&self.pool) {
+                pages.append(&mut copies);
+                return Ok(computed);
+            }
+            if copies.len() <= self.pool.free() {
+                let pairs: Vec<_> = copies.iter().map(|&copy| (copy, self.pool.take())).collect();
+                self.executor_mut().copy_pages(&pairs)?;
+                pages.extend(pairs.iter().map(|(_, page)| page));
+                copies.into_iter().for_each(|page| self.pool.release(page));
+                return Ok(computed);
+            }
+        }
+        copies.into_iter().for_each(|page| self.pool.release(page));
+        Ok(taken * PAGE_POSITIONS)
+    }
+
+    /// Puts a sequence back before the prompts that have not begun. What it has computed is kept where there is room,
+    /// if `keeps` says so.
+    pub(super) fn pause(&mut self, sequence: Sequence, keeps: bool, writer: &mut Writer) -> Result<()> {
+        let aside = if keeps { self.put_aside(&sequence)? } else { None };
         self.release(&sequence);
-        self.counts.paused += 1;
         let Sequence { job, prompt, number, scored, sample, siblings, .. } = sequence;
         let mut samples: Vec<_> = sample.into_iter().chain(siblings).collect();
         for sample in &mut samples {
@@ -112,9 +182,10 @@ impl<D: Device> Engine<'_, D> {
         }
         let shares = self.shares_beginnings();
         let state = &self.jobs[&job].prompts[prompt].prompt;
-        let path = path_of(&mut self.prefixes, shares, state, scored);
+        let (path, trail) = enter((&mut self.prefixes, &mut self.snapshots), shares, state, scored);
         self.pending_tokens += state.tokens.len();
-        self.pending.push_front(Begin { job, prompt, samples, scored, path, paused: Some(number) });
+        let paused = Some(Paused { number, aside });
+        self.pending.push_front(Begin { job, prompt, samples, scored, path, trail, paused });
         Ok(())
     }
 }

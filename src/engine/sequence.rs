@@ -11,6 +11,7 @@ use crate::model::Model;
 use super::prefix::Path;
 use super::prepare::{PreparedPrompt, Scored};
 use super::sample::{Rules, Sample};
+use super::snapshot::Trail;
 
 /// A request with samples in flight or to come.
 pub struct Job {
@@ -54,8 +55,9 @@ pub struct Sequence {
     pub pages: Vec<PageId>,
     /// Counts sequences, in the order in which they first began.
     pub number: u64,
-    /// The way of its prompt through the tree of beginnings.
+    /// The way of its prompt through the tree of beginnings, and through that of snapshots.
     pub path: Path,
+    pub trail: Trail,
     /// Which of the prompt's tokens it scores.
     pub scored: Option<Scored>,
     /// The sample that it generates; none when only the prompt is scored.
@@ -76,10 +78,29 @@ pub struct Begin {
     pub samples: Vec<Sample>,
     /// Which of the prompt's tokens are scored on the way.
     pub scored: Option<Scored>,
-    /// The prompt's way through the tree of beginnings.
+    /// The prompt's way through the tree of beginnings, and through that of snapshots: one of the two at most.
     pub path: Path,
-    /// The number that it had before it was paused.
-    pub paused: Option<u64>,
+    pub trail: Trail,
+    /// What is left of the sequence that it was before it was paused.
+    pub paused: Option<Paused>,
+}
+
+/// What is left of a sequence that was paused, beside its tokens.
+pub struct Paused {
+    /// Its number.
+    pub number: u64,
+    /// What it had computed; none where it is to be computed again.
+    pub aside: Option<Aside>,
+}
+
+/// What a sequence has computed, in pages that are not of the cache.
+pub struct Aside {
+    /// Positions whose keys and values are stored.
+    pub computed: usize,
+    /// Pages before them, which others held too.
+    pub before: usize,
+    /// Copies of the others.
+    pub pages: Vec<PageId>,
 }
 
 impl Sequence {

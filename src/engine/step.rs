@@ -73,6 +73,7 @@ impl<D: Device> Engine<'_, D> {
             let Sequence { path, number, computed, pages, .. } = sequence;
             self.prefixes.publish(path, *number, *computed, pages, &mut self.pool);
         }
+        self.leave_snapshots()?;
         self.start_finished_prompts();
         self.retire(writer)
     }
@@ -105,6 +106,7 @@ impl<D: Device> Engine<'_, D> {
         let to = sequence.tokens.len().min(from + most);
         // The prompt ends a chunk: siblings start from it, and length scaling changes there.
         let to = if from < sequence.prompt_len { to.min(sequence.prompt_len) } else { to };
+        let to = self.snapshots.next_point(&sequence.trail).map_or(to, |point| to.min(point));
         let to = self.within_pages(index, sequence.kept.reach(&(from..to)));
         let outputs = self.executor().placement().output_rows - asked.rows;
         let to = sequence.scored.map_or(to, |scored| to.min(from.max(scored.from - 1) + outputs));

@@ -194,6 +194,16 @@ impl<D: Device> Lanes<D> {
         progress.counts
     }
 
+    /// Counts what was moved over a lane's link since `start` while the lane was idle, and holds it to its rate.
+    pub fn moved(&self, lane: Lane, bytes: u64, start: Instant) {
+        if let Some(rate) = self.common.throttle[lane.index()] {
+            std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate).saturating_sub(start.elapsed()));
+        }
+        let mut progress = self.common.lock();
+        let count = &mut progress.counts[lane.index()];
+        (count.busy, count.bytes) = (count.busy + start.elapsed(), count.bytes + bytes);
+    }
+
     /// Hands the steps of a pass to their lanes.
     ///
     /// # Errors

@@ -82,7 +82,7 @@ pub struct Shared<B> {
     pub kv_staging: Vec<RwLock<Region>>,
     /// Frames in main memory beside a device: layer by layer, page by page.
     pub kv_cpu: Vec<RwLock<Region>>,
-    /// Frames on disk, likewise.
+    /// Frames on disk, likewise; after them those of sequences that are paused, page by page.
     pub kv_disk: Option<DirectFile>,
     /// Streamed hidden states with the device.
     pub hidden: Vec<RwLock<B>>,
@@ -100,8 +100,8 @@ pub struct Shared<B> {
     pub table_extents: Vec<Option<Extent>>,
     /// Panels of the table on their way from the disk.
     pub table_panels: Option<RwLock<Region>>,
-    /// One frame, for copies from page to page.
-    pub frame: Option<RwLock<Region>>,
+    /// A few frames, for copies from page to page.
+    pub frames: Option<RwLock<Region>>,
 }
 
 /// All memory of an executor.
@@ -170,7 +170,7 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         table_cpu: Vec::new(),
         table_extents: Vec::new(),
         table_panels: None,
-        frame: None,
+        frames: None,
     };
     let stride = placement.frame as usize;
     for memory in large.ring(placement.kv_slots) {
@@ -178,8 +178,8 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         let memory = memory.into_inner().expect("nobody has used it yet");
         shared.kv.push(RwLock::new(Frames { memory, layout: source.kv, stride, count }));
     }
-    if !shared.kv.is_empty() {
-        shared.frame = Some(RwLock::new(large.host(stride)));
+    if placement.copied_layers() > 0 {
+        shared.frames = Some(RwLock::new(large.host(placement.copied_layers() * stride)));
     }
     let mut stages = Vec::new();
     for (&id, stage) in ids.iter().zip(&placement.stages) {
@@ -232,7 +232,7 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         });
         if bytes == 0 { Ok(None) } else { scratch_file(directory?, name, bytes).map(Some) }
     };
-    shared.kv_disk = scratch("pages", (disk_pages * layers * stride) as u64)?;
+    shared.kv_disk = scratch("pages", ((disk_pages + placement.policy.paused_pages) * layers * stride) as u64)?;
     let on_disk = placement.hidden.iter().filter(|&&tier| tier == Tier::Disk).count();
     shared.hidden_disk = scratch("hidden", (on_disk * hidden_bytes) as u64)?;
     let (own, embeddings) = small(device, source, Big { stages, head, table, kv, hidden });

@@ -15,6 +15,7 @@ mod work;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 pub use lanes::{Event, LaneCount, Throttle};
 pub use memory::stage_ids;
@@ -208,68 +209,80 @@ impl<D: Device> Executor<D> {
         fence
     }
 
-    /// Copies a page, all layers, wherever the two live.
+    /// Copies pages to other ones, all layers, wherever they live.
     ///
     /// # Errors
     /// What the disk or the device gives.
-    pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<()> {
-        // What was stored must have arrived; nothing else touches pages between passes.
-        self.lanes.wait(self.until(&[Lane::D2h, Lane::DiskWrite]))?;
-        let (from, to) = (from as usize, to as usize);
+    pub fn copy_pages(&mut self, pairs: &[(PageId, PageId)]) -> Result<()> {
+        let placement = self.placement();
+        let resident = |page: PageId| placement.page_tier(page as usize) == placement.compute;
+        let (near, far): (Vec<_>, Vec<_>) = pairs.iter().partition(|(from, to)| resident(*from) && resident(*to));
+        // What was stored must have arrived; nothing else touches pages between passes. Links are held to rates one
+        // step at a time.
+        self.lanes.wait(self.until(if far.is_empty() { &[Lane::D2h, Lane::DiskWrite] } else { &Lane::ALL }))?;
         let workshop = self.lanes.workshop();
-        let placement = &workshop.fixed.placement;
-        let resident = |page: usize| placement.page_tier(page) == placement.compute;
-        if resident(from) && resident(to) {
-            self.computing().copy_page(&workshop.fixed.device, placement, from, to);
-            return workshop.fixed.device.finish();
+        for (from, to) in near {
+            self.computing().copy_page(&workshop.fixed.device, &workshop.fixed.placement, from as usize, to as usize);
+        }
+        workshop.fixed.device.finish()?;
+        if far.is_empty() {
+            return Ok(());
         }
         let mut queue = DiskQueue::new(DEPTH, How::Auto)?;
-        (0..placement.num_layers).try_for_each(|layer| self.copy_frame(layer, from, to, &mut queue))
+        let placement = &workshop.fixed.placement;
+        let layers: Vec<usize> = (0..placement.num_layers).collect();
+        let parts = layers.chunks(placement.copied_layers());
+        far.into_iter().try_for_each(|pair| parts.clone().try_for_each(|part| self.copy_far(pair, part, &mut queue)))
     }
 
-    /// Copies one layer of a page through main memory.
-    fn copy_frame(&self, layer: usize, from: usize, to: usize, queue: &mut DiskQueue) -> Result<()> {
+    /// Copies some layers of a page through main memory.
+    fn copy_far(&self, (from, to): (PageId, PageId), layers: &[usize], queue: &mut DiskQueue) -> Result<()> {
         let Workshop { fixed, shared, .. } = self.lanes.workshop();
         let placement = &fixed.placement;
-        let [gpu, cpu, disk] = placement.pages;
         let bytes = placement.frame as usize;
-        // The tier of a page and its frame there.
-        let home = |page: usize| {
-            let tier = placement.page_tier(page);
-            let before = [0, gpu, gpu + cpu][tier as usize];
-            (tier, layer * [gpu, cpu, disk][tier as usize] + page - before)
-        };
-        let place = shared.frame.as_ref().expect("placements with streamed pages have room for a frame");
+        let place = shared.frames.as_ref().expect("placements whose pages may be copied so have room for it");
         let mut place = memory::write(place);
-        match home(from) {
-            (tier, frame) if tier == placement.compute => {
-                let mut compute = self.computing();
-                let to = &mut place.bytes_mut()[..bytes];
-                fixed.device.copy_out(&compute.frames().memory, &mut [(frame * bytes, to)])?;
+        let place = &mut place.bytes_mut()[..layers.len() * bytes];
+        let offsets = |page: PageId| layers.iter().map(move |&layer| bytes * placement.frame_of(layer, page as usize));
+        let moved = place.len() as u64;
+        let link = (placement.compute == Tier::Gpu).then_some([Lane::D2h, Lane::H2d]);
+        let start = Instant::now();
+        let into = offsets(from).zip(place.chunks_exact_mut(bytes));
+        match placement.page_tier(from as usize) {
+            tier if tier == placement.compute => {
+                let mut parts: Vec<_> = into.collect();
+                fixed.device.copy_out(&self.computing().frames().memory, &mut parts)?;
                 fixed.device.finish()?;
+                link.into_iter().for_each(|[out, _]| self.lanes.moved(out, moved, start));
             }
-            (Tier::Disk, frame) => {
-                let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
-                let buffer = &mut place.bytes_mut()[..bytes];
-                queue.read(&mut [Read { file: disk, offset: (frame * bytes) as u64, buffer }])?;
+            Tier::Disk => {
+                let file = shared.kv_disk.as_ref().expect("pages on disk have a file");
+                let mut reads: Vec<_> =
+                    into.map(|(offset, buffer)| Read { file, offset: offset as u64, buffer }).collect();
+                queue.read(&mut reads)?;
+                self.lanes.moved(Lane::DiskRead, moved, start);
             }
-            (_, frame) => place.bytes_mut().copy_from_slice(memory::read(&shared.kv_cpu[frame]).bytes()),
+            _ => into.for_each(|(offset, to)| to.copy_from_slice(memory::read(&shared.kv_cpu[offset / bytes]).bytes())),
         }
-        match home(to) {
-            (tier, frame) if tier == placement.compute => {
-                let mut compute = self.computing();
-                fixed.device.copy_in(&[(&place.bytes()[..bytes], frame * bytes)], &mut compute.frames().memory)?;
+        let start = Instant::now();
+        let out = place.chunks_exact(bytes).zip(offsets(to));
+        match placement.page_tier(to as usize) {
+            tier if tier == placement.compute => {
+                let parts: Vec<_> = out.collect();
+                fixed.device.copy_in(&parts, &mut self.computing().frames().memory)?;
                 fixed.device.finish()?;
+                link.into_iter().for_each(|[_, into]| self.lanes.moved(into, moved, start));
             }
-            (Tier::Disk, frame) => {
-                let disk = shared.kv_disk.as_ref().expect("pages on disk have a file");
-                queue.write(&[Write {
-                    file: disk,
-                    offset: (frame * bytes) as u64,
-                    buffer: &place.bytes()[..bytes],
-                }])?;
+            Tier::Disk => {
+                let file = shared.kv_disk.as_ref().expect("pages on disk have a file");
+                let writes: Vec<_> =
+                    out.map(|(buffer, offset)| Write { file, offset: offset as u64, buffer }).collect();
+                queue.write(&writes)?;
+                self.lanes.moved(Lane::DiskWrite, moved, start);
             }
-            (_, frame) => memory::write(&shared.kv_cpu[frame]).bytes_mut().copy_from_slice(place.bytes()),
+            _ => out.for_each(|(from, offset)| {
+                memory::write(&shared.kv_cpu[offset / bytes]).bytes_mut().copy_from_slice(from);
+            }),
         }
         Ok(())
     }

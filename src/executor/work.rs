@@ -205,13 +205,7 @@ impl<D: Device> Workshop<D> {
     /// A frame's number in its tier.
     fn home(&self, step: &Step, frame: Frame) -> usize {
         let placement = &self.fixed.placement;
-        let [gpu, cpu, disk] = placement.pages;
-        let (page, layer) = (frame.page as usize, frame.layer(step.stage as usize, placement.num_layers));
-        match placement.page_tier(page) {
-            Tier::Gpu => layer * gpu + page,
-            Tier::Cpu => layer * cpu + page - gpu,
-            Tier::Disk => layer * disk + page - gpu - cpu,
-        }
+        placement.frame_of(frame.layer(step.stage as usize, placement.num_layers), frame.page as usize)
     }
 
     fn frame(&self) -> usize {

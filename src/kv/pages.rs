@@ -26,36 +26,48 @@ pub struct Segment {
 #[derive(Debug)]
 pub struct PagePool {
     /// Free pages of each tier, and how many it has in all.
-    tiers: Vec<(Vec<PageId>, usize)>,
+    tiers: [(Vec<PageId>, usize); 3],
+    /// The same of the pages that are not of the cache.
+    aside: (Vec<PageId>, usize),
     holders: Vec<u32>,
 }
 
 impl PagePool {
-    /// A pool of free pages; `tiers` says how many each tier has.
-    pub fn new(tiers: [usize; 3]) -> Self {
+    /// A pool of free pages; `tiers` says how many each tier has. After them come `aside` pages that are not of the
+    /// cache: for what sequences that are paused have computed.
+    pub fn new(tiers: [usize; 3], aside: usize) -> Self {
         let mut first = 0;
-        let tiers = tiers.map(|count| {
+        let mut list = |count: usize| {
             let last = first + PageId::try_from(count).expect("page ids are 32 bits wide");
             let free = (first..last).rev().collect();
             first = last;
             (free, count)
-        });
-        PagePool { tiers: tiers.into(), holders: vec![0; first as usize] }
+        };
+        let (tiers, aside) = (tiers.map(&mut list), list(aside));
+        PagePool { tiers, aside, holders: vec![0; first as usize] }
     }
 
-    /// Pages in all.
+    /// Pages of the cache.
     pub fn len(&self) -> usize {
-        self.holders.len()
+        self.tiers.iter().map(|(_, count)| count).sum()
     }
 
-    /// Whether the pool has no pages at all.
+    /// Whether the cache has no pages at all.
     pub fn is_empty(&self) -> bool {
-        self.holders.is_empty()
+        self.len() == 0
     }
 
-    /// Pages that nobody holds.
+    /// Pages of the cache that nobody holds.
     pub fn free(&self) -> usize {
         self.tiers.iter().map(|(free, _)| free.len()).sum()
+    }
+
+    /// Takes `count` pages that are not of the cache; none if there are fewer.
+    pub fn take_aside(&mut self, count: usize) -> Option<Vec<PageId>> {
+        let (free, _) = &mut self.aside;
+        let pages = free.split_off(free.len().checked_sub(count)?);
+        pages.iter().for_each(|&page| self.holders[page as usize] = 1);
+        Some(pages)
     }
 
     /// Takes a free page of the tier that is emptiest, so that every sequence has its share of every tier; the caller
@@ -81,6 +93,11 @@ impl PagePool {
         self.holders[page as usize] > 1
     }
 
+    /// Whether a page is of the cache and has one holder, who may do with it what it wants.
+    pub fn is_alone(&self, page: PageId) -> bool {
+        (page as usize) < self.len() && self.holders[page as usize] == 1
+    }
+
     /// Drops a holder; the last one frees the page.
     pub fn release(&mut self, page: PageId) {
         let holders = &mut self.holders[page as usize];
@@ -88,7 +105,7 @@ impl PagePool {
         *holders -= 1;
         if *holders == 0 {
             let mut end = 0;
-            let of_page = self.tiers.iter_mut().find(|(_, count)| {
+            let of_page = self.tiers.iter_mut().chain([&mut self.aside]).find(|(_, count)| {
                 end += count;
                 (page as usize) < end
             });
@@ -103,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_last_holder_frees() {
-        let mut pool = PagePool::new([2, 0, 0]);
+        let mut pool = PagePool::new([2, 0, 0], 0);
         let page = pool.take();
         pool.share(page);
         pool.release(page);
@@ -114,18 +131,29 @@ mod tests {
 
     #[test]
     fn tiers_fill_evenly() {
-        let mut pool = PagePool::new([4, 2, 2]);
+        let mut pool = PagePool::new([4, 2, 2], 3);
         let mut taken: Vec<PageId> = (0..4).map(|_| pool.take()).collect();
         taken.sort_unstable();
         assert_eq!(taken, [0, 1, 4, 6]);
         taken.iter().for_each(|&page| pool.release(page));
-        assert_eq!(pool.free(), 8);
+        assert_eq!((pool.free(), pool.len()), (8, 8));
+    }
+
+    #[test]
+    fn what_lies_aside_is_not_of_the_cache() {
+        let mut pool = PagePool::new([1, 0, 1], 3);
+        let aside = pool.take_aside(2).unwrap();
+        assert!(aside.iter().all(|&page| (2..5).contains(&page)));
+        assert_eq!((pool.free(), pool.len(), pool.take_aside(2)), (2, 2, None));
+        let all = [pool.take(), pool.take()];
+        aside.iter().chain(&all).for_each(|&page| pool.release(page));
+        assert_eq!((pool.free(), pool.take_aside(3).map(|pages| pages.len())), (2, Some(3)));
     }
 
     #[test]
     #[should_panic(expected = "releasing the free page")]
     fn releasing_twice_is_a_bug() {
-        let mut pool = PagePool::new([0, 1, 0]);
+        let mut pool = PagePool::new([0, 1, 0], 0);
         let page = pool.take();
         pool.release(page);
         pool.release(page);

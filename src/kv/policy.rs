@@ -30,7 +30,7 @@ pub trait KvPolicy: fmt::Display + fmt::Debug + Send + Sync {
 }
 
 /// What is kept of a sequence.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Kept {
     /// Everything.
     #[default]
@@ -65,7 +65,7 @@ pub enum Kept {
 
 /// How the heavy hitters of a sequence are spread over a model. What [`Kept`] counts are averages, unless it was asked
 /// for a layer ([`Kept::at`]): all spreads keep as many keys in all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Spread {
     /// Every KV head of every layer has as many.
     #[default]

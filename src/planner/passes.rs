@@ -58,6 +58,8 @@ struct Crowd {
     noted: Vec<usize>,
     noted_pages: usize,
     pool: PagePool,
+    /// Pages in files that nobody who is paused has.
+    aside: usize,
     /// Limits of a block.
     block_rows: usize,
     block_pages: usize,
@@ -76,6 +78,11 @@ impl Sequence {
     /// Pages that it has, those that it shares included.
     fn covered(&self) -> usize {
         self.request.shared_pages() + self.pages.len()
+    }
+
+    /// Pages of what it has computed in files, while it is paused.
+    fn pages_aside(&self) -> usize {
+        self.request.kept.pages(self.computed).saturating_sub(self.request.shared_pages())
     }
 
     /// Whether its next row is a generated token.
@@ -121,7 +128,8 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
         paused: Vec::new(),
         noted: Vec::new(),
         noted_pages: 0,
-        pool: PagePool::new(pages),
+        pool: PagePool::new(pages, 0),
+        aside: fewer(policy.paused_pages),
         block_rows: fewer(policy.block_rows),
         block_pages: fewer(policy.block_pages.saturating_sub(common.len())).max(job.widest_layer),
         common,
@@ -144,7 +152,7 @@ pub fn passes(job: &Job, placement: &Placement) -> Vec<PlannedPass> {
             while crowd.active.len() < places && crowd.admit_paused(&mut forecast) {
                 let Some(request) = waiting.peek() else { break };
                 let request = if crowd.ends > 0.0 { drawn(request, begun) } else { **request };
-                if !crowd.admit(Sequence::new(request), &mut forecast) {
+                if crowd.admit(Sequence::new(request), &mut forecast).is_some() {
                     break;
                 }
                 waiting.next();
@@ -183,7 +191,7 @@ fn shared(job: &Job, placement: &Placement) -> (Vec<Request>, Vec<Tier>, [usize;
     if reserved == 0 || reserved >= placement.total_pages() {
         return alone();
     }
-    let (mut pool, mut left) = (PagePool::new(placement.pages), placement.pages);
+    let (mut pool, mut left) = (PagePool::new(placement.pages, 0), placement.pages);
     let tiers: Vec<Tier> = (0..reserved).map(|_| placement.page_tier(pool.take() as usize)).collect();
     tiers.iter().for_each(|&tier| left[tier as usize] -= 1);
     let room: usize = left.iter().sum();
@@ -204,25 +212,33 @@ impl Crowd {
         forecast
     }
 
-    /// Begins a sequence if the cache is expected to hold it.
-    fn admit(&mut self, sequence: Sequence, forecast: &mut Forecast) -> bool {
+    /// Begins a sequence if the cache is expected to hold it; else gives it back.
+    fn admit(&mut self, sequence: Sequence, forecast: &mut Forecast) -> Option<Sequence> {
         let mut with = *forecast;
         sequence.add_to(&mut with, self.ends);
-        let fits = self.active.is_empty() || with.peak() <= self.pool.free() as f64;
-        if fits {
-            *forecast = with;
-            self.active.push(sequence);
+        if !self.active.is_empty() && with.peak() > self.pool.free() as f64 {
+            return Some(sequence);
         }
-        fits
+        *forecast = with;
+        self.active.push(sequence);
+        None
     }
 
     /// Begins those again that were paused; whether all have room.
     fn admit_paused(&mut self, forecast: &mut Forecast) -> bool {
         while let Some(sequence) = self.paused.pop() {
-            let (request, known) = (sequence.request, sequence.known);
-            if !self.admit(sequence, forecast) {
-                self.paused.push(Sequence { known, ..Sequence::new(request) });
+            if let Some(sequence) = self.admit(sequence, forecast) {
+                self.paused.push(sequence);
                 return false;
+            }
+            let sequence = self.active.last_mut().expect("it was admitted");
+            let back = sequence.pages_aside();
+            self.aside += back;
+            if back <= self.pool.free() {
+                sequence.pages.extend((0..back).map(|_| self.pool.take()));
+                *forecast = self.forecast();
+            } else {
+                sequence.computed = sequence.request.shared;
             }
         }
         true
@@ -242,7 +258,12 @@ impl Crowd {
             }
             let youngest = self.active.pop().expect("there are two");
             youngest.pages.iter().for_each(|&page| self.pool.release(page));
-            self.paused.push(Sequence { known: youngest.known, ..Sequence::new(youngest.request) });
+            let mut paused = Sequence { pages: Vec::new(), ..youngest };
+            match self.aside.checked_sub(paused.pages_aside()) {
+                Some(aside) => self.aside = aside,
+                None => paused.computed = paused.request.shared,
+            }
+            self.paused.push(paused);
         }
     }
 
@@ -384,6 +405,7 @@ mod tests {
             block_rows: (sequences + chunk_tokens).div_ceil(blocks) + 8,
             pages: job.most_pages * sequences + 1,
             block_pages: job.most_pages * sequences + 4,
+            paused_pages: 0,
             weight_slots: 2,
             kv_slots: 2,
             weights: Split::all(Tier::Gpu),

@@ -14,6 +14,7 @@ use super::rollout::rollout;
 use crate::cost::Costs;
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::Hardware;
+use crate::kv::layout::PAGE_POSITIONS;
 use crate::policy::{Order, Policy};
 use crate::schedule::fences::Fences;
 use crate::schedule::lower::{Carried, lower};
@@ -36,11 +37,13 @@ const FOLLOWED: usize = 3;
 const MOST_FOLLOWED: usize = 12;
 /// How much slower a plan may be that does without the disk.
 const DISK_HANDICAP: f64 = 1.02;
+/// Pages of the cache to a page in files for those who are paused.
+const PAGES_TO_PAUSED: usize = 4;
 /// Sequences in flight at most.
 const MOST_SEQUENCES: usize = 1 << 15;
-/// Blocks of a pass that are tried.
 /// Numbers of sequences that tell models apart.
 const ROUGH: usize = 6;
+/// Blocks of a pass that are tried.
 const BLOCKS: [usize; 14] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
 
 /// What is asked of the planner.
@@ -182,7 +185,28 @@ impl<'a> Question<'a> {
                 predict(self.model, self.hardware, &plan.placement, self.job);
             followed.push(Plan { secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan });
         }
-        followed.into_iter().min_by(by_secs)
+        followed.into_iter().min_by(by_secs).map(|plan| self.keeping_paused(plan))
+    }
+
+    /// The plan with room in files for what sequences that are paused have computed, if bringing it there and back
+    /// takes less than computing it again.
+    fn keeping_paused(&self, plan: Plan) -> Plan {
+        // Nobody is paused where lengths are certain.
+        let Some(disk) = self.hardware.disk.as_ref().filter(|_| self.job.ends_early()) else { return plan };
+        let page_bytes = plan.placement.num_layers as f64 * plan.placement.frame as f64;
+        let moved_secs = page_bytes / disk.write_bytes_per_s + page_bytes / disk.read_bytes_per_s;
+        let computed_secs = PAGE_POSITIONS as f64 * plan.pass_secs / plan.steady.rows();
+        let left = ((self.budgets.0[2] - plan.placement.bytes[2] as f64) / page_bytes) as usize;
+        let paused_pages = plan.policy.pages.div_ceil(PAGES_TO_PAUSED).min(left);
+        let policy = Policy { paused_pages, ..plan.policy.clone() };
+        let placement = Placement::new(&self.model.bytes, &policy, plan.placement.compute);
+        let fits = placement.bytes.iter().zip(self.budgets.0).all(|(&bytes, budget)| bytes as f64 <= budget);
+        if paused_pages == 0 || moved_secs >= computed_secs || !fits {
+            return plan;
+        }
+        let Prediction { secs, passes, total_tokens_per_s, generated_tokens_per_s } =
+            predict(self.model, self.hardware, &placement, self.job);
+        Plan { policy, placement, secs, passes, total_tokens_per_s, generated_tokens_per_s, ..plan }
     }
 
     /// The bound that the machine sets to this question whatever the program: the program's own at raw rates.
@@ -434,6 +458,7 @@ impl<'a> Question<'a> {
             pages: outline.pages,
             // The longest sequence must fit into a block of its own.
             block_pages: streamed.max(self.job.widest_layer + 1),
+            paused_pages: 0,
             weights,
             kv,
             hidden,

@@ -10,6 +10,8 @@ use crate::policy::Policy;
 const STAGING_SLICES: usize = 4;
 /// Bytes of such a slice, unless a chunk is larger.
 const STAGING_BYTES: u64 = 32 << 20;
+/// Bytes of pages that are brought to files, and back, at once, unless a layer of one is more.
+const COPIED_BYTES: u64 = 4 << 20;
 /// Logits of one block of rows stay below this where the head is resident.
 const LOGIT_BYTES: u64 = 64 << 20;
 /// Panels of an embedding table that are read from disk at once.
@@ -282,8 +284,9 @@ impl Placement {
     /// Bytes that everything in `tier` takes.
     fn sum(&self, model: &ModelBytes, tier: Tier) -> u64 {
         let mut bytes = 0;
-        let pages = self.pages[tier as usize] as u64 * self.num_layers as u64 * self.frame;
-        bytes += large(pages);
+        let paused = if tier == Tier::Disk { self.policy.paused_pages } else { 0 };
+        let pages = self.pages[tier as usize] + paused;
+        bytes += large(pages as u64 * self.num_layers as u64 * self.frame);
         let hidden = self.hidden_block_bytes();
         bytes += self.hidden.iter().filter(|&&place| place == tier).count() as u64 * hidden;
         if tier != Tier::Disk {
@@ -316,10 +319,10 @@ impl Placement {
     /// Bytes of main memory that things pass through.
     fn transit(&self) -> u64 {
         let staging = self.weight_staging.total() + self.kv_staging.total() + self.hidden_staging.total();
-        let frame = if self.kv_slots.count > 0 { self.frame } else { 0 };
+        let frames = self.copied_layers() as u64 * self.frame;
         let panels = if self.embed == Tier::Disk { EMBEDDING_PANELS as u64 * self.panel_room } else { 0 };
         let lists = if self.compute == Tier::Gpu { self.workspace.1 } else { 0 };
-        lists + staging + self.planes.total() + frame + panels
+        lists + staging + self.planes.total() + frames + panels
     }
 
     /// Bytes of the arena of the device, and of main memory beside it. Where the CPU computes both are main memory.
@@ -360,9 +363,31 @@ impl Placement {
         if self.pages[self.compute as usize] == self.total_pages() { usize::MAX } else { self.policy.block_pages }
     }
 
-    /// The tier that a page lives in: the first pages with the device, then those in main memory, then on disk.
+    /// Layers of a page that are copied together where pages are copied through main memory.
+    pub fn copied_layers(&self) -> usize {
+        match (self.policy.paused_pages, self.kv_slots.count) {
+            (0, 0) => 0,
+            (0, _) => 1,
+            _ => ((COPIED_BYTES / self.frame.max(1)) as usize).clamp(1, self.num_layers),
+        }
+    }
+
+    /// The tier that a page lives in: the first pages with the device, then those in main memory, then on disk; there
+    /// also lie the pages after them, of those who are paused.
     pub fn page_tier(&self, page: usize) -> Tier {
         tier_of(&self.pages, page)
+    }
+
+    /// The number, within its tier, of the frame that holds a layer of a page: layer by layer, but page by page of
+    /// those who are paused, which are copied whole.
+    pub fn frame_of(&self, layer: usize, page: usize) -> usize {
+        let [gpu, cpu, disk] = self.pages;
+        match page.checked_sub(gpu + cpu + disk) {
+            Some(paused) => (disk + paused) * self.num_layers + layer,
+            None if page < gpu => layer * gpu + page,
+            None if page < gpu + cpu => layer * cpu + page - gpu,
+            None => layer * disk + page - gpu - cpu,
+        }
     }
 
     /// Whether anything is on disk while passes run.

@@ -19,16 +19,18 @@ pub fn policy(chance: &mut Chance, context: u64, planes: bool) -> String {
     let blocks = 1 + chance.below(4);
     let longest = context.div_ceil(64) + 1;
     let rows = [sequences, 16, 70][chance.below(3) as usize].max(sequences.div_ceil(blocks));
+    let more_pages = [60, 4][chance.below(2) as usize];
     let tier = |chance: &mut Chance| ["gpu", "cpu", "disk"][chance.below(3) as usize];
     let mut text = format!(
         "sequences = {sequences}\nchunk-tokens = {}\nblocks = {blocks}\nblock-rows = {rows}\nweight-slots = {}\n\
-         kv-slots = {}\npages = {}\nblock-pages = {}\nweights = {}\nkv = {}\nhidden = {}\n\
+         kv-slots = {}\npages = {}\nblock-pages = {}\npaused-pages = {}\nweights = {}\nkv = {}\nhidden = {}\n\
          embed = \"{}\"\nhead = \"{}\"\n",
         [1, 7, 64, 300][chance.below(4) as usize],
         1 + chance.below(4),
         1 + chance.below(4),
-        longest + chance.below(60),
+        longest + chance.below(more_pages),
         longest + chance.below(30),
+        [0, 40][chance.below(2) as usize],
         split(chance),
         split(chance),
         split(chance),
