@@ -167,8 +167,8 @@ impl Shape {
         self.products().iter().map(|(inputs, outputs)| inputs * outputs).sum()
     }
 
-    /// Bytes of every buffer: weights, keys and values, those of sequences that evict, those that are only put away, hidden, normed, qkv, queries, attended, up, activated, update,
-    /// scratch, logits, scale of norms.
+    /// Bytes of every buffer: weights, keys and values, those of sequences that evict, those that are only put away,
+    /// hidden, normed, qkv, queries, attended, up, activated, update, scratch, logits, scale of norms.
     fn buffers(&self) -> [usize; 15] {
         let Shape { hidden, intermediate, rows, .. } = *self;
         let layer: usize = self.products().iter().map(|&(i, o)| packed_bytes(i, o, DType::F32)).sum();
