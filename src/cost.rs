@@ -7,7 +7,7 @@
 
 use std::ops::{Add, Mul};
 
-use crate::hardware::{Hardware, Kernels, Link};
+use crate::hardware::{Hardware, Keeping, Kernels, Link};
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
 
@@ -149,6 +149,14 @@ pub struct LayerLoad {
     pub keys: f64,
     /// KV pages that its segments read, summed over the segments.
     pub pages: f64,
+    /// Keys that are seen and scored, summed over the rows.
+    pub scored: f64,
+    /// Slots of a head that evictions look through, summed over them.
+    pub sifted: f64,
+    /// Keys of a head that are evicted.
+    pub evicted: f64,
+    /// Rows that see the first positions across a gap.
+    pub turned: f64,
 }
 
 impl ModelCost {
@@ -222,13 +230,48 @@ impl ModelCost {
         4.0 * self.query_width as f64
     }
 
-    /// Bytes of a layer of a page as far as the time goes that cores take to read it: they widen integers about as fast
-    /// as the 16 bits for which the rate was measured.
-    fn widened_bytes(&self) -> f64 {
-        match self.kv {
-            DType::Int8 | DType::Int4 => 4.0 * PAGE_POSITIONS * self.kv_width as f64,
-            DType::F32 | DType::Bf16 | DType::F16 => self.frame_bytes,
+    /// Elements of a key and a value of all heads.
+    fn kv_elements(&self) -> f64 {
+        2.0 * self.kv_width as f64
+    }
+
+    /// Seconds that attention of one row takes to read a layer of a page. Integers are widened, on cores or on a card;
+    /// where that was not measured, cores take as long as for 16 bits, and a card reads what there is.
+    pub fn page_secs(&self, kernels: &Kernels, on_cpu: bool) -> f64 {
+        let wide = 2.0 * PAGE_POSITIONS * self.kv_elements();
+        let integers = matches!(self.kv, DType::Int8 | DType::Int4);
+        match kernels.integer_pages.get(&self.kv).filter(|_| integers) {
+            Some(pages) => wide / pages.wide_bytes_per_s,
+            None if integers && on_cpu => wide / kernels.attention_bytes_per_s,
+            None => self.frame_bytes / kernels.attention_bytes_per_s,
         }
+    }
+
+    /// Seconds of attention: beginning a segment, reading each page once, arithmetic, what keeping part of a sequence
+    /// takes. Many rows of a segment share what the arithmetic of one row alone loses.
+    pub fn attention_secs(&self, kernels: &Kernels, page_secs: f64, load: &LayerLoad) -> f64 {
+        let flops = self.key_flops();
+        let key = flops / kernels.attention_prefill_flops;
+        let alone = (PAGE_POSITIONS * (flops / kernels.attention_decode_flops - key)).max(0.0);
+        let segment = self.num_kv_heads as f64 * kernels.attention_segment_secs;
+        let attention = load.keys * key + load.pages * (alone + page_secs) + load.segments * segment;
+        attention + self.keeping_secs(&kernels.keeping, load)
+    }
+
+    /// Seconds that keeping part of sequences takes.
+    fn keeping_secs(&self, keeping: &Keeping, load: &LayerLoad) -> f64 {
+        let query_width = self.query_width as f64;
+        let num_heads = query_width * self.num_kv_heads as f64 / self.kv_width as f64;
+        load.scored * num_heads * keeping.score_secs
+            + load.sifted * self.num_kv_heads as f64 * keeping.sift_secs
+            + load.evicted * (query_width + self.kv_elements()) * keeping.evict_secs
+            + load.turned * query_width * keeping.turn_secs
+    }
+
+    /// Seconds that storing keys and values of a row takes beyond what the rate of element-wise work has of it.
+    fn store_secs(&self, kernels: &Kernels) -> f64 {
+        let element = kernels.integer_pages.get(&self.kv).map_or(0.0, |pages| pages.store_secs);
+        self.kv_elements() * element
     }
 
     /// Weights of the head.
@@ -327,17 +370,6 @@ impl<'a> Costs<'a> {
         Work { lane_secs: secs + latency, core_secs: secs * cores, dram_bytes, ..Work::default() }
     }
 
-    /// Seconds of attention: beginning a segment, reading each page once, arithmetic. Many rows of a segment share what
-    /// the arithmetic of one row alone loses.
-    fn attention_secs(&self, kernels: &Kernels, page_bytes: f64, load: &LayerLoad) -> f64 {
-        let (model, flops) = (self.model, self.model.key_flops());
-        let key = flops / kernels.attention_prefill_flops;
-        let alone = (PAGE_POSITIONS * (flops / kernels.attention_decode_flops - key)).max(0.0);
-        let page = alone + page_bytes / kernels.attention_bytes_per_s;
-        let segment = model.num_kv_heads as f64 * kernels.attention_segment_secs;
-        load.keys * key + load.pages * page + load.segments * segment
-    }
-
     /// One layer of a block, attention included.
     pub fn layer(&self, load: &LayerLoad) -> Work {
         if load.rows == 0.0 {
@@ -352,9 +384,9 @@ impl<'a> Costs<'a> {
             .sum();
         let pointwise = load.rows * model.pointwise_bytes;
         let on_cpu = self.hardware.computes_on_cpu();
-        let attention =
-            self.attention_secs(kernels, if on_cpu { model.widened_bytes() } else { model.frame_bytes }, load);
-        let secs = products + attention + pointwise / kernels.pointwise_bytes_per_s;
+        let attention = model.attention_secs(kernels, model.page_secs(kernels, on_cpu), load);
+        let stored = load.rows * model.store_secs(kernels);
+        let secs = products + attention + stored + pointwise / kernels.pointwise_bytes_per_s;
         self.compute(secs, model.layer_bytes() + load.pages * model.frame_bytes + pointwise)
     }
 
@@ -362,7 +394,8 @@ impl<'a> Costs<'a> {
     /// results cross the link as f16.
     pub fn cpu_attention(&self, load: &LayerLoad) -> Work {
         let cpu = &self.hardware.cpu;
-        let secs = self.attention_secs(&cpu.kernels, self.model.widened_bytes(), load);
+        let page_secs = self.model.page_secs(&cpu.kernels, true);
+        let secs = self.model.attention_secs(&cpu.kernels, page_secs, load);
         Work {
             lane_secs: secs + cpu.kernels.step_secs,
             core_secs: secs * cpu.cores,
@@ -406,6 +439,7 @@ impl<'a> Costs<'a> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::hardware::IntegerPages;
     use crate::hardware::tests::example;
     use std::path::Path;
 
@@ -447,30 +481,64 @@ pub(crate) mod tests {
 
     #[test]
     fn attention_of_one_row_costs_its_page_and_of_many_their_arithmetic() {
-        let (model, mut hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
-        hardware.gpu = None;
-        hardware.links = None;
-        let costs = Costs::new(&model, &hardware);
+        let (model, hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example().without_gpu());
         let mut kernels = hardware.kernels().clone();
-        let load = LayerLoad { rows: 1.0, segments: 1.0, keys: 640.0, pages: 10.0 };
-        let decode = costs.attention_secs(&kernels, model.frame_bytes, &load);
+        let load = LayerLoad { rows: 1.0, segments: 1.0, keys: 640.0, pages: 10.0, ..LayerLoad::default() };
+        let page_secs = model.page_secs(&kernels, true);
+        let decode = model.attention_secs(&kernels, page_secs, &load);
         let sum = 640.0 * 1024.0 / 5e9_f64 + 10.0 * model.frame_bytes / 5e9;
         assert!((decode - sum).abs() < 1e-12, "{decode} {sum}");
         // Beginning a segment costs once per key head, of which there are two.
         kernels.attention_segment_secs = 1e-6;
-        assert!((costs.attention_secs(&kernels, model.frame_bytes, &load) - decode - 2e-6).abs() < 1e-12);
-        let prefill = costs.attention_secs(
-            hardware.kernels(),
-            model.frame_bytes,
-            &LayerLoad { rows: 640.0, keys: 204_800.0, ..load },
-        );
+        assert!((model.attention_secs(&kernels, page_secs, &load) - decode - 2e-6).abs() < 1e-12);
+        let many = LayerLoad { rows: 640.0, keys: 204_800.0, ..load };
+        let prefill = model.attention_secs(hardware.kernels(), page_secs, &many);
         assert!((prefill / (204_800.0 * 1024.0 / 2e10) - 1.0).abs() < 0.02);
+    }
+
+    #[test]
+    fn keeping_part_of_a_sequence_costs_what_was_measured() {
+        let (model, mut hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example().without_gpu());
+        let keeping = Keeping { score_secs: 1e-9, sift_secs: 1e-8, evict_secs: 3e-9, turn_secs: 5e-9 };
+        hardware.cpu.kernels.keeping = keeping;
+        let all = LayerLoad { rows: 1.0, segments: 1.0, keys: 101.0, pages: 2.0, ..LayerLoad::default() };
+        let more = |hardware: &Hardware, load: &LayerLoad| {
+            let costs = Costs::new(&model, hardware);
+            costs.layer(load).lane_secs - costs.layer(&all).lane_secs
+        };
+        // Four heads of queries and two of keys, 64 wide.
+        let heavy = LayerLoad { scored: 101.0, sifted: 101.0, evicted: 1.0, ..all };
+        let wanted = 101.0 * 4.0 * 1e-9 + 101.0 * 2.0 * 1e-8 + (256.0 + 2.0 * 128.0) * 3e-9;
+        assert!((more(&hardware, &heavy) - wanted).abs() < 1e-12);
+        let window = LayerLoad { turned: 1.0, ..all };
+        assert!((more(&hardware, &window) - 256.0 * 5e-9).abs() < 1e-12);
+        // It is our kernels', not the hardware's.
+        assert_eq!([more(&hardware.ideal(), &heavy), more(&hardware.ideal(), &window)], [0.0, 0.0]);
+    }
+
+    #[test]
+    fn pages_of_integers_cost_what_was_measured_or_what_16_bits_do() {
+        let mut hardware = example().without_gpu();
+        let load = LayerLoad { rows: 3.0, segments: 3.0, keys: 192.0, pages: 3.0, ..LayerLoad::default() };
+        let secs = |hardware: &Hardware, kv: DType| {
+            let model = ModelCost::new(&config(), None, DType::Bf16, kv);
+            Costs::new(&model, hardware).layer(&load).lane_secs
+        };
+        let plain = secs(&hardware, DType::F16);
+        assert!((secs(&hardware, DType::Int4) - plain).abs() < 1e-12);
+        let pages = IntegerPages { wide_bytes_per_s: 1e10, store_secs: 2e-9 };
+        hardware.cpu.kernels.integer_pages.insert(DType::Int4, pages);
+        // Read twice as fast as 16 bits, but stored in more time.
+        let (read, stored) = (3.0 * 64.0 * 256.0 * 2.0 / 1e10, 3.0 * 256.0 * 2e-9);
+        assert!((secs(&hardware, DType::Int4) - (plain - read + stored)).abs() < 1e-12);
+        assert!((secs(&hardware, DType::Int8) - plain).abs() < 1e-12);
+        assert!(secs(&hardware.ideal(), DType::Int4) < secs(&hardware.ideal(), DType::F16));
     }
 
     #[test]
     fn computing_on_the_cpu_takes_its_cores() {
         let (model, hardware) = (ModelCost::new(&config(), None, DType::Bf16, DType::F16), example());
-        let load = LayerLoad { rows: 64.0, segments: 64.0, keys: 6400.0, pages: 128.0 };
+        let load = LayerLoad { rows: 64.0, segments: 64.0, keys: 6400.0, pages: 128.0, ..LayerLoad::default() };
         let device = Costs::new(&model, &hardware).layer(&load);
         assert_eq!((device.core_secs, device.dram_bytes), (0.0, 0.0));
         let host = hardware.without_gpu();

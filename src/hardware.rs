@@ -103,12 +103,43 @@ pub struct Kernels {
     /// Seconds that a segment takes per key head, besides what its pages take.
     #[serde(default)]
     pub attention_segment_secs: f64,
+    /// Pages of integers, by their dtype; what is missing is read like 16 bits and stored for nothing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub integer_pages: BTreeMap<DType, IntegerPages>,
+    /// What keeping part of a sequence takes; nothing where it was not measured.
+    #[serde(default)]
+    pub keeping: Keeping,
     /// Bytes/s of norms, activations, residuals, embeddings: everything that goes element by element.
     pub pointwise_bytes_per_s: f64,
     /// Logits/s that sampling looks at.
     pub sampled_logits_per_s: f64,
     /// Seconds that any step takes at least: launches, wake-ups.
     pub step_secs: f64,
+}
+
+/// What pages of integers take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IntegerPages {
+    /// Bytes/s at which attention of one row reads them, each element counted as 16 bits.
+    pub wide_bytes_per_s: f64,
+    /// Seconds that storing an element of a key or value takes longer than one of 16 bits.
+    pub store_secs: f64,
+}
+
+/// What KV policies take beside attention to the keys that they keep, in seconds of everything that computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Keeping {
+    /// Scoring a key that a query sees, per query head.
+    pub score_secs: f64,
+    /// Looking at a slot for an eviction, per key head.
+    pub sift_secs: f64,
+    /// Evicting a key and moving another to its place, per element of a row's queries, keys and values: what lies at
+    /// odd places costs its queries too.
+    pub evict_secs: f64,
+    /// Seeing the first positions across a gap, per element of a row's queries.
+    pub turn_secs: f64,
 }
 
 /// Copies between main memory and a device.
@@ -548,7 +579,24 @@ impl Kernels {
         if let Some((key, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
             return Err(format!("`{place}.{key}` is {rate}, it must be positive"));
         }
-        for (key, secs) in [("step_secs", self.step_secs), ("attention_segment_secs", self.attention_segment_secs)] {
+        let Keeping { score_secs, sift_secs, evict_secs, turn_secs } = self.keeping;
+        let mut latencies = vec![
+            ("step_secs", self.step_secs),
+            ("attention_segment_secs", self.attention_segment_secs),
+            ("keeping.score_secs", score_secs),
+            ("keeping.sift_secs", sift_secs),
+            ("keeping.evict_secs", evict_secs),
+            ("keeping.turn_secs", turn_secs),
+        ];
+        for (element, pages) in &self.integer_pages {
+            latencies.push(("integer_pages.store_secs", pages.store_secs));
+            let rate = pages.wide_bytes_per_s;
+            if !(rate.is_finite() && rate > 0.0) {
+                let key = format!("{place}.integer_pages.{element}.wide_bytes_per_s");
+                return Err(format!("`{key}` is {rate}, it must be positive"));
+            }
+        }
+        for (key, secs) in latencies {
             if !(0.0..1.0).contains(&secs) {
                 return Err(format!("`{place}.{key}` is {secs}, it must be at least 0 and less than 1"));
             }
@@ -578,6 +626,12 @@ impl Kernels {
             let ops = int8_ops.unwrap_or(4.0 * flops).max(measured.best_flops());
             (element, Curve(vec![(ops * element.bytes() / (2.0 * bytes_per_s), ops)]))
         };
+        // They are read as they are stored, however wide they count.
+        let pages = |element: DType| {
+            let measured = self.integer_pages.get(&element).map_or(0.0, |pages| pages.wide_bytes_per_s);
+            let wide_bytes_per_s = (bytes_per_s * 2.0 / element.bytes()).max(measured);
+            IntegerPages { wide_bytes_per_s, store_secs: 0.0 }
+        };
         Kernels {
             matmul: DType::ALL.into_iter().map(|element| (element, curve(element))).collect(),
             integer_matmul: self.integer_matmul.iter().map(integer).collect(),
@@ -585,6 +639,8 @@ impl Kernels {
             attention_decode_flops: flops.max(self.attention_decode_flops),
             attention_bytes_per_s: bytes_per_s.max(self.attention_bytes_per_s),
             attention_segment_secs: 0.0,
+            integer_pages: [DType::Int8, DType::Int4].into_iter().map(|element| (element, pages(element))).collect(),
+            keeping: Keeping::default(),
             pointwise_bytes_per_s: bytes_per_s.max(self.pointwise_bytes_per_s),
             sampled_logits_per_s: bytes_per_s.max(self.sampled_logits_per_s),
             step_secs: 0.0,
@@ -605,6 +661,8 @@ pub(crate) mod tests {
             attention_decode_flops: 5e9 * scale,
             attention_bytes_per_s: 5e9 * scale,
             attention_segment_secs: 0.0,
+            integer_pages: BTreeMap::new(),
+            keeping: Keeping { score_secs: 1e-10, sift_secs: 5e-9, evict_secs: 2e-9, turn_secs: 2e-9 },
             pointwise_bytes_per_s: 1e10 * scale,
             sampled_logits_per_s: 1e8 * scale,
             step_secs: 1e-5,

@@ -49,7 +49,7 @@ fn policy() -> Policy {
 }
 
 fn block(loads: Pages, stores: Pages) -> BlockShape {
-    BlockShape { rows: 4, segments: 2, keys: 100, pages: 6, loads, stores, outputs: 2 }
+    BlockShape { rows: 4, segments: 2, keys: 100, pages: 6, loads, stores, outputs: 2, ..BlockShape::default() }
 }
 
 fn text(steps: &[Step]) -> String {

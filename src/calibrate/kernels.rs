@@ -7,20 +7,21 @@
 //! found by turning those formulas around, not by counting anew.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::measure::{median, repeated, rounds};
-use crate::cost::ModelCost;
+use crate::cost::{LayerLoad, ModelCost};
 use crate::device::sampling::{Draw, SampleRule, Target as Wanted};
 use crate::device::{AttentionSpan, Device, Frames, Heads, KvViewMut, Matrix, NormParameters, Piece};
 use crate::device::{Rotation, Target};
 use crate::error::Result;
-use crate::hardware::{Curve, Kernels};
+use crate::hardware::{Curve, IntegerPages, Keeping, Kernels};
 use crate::kv::layout::{KvLayout, PAGE_POSITIONS, pages_for};
 use crate::kv::pages::Segment;
-use crate::kv::policy::Kept;
+use crate::kv::policy::{Kept, Spread};
 use crate::memory::arena::aligned;
 use crate::model::config::{Activation, ModelConfig};
 use crate::model::dtype::DType;
@@ -40,6 +41,12 @@ const BUSY_ROWS: usize = 64;
 const VOCAB_SIZE: usize = 32_000;
 /// Keys of so few that beginning counts.
 const SHORT: usize = PAGE_POSITIONS;
+/// Sequences that decode at once, of which each evicts.
+const EVICTING: usize = 16;
+/// Of a prompt that evicts, one part of so many is kept.
+const THINNED: usize = 4;
+/// First positions that are seen across a gap.
+const FIRST: usize = 4;
 /// How much narrower a layer is that tells what its calls cost: its products take little.
 const NARROW_HALVINGS: u32 = 2;
 /// Bytes of random numbers that everything is filled with.
@@ -130,6 +137,16 @@ impl Shape {
         KvLayout { num_layers: 1, num_kv_heads, head_dim, dtype: DType::Bf16, scored: false }
     }
 
+    /// That of pages which note scores.
+    fn scored_layout(&self) -> KvLayout {
+        KvLayout { scored: true, ..self.layout() }
+    }
+
+    /// Pages of a sequence that evicts.
+    fn evicting_pages(&self) -> usize {
+        pages_for(self.context + PAGE_POSITIONS).max(pages_for(self.prompt))
+    }
+
     fn num_frames(&self) -> usize {
         self.kv_bytes / self.layout().layer_bytes()
     }
@@ -150,9 +167,9 @@ impl Shape {
         self.products().iter().map(|(inputs, outputs)| inputs * outputs).sum()
     }
 
-    /// Bytes of every buffer: weights, keys and values, hidden, normed, qkv, queries, attended, up, activated, update,
-    /// scratch, logits, scale of norms.
-    fn buffers(&self) -> [usize; 13] {
+    /// Bytes of every buffer: weights, keys and values, those of sequences that evict, those that are only put away,
+    /// hidden, normed, qkv, queries, attended, up, activated, update, scratch, logits, scale of norms.
+    fn buffers(&self) -> [usize; 15] {
         let Shape { hidden, intermediate, rows, .. } = *self;
         let layer: usize = self.products().iter().map(|&(i, o)| packed_bytes(i, o, DType::F32)).sum();
         let attended = hidden.max(self.heads(WIDE_GROUP).query_width());
@@ -160,6 +177,8 @@ impl Shape {
         [
             LAYERS * layer,
             self.num_frames() * self.layout().layer_bytes(),
+            (EVICTING + 1) * self.evicting_pages() * self.scored_layout().layer_bytes(),
+            pages_for(POINTWISE_ROWS) * self.layout().layer_bytes(),
             row(hidden),
             row(hidden),
             row(self.layer_heads().qkv_width()),
@@ -203,6 +222,20 @@ enum Probe {
     Prompt,
     /// Attention of single queries, with so many query heads to a key head and so many keys.
     Single(usize, usize),
+    /// The same with one query head to a key head and most keys, over pages of integers.
+    Integers(DType),
+    /// Keys and values put away as a dtype.
+    Storing(DType),
+    /// A prompt whose keys add up what they receive.
+    Scoring,
+    /// Such a prompt of which a quarter is kept.
+    Thinning,
+    /// Single queries with most keys, of which one is evicted; and those of sequences that keep everything in such
+    /// pages.
+    Evicting,
+    Keeping,
+    /// A page's queries that see the first positions across a gap.
+    Turning,
     /// Norms, rotation, keys put away, activation, sums.
     Pointwise,
     /// A narrow layer of one row, whole: what calls cost beyond their work.
@@ -219,6 +252,9 @@ fn curves() -> impl Iterator<Item = (DType, bool)> {
     plain.chain([(DType::Int8, true), (DType::Int4, true)])
 }
 
+/// Dtypes of pages of integers.
+const INTEGERS: [DType; 2] = [DType::Int8, DType::Int4];
+
 /// A device, and buffers for a layer's work.
 pub struct Bench<D: Device> {
     device: D,
@@ -227,6 +263,11 @@ pub struct Bench<D: Device> {
     weights_at: usize,
     frames: Frames<D::Buffer>,
     frames_at: usize,
+    /// Sequences that evict, and where they are; the last place is that of prompts.
+    evicting: Frames<D::Buffer>,
+    evicting_at: usize,
+    /// What is put away and never read.
+    stored: Frames<D::Buffer>,
     hidden: D::Buffer,
     normed: D::Buffer,
     qkv: D::Buffer,
@@ -261,12 +302,18 @@ impl<D: Device> Bench<D> {
         });
         let mut buffers = buffers.collect::<Result<Vec<D::Buffer>>>()?.into_iter();
         let mut next = || buffers.next().expect("as many buffers as sizes");
-        let (weights, memory) = (next(), next());
+        let (weights, memory, evicting, stored) = (next(), next(), next(), next());
         let (hidden, normed, qkv, queries, attended, up) = (next(), next(), next(), next(), next(), next());
         let (activated, update, scratch, logits, scale) = (next(), next(), next(), next(), next());
         drop(buffers);
         let layout = shape.layout();
-        let frames = Frames { memory, layout, stride: layout.layer_bytes(), count: shape.num_frames() };
+        let frames = |memory: D::Buffer, layout: KvLayout, count: usize| {
+            let stride = layout.layer_bytes();
+            Frames { memory, layout, stride, count }
+        };
+        let evicting = frames(evicting, shape.scored_layout(), (EVICTING + 1) * shape.evicting_pages());
+        let stored = frames(stored, layout, pages_for(POINTWISE_ROWS));
+        let frames = frames(memory, layout, shape.num_frames());
         let norm = NormParameters { norm: shape.config(shape.layer_heads()).norm, weight: scale, bias: None };
         let rule = SampleRule {
             allowed: None,
@@ -290,6 +337,9 @@ impl<D: Device> Bench<D> {
             weights_at: 0,
             frames,
             frames_at: 0,
+            evicting,
+            evicting_at: shape.context,
+            stored,
             hidden,
             normed,
             qkv,
@@ -319,6 +369,7 @@ impl<D: Device> Bench<D> {
     /// # Errors
     /// When the device fails.
     pub fn measure(&mut self, budget: Duration, handover_secs: f64) -> Result<Kernels> {
+        self.fill();
         let all = curves().filter(|(_, integers)| self.integers || !integers);
         let curves = all.flat_map(|(dtype, integers)| {
             let rows = ROWS.into_iter().filter(|&rows| rows <= self.shape.rows);
@@ -326,15 +377,26 @@ impl<D: Device> Bench<D> {
         });
         let others = [
             Probe::Prompt,
+            Probe::Scoring,
+            Probe::Thinning,
+            Probe::Turning,
             Probe::Single(1, SHORT),
             Probe::Single(1, self.shape.context),
+            Probe::Integers(DType::Int8),
+            Probe::Integers(DType::Int4),
             Probe::Single(WIDE_GROUP, self.shape.context),
+            Probe::Keeping,
+            Probe::Evicting,
+            Probe::Storing(DType::Bf16),
+            Probe::Storing(DType::Int8),
+            Probe::Storing(DType::Int4),
             Probe::Pointwise,
             Probe::WholeLayer,
             Probe::NarrowProducts,
             Probe::Sampling,
         ];
-        let probes: Vec<Probe> = curves.chain(others).collect();
+        // Products take most of a round: the others are measured twice in it.
+        let probes: Vec<Probe> = others.into_iter().chain(curves).chain(others).collect();
         let patience = (budget / 12).as_secs_f64();
         // Rows of which products took longer the last time; more rows would take longer still.
         let mut too_slow: BTreeMap<(DType, bool), usize> = BTreeMap::new();
@@ -355,12 +417,8 @@ impl<D: Device> Bench<D> {
             }
             Ok(Some(secs))
         })?;
-        let secs = |wanted: Probe| {
-            let index = probes.iter().position(|&probe| probe == wanted)?;
-            median(&samples[index])
-        };
         self.device.finish()?;
-        Ok(self.rates(&secs, handover_secs))
+        Ok(self.rates(&Samples { probes, samples }, handover_secs))
     }
 
     /// Keeps all cores busy with a layer's products; gives the seconds of one repetition.
@@ -370,15 +428,15 @@ impl<D: Device> Bench<D> {
         secs
     }
 
-    /// Turns the cost formulas around; `secs` of a sample of a probe.
-    fn rates(&self, secs: &dyn Fn(Probe) -> Option<f64>, handover_secs: f64) -> Kernels {
+    /// Turns the cost formulas around.
+    fn rates(&self, samples: &Samples, handover_secs: f64) -> Kernels {
         let shape = self.shape;
-        let always = |probe: Probe| secs(probe).expect("only products can be left out");
+        let always = |probe: Probe| samples.median(probe).expect("only products can be left out");
         let flops = |rows: usize| 2.0 * rows as f64 * shape.weights() as f64;
         let [mut matmul, mut integer_matmul] = [BTreeMap::new(), BTreeMap::new()];
         for (dtype, integers) in curves().filter(|(_, integers)| self.integers || !integers) {
             let points = ROWS.into_iter().filter_map(|rows| {
-                let secs = secs(Probe::Products(dtype, integers, rows))?;
+                let secs = samples.median(Probe::Products(dtype, integers, rows))?;
                 Some((rows as f64, flops(rows) / secs))
             });
             let curves = if integers { &mut integer_matmul } else { &mut matmul };
@@ -409,17 +467,55 @@ impl<D: Device> Bench<D> {
         // is threads that are woken for each of its loops.
         let calls_secs = (always(Probe::WholeLayer) - always(Probe::NarrowProducts)).max(0.0);
         let pointwise_rows = POINTWISE_ROWS.min(shape.rows) as f64;
-        Kernels {
+        let integer_pages = INTEGERS.map(|dtype| {
+            let all = samples.beside(Probe::Integers(dtype), Probe::Single(1, shape.context));
+            let page = (all / self.single_segments(1, shape.context).len() as f64 - segment_secs) / pages;
+            let reading = (page - arithmetic * narrow.key_flops()).max(0.05 * page_narrow);
+            let elements = pointwise_rows * 2.0 * wide.kv_width as f64;
+            let plain = Probe::Storing(DType::Bf16);
+            let store_secs = (samples.beside(Probe::Storing(dtype), plain) - always(plain)).max(0.0) / elements;
+            (dtype, IntegerPages { wide_bytes_per_s: narrow.frame_bytes / reading, store_secs })
+        });
+        let mut kernels = Kernels {
             matmul,
             integer_matmul,
             attention_prefill_flops: wide.key_flops() / key_secs,
             attention_decode_flops: positions / arithmetic,
             attention_bytes_per_s: narrow.frame_bytes / reading,
             attention_segment_secs: segment_secs / shape.heads(1).num_kv_heads as f64,
+            integer_pages: integer_pages.into(),
+            keeping: Keeping::default(),
             pointwise_bytes_per_s: pointwise_rows * layer.pointwise_bytes / always(Probe::Pointwise),
             sampled_logits_per_s: (shape.sampled * VOCAB_SIZE) as f64 / always(Probe::Sampling),
             step_secs: handover_secs + calls_secs,
-        }
+        };
+        self.add_keeping(samples, &wide, &mut kernels);
+        kernels
+    }
+
+    /// What keeping part of a sequence takes, beyond attention as `kernels` has it.
+    fn add_keeping(&self, samples: &Samples, model: &ModelCost, kernels: &mut Kernels) {
+        let num_heads = self.shape.wide_heads().num_heads as f64;
+        let (query_width, kv_width) = (model.query_width as f64, model.kv_width as f64);
+        let beyond = |kernels: &Kernels, probe: Probe, load: &LayerLoad| {
+            let attention = model.attention_secs(kernels, model.page_secs(kernels, true), load);
+            (samples.beside(probe, Probe::Prompt) - attention).max(0.0)
+        };
+        let turning = load(&self.turning());
+        kernels.keeping.turn_secs = beyond(kernels, Probe::Turning, &turning) / (turning.rows * query_width);
+        let (scoring, thinning) = (load(&self.scoring(1)), load(&self.scoring(THINNED)));
+        kernels.keeping.score_secs = beyond(kernels, Probe::Scoring, &scoring) / (scoring.scored * num_heads);
+        // Prompts and tokens both look through slots and evict: two equations for two unknowns.
+        let prompt = beyond(kernels, Probe::Thinning, &thinning);
+        let keys = self.shape.context as f64;
+        let scored = keys * num_heads * kernels.keeping.score_secs;
+        let (evicts, keeps) = (samples.beside(Probe::Evicting, Probe::Keeping), samples.median(Probe::Keeping));
+        let token = ((evicts - keeps.unwrap_or(evicts)) / EVICTING as f64 - scored).max(0.0);
+        let looks = thinning.sifted / keys;
+        let evicting = ((prompt - looks * token) / (thinning.evicted - looks)).max(0.0);
+        let sifting = (token - evicting).max(0.0) / keys;
+        kernels.keeping.evict_secs = evicting / (query_width + 2.0 * kv_width);
+        kernels.keeping.sift_secs = sifting / model.num_kv_heads as f64;
     }
 
     /// Seconds of a probe's work.
@@ -430,6 +526,41 @@ impl<D: Device> Bench<D> {
                 self.device.round_activations(integers);
                 self.layer(shape, rows, Some(dtype), false);
                 self.device.round_activations(false);
+            }
+            Probe::Integers(dtype) => {
+                let layout = KvLayout { dtype, ..self.frames.layout };
+                let stored = std::mem::replace(&mut self.frames.layout, layout);
+                self.attend(&self.single_segments(self.frames_at, shape.context), 1);
+                self.frames.layout = stored;
+            }
+            Probe::Storing(dtype) => {
+                let segment = self.segment(0, POINTWISE_ROWS.min(shape.rows), 0);
+                self.stored.layout.dtype = dtype;
+                let kv = KvViewMut { resident: &mut self.stored, streamed: None };
+                self.device.append_kv(kv, &[segment], &self.queries, shape.wide_heads());
+                settle(&self.device);
+            }
+            Probe::Scoring => self.evict(&[self.scoring(1)]),
+            Probe::Thinning => self.evict(&[self.scoring(THINNED)]),
+            Probe::Evicting => {
+                self.evict(&self.evicting(self.evicting_at..self.evicting_at + 1));
+                self.evicting_at += 1;
+            }
+            Probe::Keeping => {
+                let mut segments = self.evicting(shape.context - 1..shape.context);
+                segments.iter_mut().for_each(|segment| segment.kept = Kept::All);
+                self.evict(&segments);
+            }
+            Probe::Turning => {
+                let Heads { head_dim, .. } = shape.wide_heads();
+                let segment = self.turning();
+                let angles = vec![0.7f32; segment.len * head_dim / 2];
+                let rotation = Rotation { cos: &angles, sin: &angles, rotary_dim: head_dim };
+                let kv = KvViewMut { resident: &mut self.frames, streamed: None };
+                let span = AttentionSpan { sinks: Some(&rotation), ..span(head_dim) };
+                let heads = shape.wide_heads();
+                self.device.attend(kv, span, &[segment], &self.queries, heads, &mut self.attended);
+                settle(&self.device);
             }
             Probe::Prompt => self.attend(&[self.segment(0, shape.prompt, 0)], WIDE_GROUP),
             Probe::Single(group, context) => self.attend(&self.single_segments(self.frames_at, context), group),
@@ -522,13 +653,109 @@ impl<D: Device> Bench<D> {
         (0..count).map(segment).collect()
     }
 
+    /// A page's queries behind a window.
+    fn turning(&self) -> Segment {
+        let Shape { context, .. } = self.shape;
+        let kept = Kept::Window { start: FIRST, recent: context / 2 };
+        let len = PAGE_POSITIONS.min(self.shape.rows());
+        let pages = (0..kept.pages(context + len) as u32).collect();
+        Segment { first_row: 0, len, start: context, pages, kept }
+    }
+
+    /// A prompt of which one part of `parts` is kept.
+    fn scoring(&self, parts: usize) -> Segment {
+        let Shape { prompt, .. } = self.shape;
+        self.evicting_segment(EVICTING, prompt / parts, prompt, 0..prompt)
+    }
+
+    /// Some positions of the sequences that evict, of which all attend to as many keys as there are.
+    fn evicting(&self, range: Range<usize>) -> Vec<Segment> {
+        let Shape { context, .. } = self.shape;
+        let segment = |index: usize| Segment {
+            first_row: index,
+            ..self.evicting_segment(index, context - 1, context, range.clone())
+        };
+        (0..EVICTING).map(segment).collect()
+    }
+
+    /// Positions of sequence `index`, of which `capacity` are kept.
+    fn evicting_segment(&self, index: usize, capacity: usize, prompt_len: usize, range: Range<usize>) -> Segment {
+        let (heavy, recent) = (capacity / 2, capacity - capacity / 2);
+        let kept = Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even };
+        let first = index * self.shape.evicting_pages();
+        let pages = (first..first + kept.pages(range.end)).map(|page| page as u32).collect();
+        Segment { first_row: 0, len: range.len(), start: range.start, pages, kept }
+    }
+
+    /// Computes the prompts of sequences that evict.
+    fn fill(&mut self) {
+        let Shape { prompt, context, .. } = self.shape;
+        for start in (0..context).step_by(prompt) {
+            for segment in self.evicting(start..context.min(start + prompt)) {
+                self.evict(&[Segment { first_row: 0, ..segment }]);
+            }
+        }
+    }
+
+    fn evict(&mut self, segments: &[Segment]) {
+        let heads = self.shape.wide_heads();
+        let kv = KvViewMut { resident: &mut self.evicting, streamed: None };
+        self.device.attend(kv, span(heads.head_dim), segments, &self.queries, heads, &mut self.attended);
+        settle(&self.device);
+    }
+
     fn attend(&mut self, segments: &[Segment], group: usize) {
         let heads = self.shape.heads(group);
         let kv = KvViewMut { resident: &mut self.frames, streamed: None };
-        let span = AttentionSpan { window: None, scale: 1.0 / (heads.head_dim as f32).sqrt(), sinks: None };
-        self.device.attend(kv, span, segments, &self.queries, heads, &mut self.attended);
+        self.device.attend(kv, span(heads.head_dim), segments, &self.queries, heads, &mut self.attended);
         self.frames_at += 1;
         settle(&self.device);
+    }
+}
+
+/// Seconds of every probe, one round after the other; a probe may be there twice.
+struct Samples {
+    probes: Vec<Probe>,
+    samples: Vec<Vec<f64>>,
+}
+
+impl Samples {
+    fn of(&self, wanted: Probe) -> impl Iterator<Item = f64> {
+        let all = self.probes.iter().zip(&self.samples).filter(move |(probe, _)| **probe == wanted);
+        all.flat_map(|(_, samples)| samples.iter().copied())
+    }
+
+    fn median(&self, probe: Probe) -> Option<f64> {
+        median(&self.of(probe).collect::<Vec<f64>>())
+    }
+
+    /// A probe that is compared with one that was measured just before it: how many times as long it took, round by
+    /// round, so that what others do on the machine meanwhile counts for both.
+    fn beside(&self, probe: Probe, other: Probe) -> f64 {
+        let times: Vec<f64> = self.of(probe).zip(self.of(other)).map(|(probe, other)| probe / other).collect();
+        let secs = median(&times).zip(self.median(other)).map(|(times, other)| times * other);
+        secs.expect("both are always measured")
+    }
+}
+
+/// What queries of a plain layer see.
+fn span(head_dim: usize) -> AttentionSpan<'static> {
+    AttentionSpan { window: None, scale: 1.0 / (head_dim as f32).sqrt(), sinks: None }
+}
+
+/// What a segment's attention is priced by.
+fn load(segment: &Segment) -> LayerLoad {
+    let (kept, range) = (segment.kept, segment.start..segment.start + segment.len);
+    let upkeep = kept.upkeep(&range);
+    LayerLoad {
+        rows: segment.len as f64,
+        segments: 1.0,
+        keys: range.clone().map(|position| kept.keys(position) as f64).sum(),
+        pages: kept.touches(&range).count() as f64,
+        scored: upkeep.scored as f64,
+        sifted: upkeep.sifted as f64,
+        evicted: upkeep.evicted as f64,
+        turned: upkeep.turned as f64,
     }
 }
 

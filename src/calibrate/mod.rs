@@ -31,7 +31,7 @@ use measure::{median, rounds};
 pub const SOURCE: &str = "measured by tidemill calibrate";
 
 /// Which way of measuring this is: profiles made in another way are not kept.
-pub const METHOD: u32 = 7;
+pub const METHOD: u32 = 8;
 
 /// What is measured, and how long.
 #[derive(Clone, Debug)]
@@ -234,6 +234,8 @@ fn processor_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hardware::Kernels;
+    use crate::model::dtype::DType;
 
     #[test]
     fn measures_a_profile_that_survives_its_file() {
@@ -245,6 +247,10 @@ mod tests {
         assert_eq!(hardware.validate(), Ok(()));
         assert_eq!(Hardware::from_toml(&hardware.to_toml(), "x").unwrap(), hardware);
         assert!(hardware.disk.is_some() && hardware.gpu.is_none());
+        // `validate` has seen that everything is finite and not negative.
+        let Kernels { keeping, integer_pages, .. } = &hardware.cpu.kernels;
+        assert!(keeping.sift_secs + keeping.evict_secs > 0.0, "{keeping:?}");
+        assert!(integer_pages.keys().eq([DType::Int8, DType::Int4].iter()), "{integer_pages:?}");
         assert!(!hardware.to_toml().contains(&*directory.path().to_string_lossy()));
     }
 

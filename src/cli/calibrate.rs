@@ -118,6 +118,20 @@ fn kernels_table(mut text: String, kernels: &Kernels) -> String {
     row("attention, many rows", giga(kernels.attention_prefill_flops, "GFLOP/s"));
     row("attention, single rows", giga(kernels.attention_decode_flops, "GFLOP/s"));
     row("attention, single rows", giga(kernels.attention_bytes_per_s, "GB/s"));
+    for (element, pages) in &kernels.integer_pages {
+        let name = format!("attention, pages of {element}");
+        row(&name, giga(pages.wide_bytes_per_s, "GB/s"));
+        row(&format!("storing {element}, an element"), format!("{:.2} ns", 1e9 * pages.store_secs));
+    }
+    let keeping = &kernels.keeping;
+    for (name, secs) in [
+        ("scoring a key, a head", keeping.score_secs),
+        ("a slot looked at, a head", keeping.sift_secs),
+        ("evicting a key, an element", keeping.evict_secs),
+        ("turning a query, an element", keeping.turn_secs),
+    ] {
+        row(name, format!("{:.2} ns", 1e9 * secs));
+    }
     row("element by element", giga(kernels.pointwise_bytes_per_s, "GB/s"));
     row("sampling", giga(kernels.sampled_logits_per_s, "Glogit/s"));
     row("a step", format!("{:.1} us", 1e6 * kernels.step_secs));

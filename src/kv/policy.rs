@@ -7,7 +7,7 @@
 //! never on chunks, on other sequences, or on where pages live.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -194,6 +194,32 @@ impl Kept {
         }
     }
 
+    /// What the positions `range` take beside attention.
+    pub fn upkeep(self, range: &Range<usize>) -> Upkeep {
+        let mut upkeep = Upkeep::default();
+        match self {
+            Kept::All | Kept::Window { start: 0, .. } => {}
+            Kept::Window { start, recent } => {
+                upkeep.turned = range.end.saturating_sub(range.start.max(start + recent)) as u64;
+            }
+            Kept::Heavy { heavy, recent, .. } => {
+                let mut position = range.start;
+                while position < range.end {
+                    let (stretch_end, before) = (self.stretch_end(position), self.slots(position));
+                    let stop = stretch_end.min(range.end);
+                    let (len, taken) = (stop - position, before + stop - position);
+                    upkeep.scored += (len * before + len * (len + 1) / 2) as u64;
+                    if stop == stretch_end && taken > heavy + recent {
+                        upkeep.sifted += taken as u64;
+                        upkeep.evicted += (taken - heavy - recent) as u64;
+                    }
+                    position = stop;
+                }
+            }
+        }
+        upkeep
+    }
+
     /// How far a segment that begins at `range.start` can go within `range`: pages that its queries still read must not
     /// be written again.
     pub fn reach(self, range: &Range<usize>) -> usize {
@@ -273,6 +299,39 @@ impl Kept {
             Kept::Window { start, recent } => positions.saturating_sub(start + recent),
             Kept::Heavy { .. } => positions - self.slots(positions),
         }
+    }
+}
+
+/// What keeping part of a sequence takes beside attention to the keys that are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Upkeep {
+    /// Keys that queries see and score, summed over the queries.
+    pub scored: u64,
+    /// Slots of a head that evictions look through, summed over the evictions.
+    pub sifted: u64,
+    /// Keys of a head that are evicted.
+    pub evicted: u64,
+    /// Queries that see the first positions across a gap, rotated back.
+    pub turned: u64,
+}
+
+impl Upkeep {
+    /// That of `times` as many sequences.
+    #[must_use]
+    pub fn times(self, times: f64) -> Self {
+        let Upkeep { scored, sifted, evicted, turned } = self;
+        let [scored, sifted, evicted, turned] =
+            [scored, sifted, evicted, turned].map(|count| (count as f64 * times).round() as u64);
+        Upkeep { scored, sifted, evicted, turned }
+    }
+}
+
+impl AddAssign for Upkeep {
+    fn add_assign(&mut self, other: Self) {
+        self.scored += other.scored;
+        self.sifted += other.sifted;
+        self.evicted += other.evicted;
+        self.turned += other.turned;
     }
 }
 
@@ -606,6 +665,28 @@ mod tests {
                     taken = taken.min(heavy + recent);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_kept_up() {
+        let heavy = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 150, spread: Spread::Even };
+        let keys = |range: Range<usize>| range.map(|position| heavy.keys(position) as u64).sum::<u64>();
+        // The prompt evicts at 128 and at its end, an answer at every token.
+        let prompt = Upkeep { scored: keys(0..150), sifted: 128 + 122, evicted: 28 + 22, turned: 0 };
+        assert_eq!(heavy.upkeep(&(0..150)), prompt);
+        let token = Upkeep { scored: 101, sifted: 101, evicted: 1, turned: 0 };
+        assert_eq!(heavy.upkeep(&(150..151)), token);
+        // However it is cut.
+        for cut in [1, 64, 100, 149] {
+            let mut parts = heavy.upkeep(&(0..cut));
+            parts += heavy.upkeep(&(cut..150));
+            assert_eq!(parts, prompt, "{cut}");
+        }
+        let sink = Kept::Window { start: 4, recent: 96 };
+        assert_eq!(sink.upkeep(&(90..103)), Upkeep { turned: 3, ..Upkeep::default() });
+        for nothing in [Kept::All, Kept::Window { start: 0, recent: 96 }] {
+            assert_eq!(nothing.upkeep(&(0..500)), Upkeep::default());
         }
     }
 

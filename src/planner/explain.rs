@@ -5,7 +5,7 @@
 use super::lp::{Budgets, Capabilities};
 use super::model::Numerics;
 use super::search::{Plan, Question};
-use crate::hardware::{Hardware, Link};
+use crate::hardware::{Hardware, Keeping, Link};
 use crate::model::dtype::DType;
 use crate::schedule::price::Bottleneck;
 use crate::schedule::step::Lane;
@@ -117,6 +117,12 @@ fn changes(question: &Question<'_>) -> Vec<Change> {
         kernels.attention_prefill_flops *= 2.0;
         kernels.attention_decode_flops *= 2.0;
         kernels.attention_bytes_per_s *= 2.0;
+        for pages in kernels.integer_pages.values_mut() {
+            pages.wide_bytes_per_s *= 2.0;
+            pages.store_secs /= 2.0;
+        }
+        let Keeping { score_secs, sift_secs, evict_secs, turn_secs } = &mut kernels.keeping;
+        [score_secs, sift_secs, evict_secs, turn_secs].into_iter().for_each(|secs| *secs /= 2.0);
         kernels.pointwise_bytes_per_s *= 2.0;
         kernels.sampled_logits_per_s *= 2.0;
     });

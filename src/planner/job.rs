@@ -4,7 +4,7 @@
 //! blocks; nothing here knows a tier.
 
 use crate::kv::layout::PAGE_POSITIONS;
-use crate::kv::policy::{Kept, KvPolicy, positions};
+use crate::kv::policy::{Kept, KvPolicy, Upkeep, positions};
 use crate::schedule::shape::BlockShape;
 
 /// Positions of a page.
@@ -47,9 +47,14 @@ pub struct Job {
     pub decode_pages: f64,
     /// Keys that a decoding query sees at most; infinite where everything is kept.
     pub most_keys: f64,
+    /// What keeping part of a sequence takes beside attention, for a prompt and for a decoding query.
+    pub upkeep: [Counts; 2],
     /// Whether every page of a sequence changes with every pass.
     pub rewrites: bool,
 }
+
+/// The counts of an [`Upkeep`], in averages.
+pub type Counts = [f64; 4];
 
 /// A sequence of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +117,15 @@ impl Request {
         (0..steps).map(pages).sum::<f64>() / steps as f64
     }
 
+    /// What keeping part of it takes, for its prompt and for a query in the middle of its answer.
+    fn upkeep(&self) -> [Counts; 2] {
+        let middle = self.prompt_len + self.gen_len / 2;
+        [self.shared..self.prompt_len, middle..middle + 1].map(|range| {
+            let Upkeep { scored, sifted, evicted, turned } = self.kept.upkeep(&range);
+            [scored, sifted, evicted, turned].map(|count| count as f64)
+        })
+    }
+
     /// Keys that the queries of its prompt that it computes see, summed over them.
     fn prompt_keys(&self) -> f64 {
         let upto = |len: usize| (len * (len + 1)) as f64 / 2.0;
@@ -152,6 +166,11 @@ impl Job {
             widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
             decode_pages: mean(&Request::decode_pages),
             most_keys: mean(&Request::most_keys),
+            upkeep: requests.iter().fold([Counts::default(); 2], |mut mean, request| {
+                let all = mean.as_flattened_mut().iter_mut();
+                all.zip(request.upkeep().as_flattened()).for_each(|(mean, value)| *mean += value / count);
+                mean
+            }),
             rewrites: requests.iter().any(|request| matches!(request.kept, Kept::Heavy { .. })),
         }
     }
@@ -268,6 +287,9 @@ impl PassLoad {
             self.prompts + self.decodes,
             started * cuts + self.decodes,
         ];
+        let [prompt_upkeep, decode_upkeep] = job.upkeep;
+        let upkeep: Counts =
+            std::array::from_fn(|count| started * prompt_upkeep[count] + self.decodes * decode_upkeep[count]);
         // Whole numbers that add up over the blocks.
         let part = |total: f64, index: usize| {
             let upto = |index: usize| (total * index as f64 / parts).round();
@@ -278,11 +300,13 @@ impl PassLoad {
         let shape = |index: usize| {
             let [prompt, decodes, keys, pages, outputs, segments] = totals.map(|total| part(total, index));
             let rows = prompt + decodes;
+            let [scored, sifted, evicted, turned] = upkeep.map(|total| part(total, index) as u64);
             BlockShape {
                 rows: rows as usize,
                 segments: segments.min(rows).max(f64::from(u8::from(rows > 0.0))) as usize,
                 keys: keys as u64,
                 pages: (pages + common).round() as u64,
+                upkeep: Upkeep { scored, sifted, evicted, turned },
                 outputs: outputs.min(rows) as usize,
                 ..BlockShape::default()
             }

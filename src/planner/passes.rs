@@ -289,6 +289,7 @@ impl Crowd {
             keys: (block.keys as f64 * self.each) as u64,
             // What sequences share is read and brought once, however many one stands for.
             pages: (block.pages as f64 * self.each) as u64 + *shared as u64,
+            upkeep: block.upkeep.times(self.each),
             loads: Pages { cpu: more(block.loads.cpu) + common.cpu, disk: more(block.loads.disk) + common.disk },
             stores: pages(block.stores),
             outputs: more(block.outputs),
@@ -369,6 +370,7 @@ impl Fill for Crowd {
         block.segments += 1;
         block.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
         block.pages += (kept.touches(&range).count() - shared) as u64;
+        block.upkeep += kept.upkeep(&range);
         block.loads.cpu += old[1];
         block.loads.disk += old[2];
         block.stores.cpu += written[1];

@@ -183,6 +183,7 @@ impl Block {
             let (range, kept) = (segment.start..segment.start + segment.len, segment.kept);
             shape.keys += range.clone().map(|position| kept.keys(position) as u64).sum::<u64>();
             shape.pages += kept.touches(&range).count() as u64;
+            shape.upkeep += kept.upkeep(&range);
         }
         let differ = segments.iter().any(|segment| segment.kept.depends_on_layer());
         let layers = if differ { placement.num_layers } else { 1 };

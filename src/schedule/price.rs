@@ -142,6 +142,10 @@ pub fn load(block: &BlockShape) -> LayerLoad {
         segments: block.segments as f64,
         keys: block.keys as f64,
         pages: block.pages as f64,
+        scored: block.upkeep.scored as f64,
+        sifted: block.upkeep.sifted as f64,
+        evicted: block.upkeep.evicted as f64,
+        turned: block.upkeep.turned as f64,
     }
 }
 

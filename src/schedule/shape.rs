@@ -2,6 +2,8 @@
 //!
 //! **Invariant:** two passes of the same shape have the same schedule and the same price.
 
+use crate::kv::policy::Upkeep;
+
 /// What a block computes and moves, per layer where it says so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockShape {
@@ -13,6 +15,8 @@ pub struct BlockShape {
     pub keys: u64,
     /// KV pages that its segments read, summed over the segments.
     pub pages: u64,
+    /// What keeping part of its sequences takes, on average over the layers.
+    pub upkeep: Upkeep,
     /// Pages of a layer that must come to the device before it computes, from main memory and from disk.
     pub loads: Pages,
     /// Pages of a layer that go back after it computed, to main memory and to disk.
