@@ -1,6 +1,7 @@
 """What shared beginnings save on a job like MMLU: bench_results/prefix-sharing.md.
 
-    python3 scripts/prefix_gain.py [--bin target/release/tidemill] [--subjects 57] [--questions 100] [--mixed]
+    python3 scripts/prefix_gain.py [--bin target/release/tidemill] [--subjects 57] [--questions 100] [--rounds 1]
+        [--kv-policy full] [--print]
 
 SUBJECTS few-shot headers of 400 to 900 tokens with QUESTIONS questions each, in order or mixed up, one token asked of
 each, on the demo model; with and without sharing, alternating. Completions must be equal. Standard library only.
@@ -39,12 +40,12 @@ def could_be_saved(job):
     return saved
 
 
-def run(binary, folder, sharing):
+def run(binary, folder, kv_policy, sharing):
     for old in folder.glob("out.jsonl*"):
         old.unlink()
     subprocess.run(
         [binary, "generate", "--model", "demo", "--input", folder / "in.jsonl", "--output", folder / "out.jsonl",
-         "--prefix-sharing", sharing, "--progress", "none", "--stats", folder / "stats.json"],
+         "--kv-policy", kv_policy, "--prefix-sharing", sharing, "--progress", "none", "--stats", folder / "stats.json"],
         check=True, stderr=subprocess.DEVNULL)
     return json.loads((folder / "stats.json").read_text(encoding="utf-8")), (folder / "out.jsonl").read_bytes()
 
@@ -55,6 +56,8 @@ def main():
     parser.add_argument("--subjects", type=int, default=57)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=1, help="pairs of runs")
+    parser.add_argument("--kv-policy", default="full")
+    parser.add_argument("--print", action="store_true", help="print the table and leave the record as it is")
     arguments = parser.parse_args()
     binary = str(pathlib.Path(arguments.bin).resolve())
     rows = []
@@ -64,7 +67,8 @@ def main():
             folder = pathlib.Path(name)
             lines = (json.dumps({"prompt": prompt, "max_tokens": 1, "temperature": 0}) + "\n" for prompt in job)
             (folder / "in.jsonl").write_text("".join(lines), encoding="utf-8")
-            pairs = [(run(binary, folder, "on"), run(binary, folder, "off")) for _ in range(arguments.rounds)]
+            way = lambda sharing: run(binary, folder, arguments.kv_policy, sharing)
+            pairs = [(way("on"), way("off")) for _ in range(arguments.rounds)]
         if any(on[1] != off[1] for on, off in pairs):
             raise SystemExit("completions differ")
         on, off = pairs[0][0][0], pairs[0][1][0]
@@ -82,11 +86,13 @@ def main():
         f"{arguments.rounds}`, {datetime.date.today()}: few-shot headers", "of 400 to 900 tokens with questions of 20 to 100 behind them, one "
         "token asked of each, the demo model, a shared machine.", "Completions are equal byte for byte.", "",
         *head, *rows, ""))
+    print(text)
+    if arguments.print:
+        return
     record = RESULTS / "prefix-sharing.md"
     # Sections behind the table are written by hand, and stay.
     _, mark, rest = record.read_text(encoding="utf-8").partition("\n## ") if record.exists() else ("", "", "")
     record.write_text(text + mark + rest, encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What compression and bounded caches cost the demo model: bench_results/quality.json and quality.md.
 
-    python3 scripts/quality.py [--bin target/release/tidemill] [--jobs N]
+    python3 scripts/quality.py [--bin target/release/tidemill] [--jobs N] [--only TEXT]
 
 Every setting is measured as `scripts/demo_quality.py` does, on held-out stories (perplexity) and tasks (share solved).
-Standard library only.
+With `--only`, settings that contain the text are, and the others are taken from quality.json. Standard library only.
 """
 
 import argparse
@@ -30,6 +30,10 @@ def per_head(share):
     return f"per-head:heavy={share / 2:g},recent={share / 2:g}"
 
 
+def few_latest(share):
+    return f"h2o:keep={share:g},recent=8"
+
+
 def local(share):
     return f"sink:start=0,recent={share:g}"
 
@@ -48,7 +52,7 @@ def sections():
     ]
     yield "KV dtype", [["--kv-dtype", dtype] for dtype in ("f32", "bf16", "f16", "int8", "int4")]
     yield "KV policy, share of prompt + max_tokens", [["--kv-policy", "full"]] + [
-        ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, pyramid, per_head, sink, local)]
+        ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, few_latest, pyramid, per_head, sink, local)]
     yield "Together", [
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int8"],
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4"],
@@ -84,10 +88,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", default="target/release/tidemill")
     parser.add_argument("--jobs", type=int, default=2, help="settings that are measured at the same time")
+    parser.add_argument("--only", help="measure settings that contain this")
     arguments = parser.parse_args()
     binary = str(pathlib.Path(arguments.bin).resolve())
+    known = {}
+    if arguments.only:
+        record = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
+        known = {row["flags"]: row for rows in record.values() for row in rows if arguments.only not in row["flags"]}
+
+    def run(flags):
+        return known.get(" ".join(flags)) or measure(binary, flags + ["--threads", "1"])
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        run = lambda flags: measure(binary, flags + ["--threads", "1"])
         measured = [(title, pool.map(run, settings)) for title, settings in sections()]
         measured = [(title, list(rows)) for title, rows in measured]
     for _, rows in measured:

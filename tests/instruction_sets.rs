@@ -11,7 +11,7 @@ use tidemill::error::Tier;
 use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts};
 use tidemill::kv::layout::KvLayout;
-use tidemill::kv::policy;
+use tidemill::kv::policies;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::dtype::DType;
@@ -42,7 +42,7 @@ fn executor(model: &Model, isa: Isa, numerics: &Numerics) -> Executor<Host> {
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         dtype: numerics.kv,
-        scored: policy::parse(numerics.policy).unwrap().needs_scores(),
+        scored: policies::parse(numerics.policy).unwrap().needs_scores(),
     };
     let packed = Packer::new(model, numerics.weights);
     let policy = Policy {
@@ -86,7 +86,7 @@ fn scores(model: &Model, isa: Isa, numerics: &Numerics, chunk: usize, together: 
     let sequences = [tokens(150, 1, model.config.vocab_size), tokens(67, 2, model.config.vocab_size)];
     let mut scores = vec![Vec::new(), Vec::new()];
     let mut first_page = 0;
-    let policy = policy::parse(numerics.policy).unwrap();
+    let policy = policies::parse(numerics.policy).unwrap();
     let kept = |tokens: &[u32]| policy.kept(tokens.len() - GENERATED, GENERATED + 1);
     let pages: Vec<Vec<u32>> = sequences
         .iter()

@@ -18,7 +18,7 @@ use tidemill::executor::size::model_bytes;
 use tidemill::executor::{Executor, Parts};
 use tidemill::job::{self, Defaults, Fingerprint, Input, JobOptions, Limits, Opening, Output};
 use tidemill::kv::layout::KvLayout;
-use tidemill::kv::policy::parse;
+use tidemill::kv::policies::parse;
 use tidemill::memory::arena::Arena;
 use tidemill::model::Model;
 use tidemill::model::config::ModelConfig;

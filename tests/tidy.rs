@@ -49,7 +49,7 @@ const GRAPH: &[(&str, &[&str])] = &[
             "schedule",
         ],
     ),
-    ("bench", &["cost", "error", "executor", "kv::policy", "policy", "schedule"]),
+    ("bench", &["cost", "error", "executor", "kv::policies", "policy", "schedule"]),
     ("eval", &["error"]),
     (
         "calibrate",
@@ -80,8 +80,7 @@ const GRAPH: &[(&str, &[&str])] = &[
             "executor",
             "hardware",
             "job",
-            "kv::layout",
-            "kv::policy",
+            "kv",
             "memory",
             "model",
             "planner",

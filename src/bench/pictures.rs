@@ -11,7 +11,7 @@ use plotters::style::RGBColor;
 use super::chart::{Chart, Dot, Line, Mark, PALETTE, Scale, Series};
 use super::given::{Published, PublishedSeries, Quality};
 use super::sweep::{Environment, Point, Row};
-use crate::kv::policy;
+use crate::kv::policies;
 
 /// Series of a picture, so that colours stay apart.
 const MOST_SERIES: usize = PALETTE.len();
@@ -230,7 +230,7 @@ pub fn accuracy(groups: &[Group<'_>]) -> Option<Chart> {
 /// The share of a sequence's positions that a policy keeps, and the policy without its amounts.
 fn kept(kv_policy: &str, prompt_len: usize, gen_len: usize) -> Option<(f64, String)> {
     let len = prompt_len + gen_len;
-    let kept = policy::parse(kv_policy).ok()?.kept(prompt_len, gen_len);
+    let kept = policies::parse(kv_policy).ok()?.kept(prompt_len, gen_len);
     let share = kept.capacity().map_or(1.0, |capacity| capacity.min(len) as f64 / len as f64);
     let (family, amounts) = kv_policy.split_once(':').unwrap_or((kv_policy, ""));
     let start = amounts.split(',').find(|amount| amount.starts_with("start="));

@@ -217,7 +217,7 @@ mod tests {
         ];
         std::fs::write(file.path(), lines.join("\n")).unwrap();
         let count = |text: &str| text.split_whitespace().count();
-        let kv_policy = crate::kv::policy::full();
+        let kv_policy = crate::kv::policies::full();
         let reading = Reading {
             max_tokens: None,
             expected: Some(100),
@@ -243,8 +243,8 @@ mod tests {
         lines.push(format!("{{\"prompt\": \"{}\", \"n\": 3}}", header("c")));
         std::fs::write(file.path(), lines.join("\n")).unwrap();
         let count = |text: &str| text.split_whitespace().count();
-        let full = crate::kv::policy::full();
-        let evicting = crate::kv::policy::parse("h2o:heavy=32,recent=32").unwrap();
+        let full = crate::kv::policies::full();
+        let evicting = crate::kv::policies::parse("h2o:heavy=32,recent=32").unwrap();
         let read = |kv_policy: &dyn KvPolicy, shares: bool| {
             let reading =
                 Reading { max_tokens: Some(10), expected: None, context_len: 500, kv_policy, count: &count, shares };

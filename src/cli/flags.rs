@@ -10,7 +10,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::kv::policy::{self, KvPolicy};
+use crate::kv::policies;
+use crate::kv::policy::KvPolicy;
 use crate::model::config::ModelConfig;
 use crate::model::dtype::DType;
 use crate::policy::Order;
@@ -156,8 +157,8 @@ impl KvChoice {
 pub fn kv_policy(text: Option<&str>, config: &ModelConfig) -> Result<Arc<dyn KvPolicy>> {
     let hint = "write full, h2o:heavy=0.1,recent=0.1 (shares of a request's length, or counts), pyramid or per-head \
                 likewise, or sink:start=4,recent=1020";
-    let Some(text) = text else { return Ok(policy::full()) };
-    let policy = policy::parse(text).map_err(|what| Error::usage(format!("--kv-policy {text}: {what}"), hint))?;
+    let Some(text) = text else { return Ok(policies::full()) };
+    let policy = policies::parse(text).map_err(|what| Error::usage(format!("--kv-policy {text}: {what}"), hint))?;
     if policy.outgrows_context() && config.positions.depend_on_length() {
         let what = format!("--kv-policy {text}: this model's rotation depends on the length of the whole sequence");
         return Err(Error::usage(what, "use full, h2o, pyramid or per-head, which leave positions as they are"));

@@ -5,4 +5,5 @@
 
 pub mod layout;
 pub mod pages;
+pub mod policies;
 pub mod policy;

@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn what_sequences_share_is_brought_once_by_a_block() {
-        let all = Request::new(650, 10, 10, &*crate::kv::policy::full());
+        let all = Request::new(650, 10, 10, &*crate::kv::policies::full());
         let job = |request: Request| {
             let mut requests = [request; 10];
             requests[0] = all;
@@ -476,7 +476,7 @@ mod tests {
 
     #[test]
     fn blocks_have_room_for_the_layer_that_needs_most() {
-        let policy = crate::kv::policy::parse("pyramid:heavy=200,recent=20,slope=1.0").unwrap();
+        let policy = crate::kv::policies::parse("pyramid:heavy=200,recent=20,slope=1.0").unwrap();
         let job = Job::of(&[Request::new(600, 20, 20, &*policy); 40]);
         // 220 slots and 64 more on average, 420 and 64 in the first layer.
         assert_eq!((job.most_pages, job.widest_layer), (5, 8));

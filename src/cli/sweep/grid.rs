@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use crate::bench::sweep::Point;
 use crate::cli::flags::{ActivationsChoice, DeviceChoice, KvChoice, ScheduleChoice, Size, WeightsChoice};
 use crate::error::{Error, Result};
-use crate::kv::policy;
+use crate::kv::policies;
 
 /// Points of a grid at most.
 const MOST_POINTS: usize = 100_000;
@@ -35,7 +35,7 @@ const SETTINGS: [Setting; 9] = [
     ("weights", one_of::<WeightsChoice>),
     ("activations", one_of::<ActivationsChoice>),
     ("kv-dtype", one_of::<KvChoice>),
-    ("kv-policy", |text| policy::parse(text).err()),
+    ("kv-policy", |text| policies::parse(text).err()),
     ("schedule", one_of::<ScheduleChoice>),
 ];
 

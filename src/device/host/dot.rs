@@ -641,14 +641,11 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::tests::pack;
+    use proptest::prelude::*;
+
+    use super::super::gemm::tests::{normals, pack, rough_products};
     use super::*;
     use crate::model::packed::panels::panel_bytes;
-    use crate::rng::Philox;
-
-    fn normals(seed: u64, count: usize) -> Vec<f32> {
-        (0..count.div_ceil(4) as u64).flat_map(|i| Philox::new(seed, 0).normals(i)).take(count).collect()
-    }
 
     /// The definition, in f64 but for the operations that the module says are f32.
     fn expected(x: &[f32], (w, dtype): (&[u8], DType), bias: &[f32], inputs: usize, outputs: usize) -> Vec<f32> {
@@ -677,6 +674,30 @@ mod tests {
             }
         }
         y
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Whatever numbers there are.
+        #[test]
+        fn rough_numbers_give_the_bits_of_the_definition(
+            ([rows, inputs, outputs], [x, w, bias]) in rough_products(),
+            dtype in prop::sample::select(&[DType::Int8, DType::Int4][..]),
+        ) {
+            let (data, _) = pack(&w, inputs, outputs, dtype);
+            let expected = expected(&x, (&data, dtype), &bias, inputs, outputs);
+            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                let mut scratch = vec![0.0; rows * (inputs + TILE_INPUTS)];
+                let integers = IntegerRows::round(isa, &x, rows, inputs, &mut scratch);
+                let mut y = vec![f32::NAN; rows * outputs];
+                let panels = Panels { pieces: vec![&data], dtype, inputs, outputs };
+                linear(isa, &integers, &panels, Some(&bias), &mut y, outputs);
+                for (got, wanted) in y.iter().zip(&expected) {
+                    prop_assert_eq!(got.to_bits(), wanted.to_bits(), "{:?} {}: {} {}", isa, dtype, got, wanted);
+                }
+            }
+        }
     }
 
     #[test]

@@ -381,6 +381,8 @@ unsafe fn widen_groups<V: Lanes>(from: &[u8], dtype: DType, to: &mut [f32]) {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::model::packed::panels::{packed_bytes, panel_lane, put_group};
     use crate::quant::groups::encode;
@@ -424,8 +426,63 @@ pub(crate) mod tests {
         (data, values)
     }
 
-    fn normals(seed: u64, count: usize) -> Vec<f32> {
+    pub fn normals(seed: u64, count: usize) -> Vec<f32> {
         (0..count.div_ceil(4) as u64).flat_map(|i| Philox::new(seed, 0).normals(i)).take(count).collect()
+    }
+
+    /// Rows of numbers, each group of 64 of another kind: of any size, with an outlier, all alike, zero, subnormal.
+    pub fn rough(rows: usize, width: usize) -> impl Strategy<Value = Vec<f32>> {
+        let groups = width.div_ceil(TILE_INPUTS);
+        let kinds = prop::collection::vec((0u8..6, -6i32..4), rows * groups);
+        (kinds, any::<u64>()).prop_map(move |(kinds, seed)| {
+            let mut values = normals(seed, rows * width);
+            let mut kinds = kinds.into_iter();
+            for group in values.chunks_mut(width).flat_map(|row| row.chunks_mut(TILE_INPUTS)) {
+                let (kind, power) = kinds.next().expect("as many kinds as groups");
+                group.iter_mut().for_each(|value| *value *= 10f32.powi(power));
+                match kind {
+                    0 => group[0] = 3e4,
+                    1 => group.fill(group[0]),
+                    2 => group.fill(0.0),
+                    3 => group.iter_mut().for_each(|value| *value = value.signum() * 1e-41),
+                    _ => {}
+                }
+            }
+            values
+        })
+    }
+
+    /// Shapes, and numbers of all kinds for rows, weights and bias.
+    pub fn rough_products() -> impl Strategy<Value = ([usize; 3], [Vec<f32>; 3])> {
+        (1usize..40, 1usize..200, 1usize..50).prop_flat_map(|(rows, inputs, outputs)| {
+            let numbers = [rough(rows, inputs).boxed(), rough(outputs, inputs).boxed(), rough(1, outputs).boxed()];
+            (Just([rows, inputs, outputs]), numbers)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Whatever numbers there are, every instruction set gives the bits of the plain chain.
+        #[test]
+        fn rough_numbers_give_the_bits_of_the_chain(
+            ([rows, inputs, outputs], [x, w, bias]) in rough_products(), dtype in prop::sample::select(&DType::ALL[..]),
+        ) {
+            let (data, w) = pack(&w, inputs, outputs, dtype);
+            for isa in Isa::all().into_iter().filter(|isa| isa.is_available()) {
+                let mut scratch = vec![0.0; rows * inputs];
+                let packed = PackedRows::pack(isa, &x, rows, inputs, &mut scratch);
+                let mut y = vec![f32::NAN; rows * outputs];
+                let panels = Panels { pieces: vec![&data], dtype, inputs, outputs };
+                linear(isa, &packed, &panels, Some(&bias), &mut y, outputs);
+                for (at, got) in y.into_iter().enumerate() {
+                    let (m, n) = (at / outputs, at % outputs);
+                    let terms = (0..inputs).map(|k| (x[m * inputs + k], w[n * inputs + k]));
+                    let wanted = terms.fold(bias[n], |sum, (x, w)| x.mul_add(w, sum));
+                    prop_assert_eq!(got.to_bits(), wanted.to_bits(), "{:?} {}: {} {}", isa, dtype, got, wanted);
+                }
+            }
+        }
     }
 
     /// Every instruction set, dtype, row count and odd width gives the bits of the plain chain.
