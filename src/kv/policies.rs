@@ -104,8 +104,8 @@ struct HeavyHitters {
 enum Size {
     /// So many beside the latest.
     Heavy(Amount),
-    /// So many with the latest, of which there are three quarters at most. A few of these are often enough, and short
-    /// requests need them too, so they are best counted where the whole is a share.
+    /// So many with the latest, which go first. A few of these are often enough, and short requests need as many, so
+    /// they are best counted where the whole is a share.
     Keep(Amount),
 }
 
@@ -117,8 +117,7 @@ impl Size {
             Size::Heavy(heavy) => (heavy.of(len), recent),
             Size::Keep(keep) => {
                 let keep = keep.of(len).max(1);
-                let recent = recent.min((3 * keep / 4).max(1));
-                (keep - recent, recent)
+                (keep.saturating_sub(recent), recent.min(keep))
             }
         }
     }
@@ -300,7 +299,7 @@ mod tests {
             _ => None,
         };
         assert_eq!(kept("h2o:keep=0.2,recent=8", 392), Some((72, 8)));
-        assert_eq!(kept("h2o:keep=0.2,recent=8", 32), Some((2, 6)), "three quarters at most");
+        assert_eq!(kept("h2o:keep=0.2,recent=8", 32), Some((0, 8)));
         assert_eq!(kept("h2o:keep=1,recent=8", 32), Some((0, 1)));
         assert_eq!(kept("h2o:keep=0,recent=8", 32), Some((0, 1)));
         assert_eq!(kept("h2o:keep=200,recent=100", 193), None, "all of it fits");
