@@ -37,6 +37,46 @@ fn a_model_bigger_than_memory_is_planned_within_its_budgets() {
     assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n") && picture.contains("h2d"));
 }
 
+/// The file of a job that `generate` runs serves; what was typed goes before it.
+#[test]
+fn flags_come_from_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        std::fs::write(folder.path().join(name), text).unwrap();
+        folder.path().join(name).display().to_string()
+    };
+    let job = "model = \"policies/models/opt-30b.json\"\nweights = \"int4\"\ngpu-memory = \"12GiB\"\nprompt-len = 512\n\
+               gen-len = 32\ntemperature = 0.7\noutput = \"out.jsonl\"\n";
+    let known = file("job.toml", job);
+    let json = |arguments: &[&str]| -> Value {
+        let output = plan(&[&T4[..], &["--json", "--config", &known], arguments].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let typed = plan(
+        &[
+            &T4[..],
+            &["--json", "--model", "policies/models/opt-30b.json", "--weights", "int4", "--gpu-memory", "12GiB"],
+            &["--prompt-len", "512", "--gen-len", "32"],
+        ]
+        .concat(),
+    );
+    let typed: Value = serde_json::from_slice(&typed.stdout).unwrap();
+    let from_file = json(&[]);
+    assert_eq!(from_file["policy"], typed["policy"]);
+    assert_eq!(from_file["budget_bytes"]["gpu"], 12u64 << 30);
+    assert_eq!(json(&["--gpu-memory", "8GiB"])["budget_bytes"]["gpu"], 8u64 << 30);
+    for (text, what) in [
+        ("wieghts = \"int4\"\n", "wieghts"),
+        ("prompt-len = 5\n", "--model is missing"),
+        ("model = \"policies/models/opt-30b.json\"\n", "neither --input nor --prompt-len"),
+    ] {
+        let output = plan(&["--config", &file("wrong.toml", text)]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && said.contains(what), "{said}");
+    }
+}
+
 #[test]
 fn what_cannot_fit_is_refused_and_the_hint_works() {
     let job = ["--model", "policies/models/opt-175b.json", "--prompt-len", "512", "--gen-len", "32"];

@@ -505,15 +505,15 @@ impl<D: Device> Bench<D> {
         kernels.keeping.turn_secs = beyond(kernels, Probe::Turning, &turning) / (turning.rows * query_width);
         let (scoring, thinning) = (load(&self.scoring(1)), load(&self.scoring(THINNED)));
         kernels.keeping.score_secs = beyond(kernels, Probe::Scoring, &scoring) / (scoring.scored * num_heads);
-        // Prompts and tokens both look through slots and evict: two equations for two unknowns.
+        // A token looks through all slots to evict one: all that it takes more is put down to looking, what a prompt
+        // takes beyond that to evicting. Two equations for two unknowns would turn noise into one of them.
         let prompt = beyond(kernels, Probe::Thinning, &thinning);
         let keys = self.shape.context as f64;
         let scored = keys * num_heads * kernels.keeping.score_secs;
         let (evicts, keeps) = (samples.beside(Probe::Evicting, Probe::Keeping), samples.median(Probe::Keeping));
         let token = ((evicts - keeps.unwrap_or(evicts)) / EVICTING as f64 - scored).max(0.0);
-        let looks = thinning.sifted / keys;
-        let evicting = ((prompt - looks * token) / (thinning.evicted - looks)).max(0.0);
-        let sifting = (token - evicting).max(0.0) / keys;
+        let sifting = token / keys;
+        let evicting = ((prompt - thinning.sifted * sifting) / thinning.evicted).max(0.0);
         kernels.keeping.evict_secs = evicting / (query_width + 2.0 * kv_width);
         kernels.keeping.sift_secs = sifting / model.num_kv_heads as f64;
     }

@@ -12,16 +12,17 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result, Tier};
 use crate::policy::{Order, Split};
 
-/// `given` (flags and environment) over the file's values.
+/// `given` (flags and environment) over the file's values, but for those that are another command's.
 ///
 /// # Errors
 /// [`Error::Usage`] when the file does not parse or names a key that is no flag.
-pub fn overlay<T: Serialize + DeserializeOwned>(given: &T, file: &Path) -> Result<T> {
+pub fn overlay<T: Serialize + DeserializeOwned>(given: &T, file: &Path, foreign: impl Fn(&str) -> bool) -> Result<T> {
     let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
     let wrong = |error: toml::de::Error| {
         Error::usage(format!("{}: {}", file.display(), error.message()), "keys are the long flags without the dashes")
     };
     let mut table: toml::Table = text.parse().map_err(wrong)?;
+    table.retain(|key, _| !foreign(key));
     let given = toml::Table::try_from(given).expect("flags serialize as a table");
     table.extend(given);
     table.try_into().map_err(wrong)

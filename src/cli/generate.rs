@@ -283,7 +283,7 @@ impl Arguments {
     /// The flags over the file that `--config` names.
     fn with_config(self) -> Result<Self> {
         match &self.config {
-            Some(file) => config::overlay(&self, file),
+            Some(file) => config::overlay(&self, file, |_| false),
             None => Ok(self),
         }
     }

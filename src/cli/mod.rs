@@ -117,7 +117,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Pack(arguments) => pack::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
-        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Plan(arguments) => plan::run(*arguments),
         Command::Synth { config, seed, output } => {
             crate::model::synth_files::write_directory(&config, seed, &output)?;
             say::line(&format!("synthetic model written to {}", output.display()));

@@ -8,13 +8,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::Args as _;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::estimate::{self, Reading};
 use super::flags::{ActivationsChoice, DeviceChoice, ScheduleChoice, Size, Switch, kv_policy, rounds_activations};
 use super::lossy::{Choice, Said, Stored, choose};
 use super::planning::this_machine;
-use super::{resources, say};
+use super::{config, generate, resources, say};
 use crate::error::{Bytes, Error, Result, Tier};
 use crate::hardware::{Hardware, Throttles};
 use crate::memory::limits;
@@ -35,16 +37,17 @@ const NUM_PROMPTS: usize = 1000;
 const GEN_LEN: usize = 256;
 
 /// The arguments of `plan`, as typed.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Arguments {
     /// A config.json, or a directory with one.
     #[arg(long, env = "TIDEMILL_MODEL", value_name = "MODEL|CONFIG.json")]
-    model: String,
+    model: Option<String>,
     /// JSONL prompts; text is counted as a token per 4 bytes.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt_len")]
     input: Option<PathBuf>,
     /// Prompt tokens of every sequence.
-    #[arg(long, value_name = "N", required_unless_present = "input")]
+    #[arg(long, value_name = "N")]
     prompt_len: Option<usize>,
     /// Tokens that every sequence generates; with --input, where a line does not say [default: 256].
     #[arg(long, value_name = "N")]
@@ -58,6 +61,10 @@ pub struct Arguments {
     /// A hardware profile [default: this machine, measured once].
     #[arg(long, env = "TIDEMILL_HARDWARE", value_name = "FILE")]
     hardware: Option<PathBuf>,
+    /// Flags in a TOML file; those of `generate` that a plan does not depend on may be there too.
+    #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE.toml")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
     /// What computes.
     #[arg(long, env = "TIDEMILL_DEVICE", value_name = "DEVICE", help_heading = "Budgets and numerics")]
     device: Option<DeviceChoice>,
@@ -106,15 +113,19 @@ pub struct Arguments {
     #[arg(long, env = "TIDEMILL_THROTTLE", value_name = "LINK=RATE", help_heading = "Budgets and numerics")]
     throttle: Option<String>,
     /// Say why, and what would help.
+    #[serde(skip)]
     #[arg(long)]
     explain: bool,
     /// Write the policy.
+    #[serde(skip)]
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     /// Draw one pass.
+    #[serde(skip)]
     #[arg(long, value_name = "FILE.svg")]
     draw: Option<PathBuf>,
     /// Write the plan as JSON.
+    #[serde(skip)]
     #[arg(long)]
     json: bool,
 }
@@ -123,7 +134,8 @@ pub struct Arguments {
 ///
 /// # Errors
 /// A model, profile, input or flag that cannot be used; [`Error::OverBudget`] when nothing fits.
-pub fn run(arguments: &Arguments) -> Result<u8> {
+pub fn run(arguments: Arguments) -> Result<u8> {
+    let arguments = &arguments.with_config()?;
     resources::use_threads(arguments.threads)?;
     let configuration = arguments.configuration()?;
     let said = arguments.said()?;
@@ -311,10 +323,36 @@ impl Granted<'_> {
 }
 
 impl Arguments {
+    /// The flags over the file that `--config` names, and whether the job is known.
+    fn with_config(self) -> Result<Self> {
+        let arguments = match &self.config {
+            None => self,
+            Some(file) => {
+                let plan = Self::augment_args(clap::Command::new("plan"));
+                let generate = generate::Arguments::augment_args(clap::Command::new("generate"));
+                let knows = |command: &clap::Command, key: &str| {
+                    command.get_arguments().any(|argument| argument.get_long() == Some(key))
+                };
+                // The output and its like; a file is for a job, not for a command.
+                config::overlay(&self, file, |key| knows(&generate, key) && !knows(&plan, key))?
+            }
+        };
+        let usage = |what: &str| Err(Error::usage(what, "run `tidemill plan --help`"));
+        match (&arguments.model, &arguments.input, arguments.prompt_len) {
+            (None, _, _) => usage("--model is missing"),
+            (_, None, None) => usage("neither --input nor --prompt-len says what prompts there are"),
+            (_, Some(_), Some(_)) => {
+                usage("--input and --prompt-len are given: one of them says what prompts there are")
+            }
+            _ => Ok(arguments),
+        }
+    }
+
     fn configuration(&self) -> Result<Configuration> {
         let hint = "name a config.json (policies/models/ has some) or a model directory";
-        let missing = || Error::usage(format!("--model {}: no such configuration", self.model), hint);
-        Configuration::find(&self.model)?.ok_or_else(missing)
+        let model = self.model.as_deref().unwrap_or_default();
+        let missing = || Error::usage(format!("--model {model}: no such configuration"), hint);
+        Configuration::find(model)?.ok_or_else(missing)
     }
 
     fn said(&self) -> Result<Said> {
