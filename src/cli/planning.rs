@@ -170,13 +170,14 @@ pub fn words_of(plan: &Plan) -> String {
     };
     let policy = &plan.policy;
     format!(
-        "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}; {} binds",
+        "planned: weights {}, kv {}, {} sequences in {} blocks, {} prompt tokens a pass{}{}; {} binds",
         share(&policy.weights),
         share(&policy.kv),
         policy.sequences,
         policy.blocks,
         policy.chunk_tokens,
         if policy.compressed { ", compressed planes" } else { "" },
+        if policy.paused_pages > 0 { ", files for whoever is paused" } else { "" },
         plan.bottleneck.name(),
     )
 }

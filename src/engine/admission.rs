@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::job::Writer;
 use crate::job::request::{FinishReason, LineError};
+use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::policy::Kept;
 
 /// Who was paused comes back when this part of the cache stays free, so that it is not paused again at once.
@@ -191,7 +192,7 @@ impl<D: Device> Engine<'_, D> {
             }
         });
         let first = found.next();
-        // Nobody is passed over for ever, nor whoever was paused at all.
+        // Nobody is passed over for ever, nor whoever was paused at all but while its beginning is being computed.
         let paused = self.pending.front().is_some_and(|begin| begin.paused.is_some());
         let strict = paused || self.passed_over >= AHEAD_PROMPTS;
         let looks = !strict && first.is_some_and(|(_, _, ready)| ready == 0);
@@ -209,7 +210,8 @@ impl<D: Device> Engine<'_, D> {
     /// Lets every sample of a prompt in line compute it for itself.
     fn part_samples(&mut self, place: usize) {
         let begin = self.pending.remove(place).expect("it was looked at");
-        let Begin { job, prompt, samples, scored, mut paused, .. } = begin;
+        let Begin { job, prompt, samples, scored, trail, mut paused, .. } = begin;
+        self.snapshots.withdraw(&trail, &mut self.pool);
         let tokens = self.jobs[&job].prompts[prompt].prompt.tokens.len();
         self.pending_tokens += tokens * (samples.len() - 1);
         let shares = self.shares_beginnings();
@@ -242,7 +244,11 @@ impl<D: Device> Engine<'_, D> {
             }
             own.pages.into_iter().for_each(|page| self.pool.release(page));
         }
+        let is_own = best.computed > snapped;
         let computed = self.bring_back(best, &mut pages)?;
+        if is_own {
+            self.counts.kept_tokens += (computed - taken * PAGE_POSITIONS) as u64;
+        }
         let brings = pages.len() > taken;
         self.snapshots.set_out(&mut trail, computed);
         let prepared = &self.jobs[&job].prompts[prompt].prompt;

@@ -89,7 +89,7 @@ pub struct Counts {
     pub ended: u64,
     /// Sequences that gave their pages to others.
     pub paused: u64,
-    /// Positions of them that were kept in files; others are computed again.
+    /// Positions of them that came back from files; others are computed again.
     pub kept_tokens: u64,
     /// Changes to another placement.
     pub replanned: u64,

@@ -130,7 +130,9 @@ impl<D: Device> Engine<'_, D> {
 
     fn left(&self, is_all: bool) -> Left {
         let flying = self.active.iter().chain(&self.waiting);
-        let again = flying.clone().map(|sequence| sequence.computed).sum();
+        let aside = self.pending.iter().filter_map(|begin| begin.paused.as_ref()?.aside.as_ref());
+        let aside = aside.map(|aside| aside.computed);
+        let again = flying.clone().map(|sequence| sequence.computed).chain(aside).sum();
         let (mut requests, mut seen) = (Vec::new(), Seen::default());
         for Sequence { job, prompt, sample, siblings, path, .. } in flying {
             let shared = seen.walk(path);

@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::job::Writer;
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
+use crate::policy::Order;
 
 impl<D: Device> Engine<'_, D> {
     /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies of those that
@@ -45,16 +46,20 @@ impl<D: Device> Engine<'_, D> {
         }
     }
 
-    /// Pauses the youngest until everybody who decodes, and the oldest prompt, has the pages that its next positions
-    /// need; notes them, so that no prompt takes them first.
+    /// Pauses the youngest until everybody who decodes, and the oldest, has the pages that its next positions need;
+    /// notes them, so that no prompt takes them first.
     pub(super) fn make_room(&mut self, writer: &mut Writer) -> Result<()> {
         loop {
-            let oldest = self.active.iter().map(|sequence| sequence.number).min();
+            // Whoever the pass is for: in phases nobody decodes while there are prompts.
+            let prompts = self.active.iter().filter(|sequence| !sequence.decodes()).map(|sequence| sequence.number);
+            let waits = self.batch.order == Order::Phased && prompts.clone().next().is_some();
+            let all = self.active.iter().map(|sequence| sequence.number);
+            let oldest = if waits { prompts.min() } else { all.min() };
             let needs = self.active.iter().map(|sequence| {
                 let (from, known) = (sequence.computed, sequence.tokens.len());
                 // A prompt goes on by a page's end at least.
                 let to = known.min((from / PAGE_POSITIONS + 1) * PAGE_POSITIONS);
-                let counts = sequence.decodes() || Some(sequence.number) == oldest;
+                let counts = (sequence.decodes() && !waits) || Some(sequence.number) == oldest;
                 if counts { self.pages_needed(sequence, from..to) } else { 0 }
             });
             let needs: Vec<usize> = needs.collect();
@@ -103,7 +108,11 @@ impl<D: Device> Engine<'_, D> {
         for index in 0..self.active.len() {
             let Sequence { trail, computed, kept, .. } = &self.active[index];
             let (computed, count) = (*computed, kept.pages(*computed));
-            if self.snapshots.next_point(trail) == Some(computed) && count <= self.pool.free() {
+            let stands = self.snapshots.next_point(trail) == Some(computed);
+            if stands {
+                self.snapshots.make_way(trail, computed, count, &mut self.pool);
+            }
+            if stands && count <= self.pool.free() {
                 let pages = &self.active[index].pages[..count];
                 let pairs: Vec<_> = pages.iter().map(|&page| (page, self.pool.take())).collect();
                 self.executor_mut().copy_pages(&pairs)?;
@@ -138,7 +147,6 @@ impl<D: Device> Engine<'_, D> {
         let Some(aside) = self.pool.take_aside(pages.len()) else { return Ok(None) };
         let pairs: Vec<_> = pages.iter().copied().zip(aside.iter().copied()).collect();
         self.executor_mut().copy_pages(&pairs)?;
-        self.counts.kept_tokens += computed as u64;
         Ok(Some(Aside { computed, before, pages: aside }))
     }
 
@@ -182,7 +190,11 @@ impl<D: Device> Engine<'_, D> {
         }
         let shares = self.shares_beginnings();
         let state = &self.jobs[&job].prompts[prompt].prompt;
-        let (path, trail) = enter((&mut self.prefixes, &mut self.snapshots), shares, state, scored);
+        let (path, mut trail) = enter((&mut self.prefixes, &mut self.snapshots), shares, state, scored);
+        // It needs nobody else's.
+        if aside.is_some() {
+            self.snapshots.withdraw(&std::mem::take(&mut trail), &mut self.pool);
+        }
         self.pending_tokens += state.tokens.len();
         let paused = Some(Paused { number, aside });
         self.pending.push_front(Begin { job, prompt, samples, scored, path, trail, paused });

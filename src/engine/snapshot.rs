@@ -159,13 +159,29 @@ impl Snapshots {
             let node = &mut self.nodes[id as usize];
             node.running -= 1;
             node.coming -= usize::from(index >= trail.passed);
-            if node.waiting + node.running == 0 {
-                self.drop_snapshot(id, pool);
-                let node = &mut self.nodes[id as usize];
-                let key = (node.parent, std::mem::take(&mut node.tokens));
-                self.children.remove(&key);
-                self.free.push(id);
-            }
+            self.drop_unneeded(id, pool);
+        }
+    }
+
+    /// A prompt waits no more.
+    pub fn withdraw(&mut self, trail: &Trail, pool: &mut PagePool) {
+        for &id in trail.nodes.iter().rev() {
+            self.nodes[id as usize].waiting -= 1;
+            self.drop_unneeded(id, pool);
+        }
+    }
+
+    fn drop_unneeded(&mut self, id: NodeId, pool: &mut PagePool) {
+        let node = &self.nodes[id as usize];
+        let is_gone = node.waiting + node.running == 0;
+        if node.waiting == 0 {
+            self.drop_snapshot(id, pool);
+        }
+        if is_gone {
+            let node = &mut self.nodes[id as usize];
+            let key = (node.parent, std::mem::take(&mut node.tokens));
+            self.children.remove(&key);
+            self.free.push(id);
         }
     }
 
@@ -183,7 +199,22 @@ impl Snapshots {
 
     /// Gives up snapshots of `count` pages or more, if there are as many: those first that fewest wait for.
     pub fn give_up(&mut self, count: usize, pool: &mut PagePool) {
-        let ready = |id: &NodeId| self.nodes[*id as usize].snapshot.is_some();
+        self.give_up_below(usize::MAX, count, pool);
+    }
+
+    /// Gives up snapshots that fewer wait for than for the one that a sequence is to leave, if `count` pages are not
+    /// free.
+    pub fn make_way(&mut self, trail: &Trail, computed: usize, count: usize, pool: &mut PagePool) {
+        let waiting = self.nodes[trail.nodes[computed / PAGE_POSITIONS - 1] as usize].waiting;
+        self.give_up_below(waiting, count.saturating_sub(pool.free()), pool);
+    }
+
+    fn give_up_below(&mut self, waiting: usize, count: usize, pool: &mut PagePool) {
+        if count == 0 {
+            return;
+        }
+        let is_less = |node: &Node| node.snapshot.is_some() && node.waiting < waiting;
+        let ready = |id: &NodeId| is_less(&self.nodes[*id as usize]);
         let mut all: Vec<NodeId> = (0..self.nodes.len() as NodeId).filter(ready).collect();
         all.sort_by_key(|&id| self.nodes[id as usize].waiting);
         let mut left = count;
@@ -279,7 +310,7 @@ mod tests {
             let rest = (0..1200u32).map(|turn| ((turn % 3) as u8, 0));
             for (number, (turn, which)) in turns.into_iter().chain(rest).enumerate() {
                 match turn {
-                    0 | 3 if !waiting.is_empty() => {
+                    0 | 3 if !waiting.is_empty() && (turn == 0 || which % 3 > 0) => {
                         let which = which % waiting.len();
                         if tree.look(&waiting[which].1) == Found::Soon {
                             prop_assert!(running.iter().any(|(_, one)| tree.next_point(&one.trail).is_some()));
@@ -317,6 +348,13 @@ mod tests {
                             let (_, one) = running.remove(which);
                             tree.end(&one.trail, &mut pool);
                         }
+                    }
+                    3 if !waiting.is_empty() && which % 3 == 0 => {
+                        // As samples do that are parted.
+                        let (tokens, trail, class) = waiting.swap_remove(which % waiting.len());
+                        tree.withdraw(&trail, &mut pool);
+                        let trail = tree.enter(&tokens, usize::MAX, kept(class));
+                        waiting.push((tokens, trail, class));
                     }
                     5 => {
                         let (free, held) = (pool.free(), tree.pages());

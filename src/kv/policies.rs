@@ -212,7 +212,8 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
     }
     let setting = |key: &str, default: Option<Amount>| {
         let given = settings.iter().find(|(known, _)| *known == key).map(|&(_, amount)| amount);
-        given.or(default).ok_or_else(|| format!("`{name}` needs `{key}`"))
+        let or = if key == "heavy" { " or `keep`" } else { "" };
+        given.or(default).ok_or_else(|| format!("`{name}` needs `{key}`{or}"))
     };
     let share = |key: &str, default: f64| match setting(key, Some(Amount::Share(default)))? {
         Amount::Share(share) => Ok(share),
