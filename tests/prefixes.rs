@@ -176,3 +176,41 @@ fn what_is_ready_and_cannot_be_taken_makes_room() {
         }
     }
 }
+
+/// In phases nobody decodes while there are prompts, so the pages of who will decode must not keep them out. Nested
+/// beginnings, several samples and a cache of hardly more than the longest prompt; chance decides how answers end.
+#[test]
+fn prompts_go_on_in_phases_while_pages_are_few() {
+    let scratch = Scratch::new();
+    let policy = scratch.write("policy.toml", "sequences = 10\nchunk-tokens = 64\npages = 11\n");
+    let numerics = ["--kv-policy", "h2o:heavy=20,recent=40"];
+    // Which line each prompt begins like, for how long, how long it is, and how many samples of how many tokens.
+    let shape = [
+        (0, 0, 413, 4, 1),
+        (0, 64, 64, 2, 66),
+        (0, 349, 450, 1, 35),
+        (0, 128, 128, 1, 144),
+        (0, 349, 433, 1, 126),
+        (0, 177, 341, 1, 68),
+        (0, 0, 490, 1, 33),
+        (0, 255, 463, 4, 63),
+        (7, 350, 441, 2, 1),
+        (7, 320, 321, 1, 91),
+        (7, 350, 363, 1, 109),
+    ];
+    let stops: Vec<u32> = (0..8).map(|index| 20 + 75 * index).collect();
+    for seed in 0..40 {
+        let mut chance = Chance::new(seed);
+        let mut prompts: Vec<Vec<u32>> = Vec::new();
+        for (like, shared, len, ..) in shape {
+            let mut prompt = if shared > 0 { prompts[like][..shared].to_vec() } else { Vec::new() };
+            prompt.extend((shared..len).map(|_| 20 + chance.below(600) as u32));
+            prompts.push(prompt);
+        }
+        let line = |(prompt, (.., n, max_tokens)): (&Vec<u32>, (_, _, _, u32, u32))| json!({"prompt": prompt, "n": n, "max_tokens": max_tokens, "stop_token_ids": stops});
+        let lines: Vec<Value> = prompts.iter().zip(shape).map(line).collect();
+        let expected = run(&scratch, &lines, &numerics).bytes;
+        let tight = ["--policy", policy.to_str().unwrap(), "--schedule", "phased", "--expect-output-len", "3"];
+        assert!(run(&scratch, &lines, &[&numerics[..], &tight].concat()).bytes == expected, "seed {seed}");
+    }
+}

@@ -178,8 +178,8 @@ pub fn allocate<D: Device>(device: &mut D, host: &mut Arena, source: &Source<'_>
         let memory = memory.into_inner().expect("nobody has used it yet");
         shared.kv.push(RwLock::new(Frames { memory, layout: source.kv, stride, count }));
     }
-    if placement.copied_layers() > 0 {
-        shared.frames = Some(RwLock::new(large.host(placement.copied_layers() * stride)));
+    if placement.copied_frames() > 0 {
+        shared.frames = Some(RwLock::new(large.host(placement.copied_frames() * stride)));
     }
     let mut stages = Vec::new();
     for (&id, stage) in ids.iter().zip(&placement.stages) {

@@ -13,6 +13,7 @@ pub mod rotary;
 pub mod size;
 mod work;
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -230,59 +231,70 @@ impl<D: Device> Executor<D> {
         }
         let mut queue = DiskQueue::new(DEPTH, How::Auto)?;
         let placement = &workshop.fixed.placement;
-        let layers: Vec<usize> = (0..placement.num_layers).collect();
-        let parts = layers.chunks(placement.copied_layers());
-        far.into_iter().try_for_each(|pair| parts.clone().try_for_each(|part| self.copy_far(pair, part, &mut queue)))
+        let layers = 0..placement.num_layers;
+        let frames: Vec<_> = far.iter().flat_map(|&(from, to)| layers.clone().map(move |at| (at, from, to))).collect();
+        frames.chunks(placement.copied_frames()).try_for_each(|part| self.copy_far(part, &mut queue))
     }
 
-    /// Copies some layers of a page through main memory.
-    fn copy_far(&self, (from, to): (PageId, PageId), layers: &[usize], queue: &mut DiskQueue) -> Result<()> {
+    /// Copies layers of pages (a layer, from, to) through main memory, as many as there is room for.
+    fn copy_far(&self, part: &[(usize, PageId, PageId)], queue: &mut DiskQueue) -> Result<()> {
         let Workshop { fixed, shared, .. } = self.lanes.workshop();
         let placement = &fixed.placement;
         let bytes = placement.frame as usize;
         let place = shared.frames.as_ref().expect("placements whose pages may be copied so have room for it");
         let mut place = memory::write(place);
-        let place = &mut place.bytes_mut()[..layers.len() * bytes];
-        let offsets = |page: PageId| layers.iter().map(move |&layer| bytes * placement.frame_of(layer, page as usize));
-        let moved = place.len() as u64;
+        let place = &mut place.bytes_mut()[..part.len() * bytes];
         let link = (placement.compute == Tier::Gpu).then_some([Lane::D2h, Lane::H2d]);
+        let offset = |layer: usize, page: PageId| bytes * placement.frame_of(layer, page as usize);
         let start = Instant::now();
-        let into = offsets(from).zip(place.chunks_exact_mut(bytes));
-        match placement.page_tier(from as usize) {
-            tier if tier == placement.compute => {
-                let mut parts: Vec<_> = into.collect();
-                fixed.device.copy_out(&self.computing().frames().memory, &mut parts)?;
-                fixed.device.finish()?;
-                link.into_iter().for_each(|[out, _]| self.lanes.moved(out, moved, start));
+        let (mut near, mut on_disk) = (Vec::new(), Vec::new());
+        for (&(layer, from, _), to) in part.iter().zip(place.chunks_exact_mut(bytes)) {
+            let offset = offset(layer, from);
+            match placement.page_tier(from as usize) {
+                tier if tier == placement.compute => near.push((offset, to)),
+                Tier::Disk => on_disk.push((offset, to)),
+                _ => to.copy_from_slice(memory::read(&shared.kv_cpu[offset / bytes]).bytes()),
             }
-            Tier::Disk => {
-                let file = shared.kv_disk.as_ref().expect("pages on disk have a file");
-                let mut reads: Vec<_> =
-                    into.map(|(offset, buffer)| Read { file, offset: offset as u64, buffer }).collect();
-                queue.read(&mut reads)?;
-                self.lanes.moved(Lane::DiskRead, moved, start);
-            }
-            _ => into.for_each(|(offset, to)| to.copy_from_slice(memory::read(&shared.kv_cpu[offset / bytes]).bytes())),
+        }
+        if !near.is_empty() {
+            fixed.device.copy_out(&self.computing().frames().memory, &mut near)?;
+            fixed.device.finish()?;
+            link.into_iter().for_each(|[out, _]| self.lanes.moved(out, (near.len() * bytes) as u64, start));
+        }
+        if !on_disk.is_empty() {
+            let (file, start) = (shared.kv_disk.as_ref().expect("pages on disk have a file"), Instant::now());
+            let moved = (on_disk.len() * bytes) as u64;
+            let read = |(offset, buffer)| Read { file, offset: offset as u64, buffer };
+            queue.read(&mut on_disk.into_iter().map(read).collect::<Vec<_>>())?;
+            self.lanes.moved(Lane::DiskRead, moved, start);
         }
         let start = Instant::now();
-        let out = place.chunks_exact(bytes).zip(offsets(to));
-        match placement.page_tier(to as usize) {
-            tier if tier == placement.compute => {
-                let parts: Vec<_> = out.collect();
-                fixed.device.copy_in(&parts, &mut self.computing().frames().memory)?;
-                fixed.device.finish()?;
-                link.into_iter().for_each(|[_, into]| self.lanes.moved(into, moved, start));
+        // Of what goes to disk: bytes of the place, and where they go.
+        let (mut near, mut on_disk) = (Vec::new(), Vec::<(Range<usize>, usize)>::new());
+        for (index, &(layer, _, to)) in part.iter().enumerate() {
+            let (offset, from) = (offset(layer, to), index * bytes);
+            let buffer = &place[from..from + bytes];
+            match placement.page_tier(to as usize) {
+                tier if tier == placement.compute => near.push((buffer, offset)),
+                // What is next to each other here and there is written at once: whole pages of who is paused.
+                Tier::Disk => match on_disk.last_mut() {
+                    Some((bytes, at)) if bytes.end == from && *at + bytes.len() == offset => bytes.end += buffer.len(),
+                    _ => on_disk.push((from..from + buffer.len(), offset)),
+                },
+                _ => memory::write(&shared.kv_cpu[offset / bytes]).bytes_mut().copy_from_slice(buffer),
             }
-            Tier::Disk => {
-                let file = shared.kv_disk.as_ref().expect("pages on disk have a file");
-                let writes: Vec<_> =
-                    out.map(|(buffer, offset)| Write { file, offset: offset as u64, buffer }).collect();
-                queue.write(&writes)?;
-                self.lanes.moved(Lane::DiskWrite, moved, start);
-            }
-            _ => out.for_each(|(from, offset)| {
-                memory::write(&shared.kv_cpu[offset / bytes]).bytes_mut().copy_from_slice(from);
-            }),
+        }
+        if !near.is_empty() {
+            fixed.device.copy_in(&near, &mut self.computing().frames().memory)?;
+            fixed.device.finish()?;
+            link.into_iter().for_each(|[_, into]| self.lanes.moved(into, (near.len() * bytes) as u64, start));
+        }
+        if !on_disk.is_empty() {
+            let (file, start) = (shared.kv_disk.as_ref().expect("pages on disk have a file"), Instant::now());
+            let moved = on_disk.iter().map(|(bytes, _)| bytes.len() as u64).sum();
+            let write = |(bytes, offset)| Write { file, offset: offset as u64, buffer: &place[bytes] };
+            queue.write(&on_disk.into_iter().map(write).collect::<Vec<_>>())?;
+            self.lanes.moved(Lane::DiskWrite, moved, start);
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::schedule::placement::Placement;
 use crate::schedule::price::{Bottleneck, Resources, placed, step_work};
 use crate::schedule::shape::{BlockShape, Pages};
 use crate::schedule::simulate::{Timeline, simulate};
-use crate::schedule::step::Step;
+use crate::schedule::step::{Lane, Step};
 
 /// Outlines whose neighbours are looked at.
 const FINALISTS: usize = 10;
@@ -191,8 +191,10 @@ impl<'a> Question<'a> {
     /// The plan with room in files for what sequences that are paused have computed, if bringing it there and back
     /// takes less than computing it again.
     fn keeping_paused(&self, plan: Plan) -> Plan {
-        // Nobody is paused where lengths are certain.
-        let Some(disk) = self.hardware.disk.as_ref().filter(|_| self.job.ends_early()) else { return plan };
+        // Nobody is paused where lengths are certain, and more rows take no time where something else binds.
+        let computes = matches!(plan.bottleneck, Bottleneck::Lane(Lane::Gpu | Lane::Cpu) | Bottleneck::Cores);
+        let disk = self.hardware.disk.as_ref().filter(|_| computes && self.job.ends_early());
+        let Some(disk) = disk else { return plan };
         let page_bytes = plan.placement.num_layers as f64 * plan.placement.frame as f64;
         let moved_secs = page_bytes / disk.write_bytes_per_s + page_bytes / disk.read_bytes_per_s;
         let computed_secs = PAGE_POSITIONS as f64 * plan.pass_secs / plan.steady.rows();

@@ -319,7 +319,7 @@ impl Placement {
     /// Bytes of main memory that things pass through.
     fn transit(&self) -> u64 {
         let staging = self.weight_staging.total() + self.kv_staging.total() + self.hidden_staging.total();
-        let frames = self.copied_layers() as u64 * self.frame;
+        let frames = self.copied_frames() as u64 * self.frame;
         let panels = if self.embed == Tier::Disk { EMBEDDING_PANELS as u64 * self.panel_room } else { 0 };
         let lists = if self.compute == Tier::Gpu { self.workspace.1 } else { 0 };
         lists + staging + self.planes.total() + frames + panels
@@ -363,12 +363,12 @@ impl Placement {
         if self.pages[self.compute as usize] == self.total_pages() { usize::MAX } else { self.policy.block_pages }
     }
 
-    /// Layers of a page that are copied together where pages are copied through main memory.
-    pub fn copied_layers(&self) -> usize {
+    /// Layers of pages that are copied together where pages are copied through main memory.
+    pub fn copied_frames(&self) -> usize {
         match (self.policy.paused_pages, self.kv_slots.count) {
             (0, 0) => 0,
             (0, _) => 1,
-            _ => ((COPIED_BYTES / self.frame.max(1)) as usize).clamp(1, self.num_layers),
+            (pages, _) => ((COPIED_BYTES / self.frame.max(1)) as usize).clamp(1, pages * self.num_layers),
         }
     }
 
