@@ -64,8 +64,9 @@ fn flags_come_from_a_file() {
     let typed: Value = serde_json::from_slice(&typed.stdout).unwrap();
     let from_file = json(&[]);
     assert_eq!(from_file["policy"], typed["policy"]);
-    assert_eq!(from_file["budget_bytes"]["gpu"], 12u64 << 30);
-    assert_eq!(json(&["--gpu-memory", "8GiB"])["budget_bytes"]["gpu"], 8u64 << 30);
+    let gibibytes = |plan: &Value| plan["budget_bytes"]["gpu"].as_f64().unwrap() / f64::from(1 << 30);
+    assert_eq!(gibibytes(&from_file), 12.0);
+    assert_eq!(gibibytes(&json(&["--gpu-memory", "8GiB"])), 8.0);
     for (text, what) in [
         ("wieghts = \"int4\"\n", "wieghts"),
         ("prompt-len = 5\n", "--model is missing"),

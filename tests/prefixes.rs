@@ -207,7 +207,10 @@ fn prompts_go_on_in_phases_while_pages_are_few() {
             prompt.extend((shared..len).map(|_| 20 + chance.below(600) as u32));
             prompts.push(prompt);
         }
-        let line = |(prompt, (.., n, max_tokens)): (&Vec<u32>, (_, _, _, u32, u32))| json!({"prompt": prompt, "n": n, "max_tokens": max_tokens, "stop_token_ids": stops});
+        let line = |(prompt, (.., n, max_tokens)): (&Vec<u32>, (_, _, _, u32, u32))| {
+            let max_tokens = json!(max_tokens);
+            json!({"prompt": prompt, "n": n, "max_tokens": max_tokens, "stop_token_ids": stops})
+        };
         let lines: Vec<Value> = prompts.iter().zip(shape).map(line).collect();
         let expected = run(&scratch, &lines, &numerics).bytes;
         let tight = ["--policy", policy.to_str().unwrap(), "--schedule", "phased", "--expect-output-len", "3"];

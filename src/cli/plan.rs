@@ -334,7 +334,9 @@ impl Arguments {
                     command.get_arguments().any(|argument| argument.get_long() == Some(key))
                 };
                 // The output and its like; a file is for a job, not for a command.
-                config::overlay(&self, file, |key| knows(&generate, key) && !knows(&plan, key))?
+                let overlaid = config::overlay(&self, file, |key| knows(&generate, key) && !knows(&plan, key))?;
+                let Arguments { explain, save, draw, json, .. } = self;
+                Arguments { explain, save, draw, json, ..overlaid }
             }
         };
         let usage = |what: &str| Err(Error::usage(what, "run `tidemill plan --help`"));
