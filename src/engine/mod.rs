@@ -15,6 +15,7 @@ mod score;
 mod sequence;
 mod snapshot;
 mod step;
+mod tree;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

@@ -10,13 +10,11 @@
 //! sequence that computes for itself what is ready does not hold the node's page: the tree gives it up where nobody
 //! else does.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
+use super::tree::{NodeId, Tree};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
-
-type NodeId = u32;
-type Tile = Box<[u32]>;
 
 /// The way of a prompt through the tree.
 #[derive(Debug, Default)]
@@ -31,18 +29,13 @@ pub struct Path {
 /// The tree.
 #[derive(Debug, Default)]
 pub struct Prefixes {
-    nodes: Vec<Node>,
-    /// Numbers of nodes that are gone.
-    free: Vec<NodeId>,
-    children: HashMap<(Option<NodeId>, Tile), NodeId>,
+    tree: Tree<(), Node>,
     /// Ready nodes whose pages only the tree holds.
     idle: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Node {
-    parent: Option<NodeId>,
-    tokens: Tile,
     /// Prompts that have not begun.
     waiting: usize,
     /// Sequences that go through it, and those of them that hold its page.
@@ -51,8 +44,9 @@ struct Node {
     state: State,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
+    #[default]
     Absent,
     /// By the sequence of this number.
     Computing(u64),
@@ -71,40 +65,14 @@ pub enum Found {
 impl Prefixes {
     /// A prompt that waits. It takes no page that holds its last token or one from `from` on.
     pub fn enter(&mut self, tokens: &[u32], from: usize) -> Path {
-        let mut path = Path { takes: from.min(tokens.len() - 1) / PAGE_POSITIONS, ..Path::default() };
-        for tile in tokens.chunks_exact(PAGE_POSITIONS) {
-            let parent = path.nodes.last().copied();
-            let key = (parent, Tile::from(tile));
-            let node = match self.children.get(&key) {
-                Some(&node) => node,
-                None => self.add(key),
-            };
-            self.nodes[node as usize].waiting += 1;
-            path.nodes.push(node);
-        }
-        path
-    }
-
-    fn add(&mut self, key: (Option<NodeId>, Tile)) -> NodeId {
-        let node =
-            Node { parent: key.0, tokens: key.1.clone(), waiting: 0, running: 0, holding: 0, state: State::Absent };
-        let id = match self.free.pop() {
-            Some(id) => {
-                self.nodes[id as usize] = node;
-                id
-            }
-            None => {
-                self.nodes.push(node);
-                NodeId::try_from(self.nodes.len() - 1).expect("node numbers are 32 bits wide")
-            }
-        };
-        self.children.insert(key, id);
-        id
+        let (nodes, takes) = (self.tree.walk((), tokens), from.min(tokens.len() - 1) / PAGE_POSITIONS);
+        nodes.iter().for_each(|&node| self.tree[node].waiting += 1);
+        Path { nodes, takes, published: 0 }
     }
 
     /// What there is of a prompt's beginning.
     pub fn look(&self, path: &Path) -> Found {
-        let states = path.nodes[..path.takes].iter().map(|&node| self.nodes[node as usize].state);
+        let states = path.nodes[..path.takes].iter().map(|&node| self.tree[node].state);
         let mut ready = 0;
         for state in states {
             match state {
@@ -122,7 +90,7 @@ impl Prefixes {
         let Found::Pages(taken) = self.look(path) else { panic!("the prompt waits for its beginning") };
         let mut pages = Vec::with_capacity(taken);
         for (index, &node) in path.nodes.iter().enumerate() {
-            let node = &mut self.nodes[node as usize];
+            let node = &mut self.tree[node];
             (node.waiting, node.running) = (node.waiting - 1, node.running + 1);
             match node.state {
                 State::Ready(page) if index < taken => {
@@ -142,7 +110,7 @@ impl Prefixes {
     /// Another sequence of the same prompt goes on from what one has computed, and holds the pages that it does.
     pub fn join(&mut self, path: &Path, pages: &[PageId]) -> Path {
         for (&node, &page) in path.nodes.iter().zip(pages) {
-            let node = &mut self.nodes[node as usize];
+            let node = &mut self.tree[node];
             node.running += 1;
             node.holding += usize::from(node.state == State::Ready(page));
         }
@@ -153,7 +121,7 @@ impl Prefixes {
     pub fn publish(&mut self, path: &mut Path, sequence: u64, computed: usize, pages: &[PageId], pool: &mut PagePool) {
         let upto = path.nodes.len().min(computed / PAGE_POSITIONS);
         while path.published < upto {
-            let node = &mut self.nodes[path.nodes[path.published] as usize];
+            let node = &mut self.tree[path.nodes[path.published]];
             let stale = match node.state {
                 State::Computing(other) => (other == sequence).then_some(None),
                 // What another sequence began and did not end.
@@ -175,7 +143,7 @@ impl Prefixes {
     /// The sequence, which holds `pages`, has ended; what it has not computed somebody else must.
     pub fn end(&mut self, path: &Path, sequence: u64, pages: &[PageId], pool: &mut PagePool) {
         for (index, &id) in path.nodes.iter().enumerate().rev() {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.tree[id];
             node.running -= 1;
             match node.state {
                 State::Computing(other) if other == sequence => node.state = State::Absent,
@@ -191,18 +159,18 @@ impl Prefixes {
 
     /// How many of a sequence's first pages other sequences hold too, so that it will find them there.
     pub fn held_by_others(&self, path: &Path, pages: &[PageId]) -> usize {
-        let nodes = path.nodes[..path.takes].iter().map(|&node| &self.nodes[node as usize]);
+        let nodes = path.nodes[..path.takes].iter().map(|&node| &self.tree[node]);
         nodes.zip(pages).take_while(|(node, page)| node.state == State::Ready(**page) && node.holding > 1).count()
     }
 
     /// How many of a sequence's pages no other sequence holds, though the tree does.
     pub fn held_alone(&self, path: &Path, pages: &[PageId]) -> usize {
-        let nodes = path.nodes.iter().map(|&node| &self.nodes[node as usize]);
+        let nodes = path.nodes.iter().map(|&node| &self.tree[node]);
         nodes.zip(pages).filter(|(node, page)| node.state == State::Ready(**page) && node.holding == 1).count()
     }
 
     fn drop_unneeded(&mut self, id: NodeId, pool: &mut PagePool) {
-        let node = &mut self.nodes[id as usize];
+        let node = &mut self.tree[id];
         if node.waiting + node.running > 0 {
             return;
         }
@@ -210,10 +178,7 @@ impl Prefixes {
         if let State::Ready(page) = node.state {
             pool.release(page);
         }
-        node.state = State::Absent;
-        let key = (node.parent, std::mem::take(&mut node.tokens));
-        self.children.remove(&key);
-        self.free.push(id);
+        self.tree.remove(id);
     }
 
     /// Pages that the tree alone holds.
@@ -223,34 +188,22 @@ impl Prefixes {
 
     /// How many of the first `taken` pages of a way the tree alone holds.
     pub fn idle_pages_of(&self, path: &Path, taken: usize) -> usize {
-        path.nodes[..taken].iter().filter(|&&node| self.nodes[node as usize].is_idle()).count()
+        path.nodes[..taken].iter().filter(|&&node| self.tree[node].is_idle()).count()
     }
 
     /// Gives up `count` pages that the tree alone holds: the ends of beginnings first.
     pub fn give_up(&mut self, count: usize, pool: &mut PagePool) {
-        let mut idle: Vec<(usize, NodeId)> = Vec::new();
-        for id in 0..self.nodes.len() as NodeId {
-            if self.nodes[id as usize].is_idle() {
-                idle.push((self.depth(id), id));
-            }
-        }
+        let idle = self.tree.nodes().filter(|(_, node)| node.is_idle());
+        let mut idle: Vec<(usize, NodeId)> = idle.map(|(id, _)| (self.tree.depth(id), id)).collect();
         // A page is of no use without those before it.
         idle.sort_unstable_by(|a, b| b.cmp(a));
         for (_, id) in idle.into_iter().take(count) {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.tree[id];
             if let State::Ready(page) = std::mem::replace(&mut node.state, State::Absent) {
                 pool.release(page);
                 self.idle -= 1;
             }
         }
-    }
-
-    fn depth(&self, mut id: NodeId) -> usize {
-        let mut depth = 0;
-        while let Some(parent) = self.nodes[id as usize].parent {
-            (id, depth) = (parent, depth + 1);
-        }
-        depth
     }
 }
 
@@ -275,6 +228,8 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -405,9 +360,9 @@ mod tests {
                     }
                     _ => {}
                 }
-                let idle = tree.nodes.iter().filter(|node| node.is_idle()).count();
+                let idle = tree.tree.nodes().filter(|(_, node)| node.is_idle()).count();
                 prop_assert_eq!(idle, tree.idle_pages());
-                for node in &tree.nodes {
+                for (_, node) in tree.tree.nodes() {
                     let State::Ready(page) = node.state else { continue };
                     let holders = running.iter().filter(|one| one.pages.contains(&page)).count();
                     prop_assert_eq!(holders, node.holding);
@@ -415,7 +370,7 @@ mod tests {
             }
             prop_assert!(waiting.is_empty() && running.is_empty(), "{} wait, {} run", waiting.len(), running.len());
             prop_assert_eq!(pool.free(), 200);
-            prop_assert!(tree.children.is_empty());
+            prop_assert!(tree.tree.is_empty());
         }
     }
 }

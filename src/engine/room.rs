@@ -144,6 +144,9 @@ impl<D: Device> Engine<'_, D> {
         let pages = &sequence.pages[..sequence.kept.pages(computed)];
         let before = self.prefixes.held_by_others(&sequence.path, pages);
         let pages = &pages[before..];
+        if pages.is_empty() {
+            return Ok(None);
+        }
         let Some(aside) = self.pool.take_aside(pages.len()) else { return Ok(None) };
         let pairs: Vec<_> = pages.iter().copied().zip(aside.iter().copied()).collect();
         self.executor_mut().copy_pages(&pairs)?;

@@ -8,15 +8,11 @@
 //! has after its tokens. A prompt waits for a snapshot only while a sequence is on its way to it, and who is on its way
 //! to somebody's snapshot stops there.
 
-use std::collections::HashMap;
-
 use super::prefix::Found;
+use super::tree::{NodeId, Tree};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
 use crate::kv::policy::Kept;
-
-type NodeId = u32;
-type Tile = Box<[u32]>;
 
 /// The way of a prompt through the tree: pages of tokens whose keys and values it may have from others.
 #[derive(Debug, Default)]
@@ -26,29 +22,16 @@ pub struct Trail {
     passed: usize,
 }
 
-/// What a node comes after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Parent {
-    /// Nothing; sequences that keep the same of all prompts.
-    Class(Kept),
-    Node(NodeId),
-}
-
-/// The tree.
+/// The tree; its roots are sequences that keep the same of all prompts.
 #[derive(Debug, Default)]
 pub struct Snapshots {
-    nodes: Vec<Node>,
-    /// Numbers of nodes that are gone.
-    free: Vec<NodeId>,
-    children: HashMap<(Parent, Tile), NodeId>,
+    tree: Tree<Kept, Node>,
     /// Pages of all snapshots.
     held: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Node {
-    parent: Parent,
-    tokens: Tile,
     /// Prompts that have not begun, and sequences, that go through it; of these, who has not passed it.
     waiting: usize,
     running: usize,
@@ -61,38 +44,13 @@ impl Snapshots {
     /// A prompt that waits, of a cache that evicts. It takes nothing that knows its last token or one from `from` on.
     pub fn enter(&mut self, tokens: &[u32], from: usize, kept: Kept) -> Trail {
         let takes = from.min(tokens.len() - 1) / PAGE_POSITIONS;
-        let (mut parent, mut trail) = (Parent::Class(class(kept)), Trail::default());
-        for tile in tokens.chunks_exact(PAGE_POSITIONS).take(takes) {
-            let key = (parent, Tile::from(tile));
-            let node = match self.children.get(&key) {
-                Some(&node) => node,
-                None => self.add(key),
-            };
-            self.nodes[node as usize].waiting += 1;
-            trail.nodes.push(node);
-            parent = Parent::Node(node);
-        }
-        trail
-    }
-
-    fn add(&mut self, key: (Parent, Tile)) -> NodeId {
-        let node = Node { parent: key.0, tokens: key.1.clone(), waiting: 0, running: 0, coming: 0, snapshot: None };
-        let id = match self.free.pop() {
-            Some(id) => {
-                self.nodes[id as usize] = node;
-                id
-            }
-            None => {
-                self.nodes.push(node);
-                NodeId::try_from(self.nodes.len() - 1).expect("node numbers are 32 bits wide")
-            }
-        };
-        self.children.insert(key, id);
-        id
+        let nodes = self.tree.walk(class(kept), &tokens[..takes * PAGE_POSITIONS]);
+        nodes.iter().for_each(|&node| self.tree[node].waiting += 1);
+        Trail { nodes, passed: 0 }
     }
 
     fn of<'a>(&'a self, trail: &'a Trail) -> impl DoubleEndedIterator<Item = &'a Node> + ExactSizeIterator {
-        trail.nodes.iter().map(|&id| &self.nodes[id as usize])
+        trail.nodes.iter().map(|&id| &self.tree[id])
     }
 
     /// What there is of a prompt's beginning.
@@ -105,11 +63,11 @@ impl Snapshots {
     /// A prompt begins: gives how many positions there is a snapshot of, and its pages, which the caller holds too.
     pub fn begin(&mut self, trail: &Trail, pool: &mut PagePool) -> (usize, Vec<PageId>) {
         let Found::Pages(ready) = self.look(trail) else { panic!("the prompt waits for its beginning") };
-        let last = ready.checked_sub(1).map(|last| &self.nodes[trail.nodes[last] as usize]);
+        let last = ready.checked_sub(1).map(|last| &self.tree[trail.nodes[last]]);
         let pages = last.and_then(|node| node.snapshot.clone()).unwrap_or_default();
         pages.iter().for_each(|&page| pool.share(page));
         for &id in &trail.nodes {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.tree[id];
             (node.waiting, node.running) = (node.waiting - 1, node.running + 1);
             // Nobody else wants it.
             if node.waiting == 0 {
@@ -123,16 +81,16 @@ impl Snapshots {
     pub fn set_out(&mut self, trail: &mut Trail, computed: usize) {
         trail.passed = trail.nodes.len().min(computed / PAGE_POSITIONS);
         for &id in &trail.nodes[trail.passed..] {
-            self.nodes[id as usize].coming += 1;
+            self.tree[id].coming += 1;
         }
     }
 
     /// Where a sequence must stop next: behind the next pages after which somebody who waits goes another way, or may
     /// take no more.
     pub fn next_point(&self, trail: &Trail) -> Option<usize> {
-        let waiting = |index: usize| trail.nodes.get(index).map_or(0, |&id| self.nodes[id as usize].waiting);
+        let waiting = |index: usize| trail.nodes.get(index).map_or(0, |&id| self.tree[id].waiting);
         let parts = |index: &usize| waiting(*index) > waiting(index + 1);
-        let lacks = |index: &usize| self.nodes[trail.nodes[*index] as usize].snapshot.is_none();
+        let lacks = |index: &usize| self.tree[trail.nodes[*index]].snapshot.is_none();
         let point = (trail.passed..trail.nodes.len()).find(|index| parts(index) && lacks(index));
         point.map(|index| (index + 1) * PAGE_POSITIONS)
     }
@@ -140,7 +98,7 @@ impl Snapshots {
     /// A sequence that stands where it had to stop leaves these pages, which become the tree's.
     pub fn leave(&mut self, trail: &Trail, computed: usize, pages: Vec<PageId>) {
         self.held += pages.len();
-        let node = &mut self.nodes[trail.nodes[computed / PAGE_POSITIONS - 1] as usize];
+        let node = &mut self.tree[trail.nodes[computed / PAGE_POSITIONS - 1]];
         assert!(node.snapshot.replace(pages).is_none(), "one snapshot is enough");
     }
 
@@ -148,7 +106,7 @@ impl Snapshots {
     pub fn pass(&mut self, trail: &mut Trail, computed: usize) {
         let upto = trail.nodes.len().min(computed / PAGE_POSITIONS);
         for &id in &trail.nodes[trail.passed..upto] {
-            self.nodes[id as usize].coming -= 1;
+            self.tree[id].coming -= 1;
         }
         trail.passed = upto;
     }
@@ -156,7 +114,7 @@ impl Snapshots {
     /// A sequence has ended.
     pub fn end(&mut self, trail: &Trail, pool: &mut PagePool) {
         for (index, &id) in trail.nodes.iter().enumerate().rev() {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.tree[id];
             node.running -= 1;
             node.coming -= usize::from(index >= trail.passed);
             self.drop_unneeded(id, pool);
@@ -166,27 +124,24 @@ impl Snapshots {
     /// A prompt waits no more.
     pub fn withdraw(&mut self, trail: &Trail, pool: &mut PagePool) {
         for &id in trail.nodes.iter().rev() {
-            self.nodes[id as usize].waiting -= 1;
+            self.tree[id].waiting -= 1;
             self.drop_unneeded(id, pool);
         }
     }
 
     fn drop_unneeded(&mut self, id: NodeId, pool: &mut PagePool) {
-        let node = &self.nodes[id as usize];
+        let node = &self.tree[id];
         let is_gone = node.waiting + node.running == 0;
         if node.waiting == 0 {
             self.drop_snapshot(id, pool);
         }
         if is_gone {
-            let node = &mut self.nodes[id as usize];
-            let key = (node.parent, std::mem::take(&mut node.tokens));
-            self.children.remove(&key);
-            self.free.push(id);
+            self.tree.remove(id);
         }
     }
 
     fn drop_snapshot(&mut self, id: NodeId, pool: &mut PagePool) -> usize {
-        let pages = self.nodes[id as usize].snapshot.take().unwrap_or_default();
+        let pages = self.tree[id].snapshot.take().unwrap_or_default();
         pages.iter().for_each(|&page| pool.release(page));
         self.held -= pages.len();
         pages.len()
@@ -205,7 +160,7 @@ impl Snapshots {
     /// Gives up snapshots that fewer wait for than for the one that a sequence is to leave, if `count` pages are not
     /// free.
     pub fn make_way(&mut self, trail: &Trail, computed: usize, count: usize, pool: &mut PagePool) {
-        let waiting = self.nodes[trail.nodes[computed / PAGE_POSITIONS - 1] as usize].waiting;
+        let waiting = self.tree[trail.nodes[computed / PAGE_POSITIONS - 1]].waiting;
         self.give_up_below(waiting, count.saturating_sub(pool.free()), pool);
     }
 
@@ -213,12 +168,11 @@ impl Snapshots {
         if count == 0 {
             return;
         }
-        let is_less = |node: &Node| node.snapshot.is_some() && node.waiting < waiting;
-        let ready = |id: &NodeId| is_less(&self.nodes[*id as usize]);
-        let mut all: Vec<NodeId> = (0..self.nodes.len() as NodeId).filter(ready).collect();
-        all.sort_by_key(|&id| self.nodes[id as usize].waiting);
+        let less = self.tree.nodes().filter(|(_, node)| node.snapshot.is_some() && node.waiting < waiting);
+        let mut all: Vec<(usize, NodeId)> = less.map(|(id, node)| (node.waiting, id)).collect();
+        all.sort_unstable();
         let mut left = count;
-        for id in all {
+        for (_, id) in all {
             if left == 0 {
                 break;
             }
@@ -237,6 +191,8 @@ fn class(kept: Kept) -> Kept {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -367,7 +323,7 @@ mod tests {
             }
             prop_assert!(waiting.is_empty() && running.is_empty(), "{} wait, {} run", waiting.len(), running.len());
             prop_assert_eq!(pool.free(), 60);
-            prop_assert!(tree.children.is_empty());
+            prop_assert!(tree.tree.is_empty());
         }
     }
 }

@@ -78,8 +78,8 @@ pub enum Spread {
         slope: u16,
     },
     /// The heads of a layer share theirs: what receives least attention goes, whichever head it belongs to, as long as
-    /// that head keeps `least` (FastGen, arXiv 2310.01801, chooses per head by its attention; sharing a budget is
-    /// Ada-KV's, arXiv 2407.11550).
+    /// that head keeps `least` (sharing a budget is Ada-KV's, arXiv 2407.11550; FastGen, arXiv 2310.01801, chooses per
+    /// head by its attention, which kept no more: bench_results/fastgen-choice.md).
     ///
     /// Heads use parts of pages in the order in which they need them, and pages note whose they are.
     Heads {
