@@ -190,7 +190,8 @@ fn main() {
     );
     println!("|---|---|---|---|---|---|");
     // Nothing is evicted: the whole prompt fits, what would come after it does not.
-    let scored = Kept::Heavy { heavy: PROMPT / 2, recent: PROMPT / 2, prompt_len: PROMPT, spread: Spread::Even };
+    let (half, stretch) = (PROMPT / 2, PAGE_POSITIONS);
+    let scored = Kept::Heavy { heavy: half, recent: half, prompt_len: PROMPT, stretch, spread: Spread::Even };
     for dtype in DType::ALL {
         let mut grouped = Bench::new(dtype, NUM_HEADS / 8, false);
         let (decode, prompt, sharing) =

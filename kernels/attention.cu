@@ -470,7 +470,7 @@ KERNEL BOUNDS(128) fold_partials(const Segment* segments, const FoldTask* tasks,
 
 // ---- segments that evict by attention (H2O); src/device/host/evict.rs is the definition
 
-// Keys that an eviction takes at most: those of a stretch.
+// Keys that an eviction takes at most at once.
 constexpr u32 VICTIMS = PAGE;
 
 // One KV head of a sequence's cache.
@@ -488,14 +488,14 @@ template <u32 dtype> struct Cache {
 
 // Slots that are taken when a position is about to be stored.
 DEVICE u32 taken_slots(const Segment& segment, u32 position) {
-    u32 evicted = position < segment.prompt_len ? position / PAGE * PAGE : position;
+    u32 evicted = position < segment.prompt_len ? position / segment.stretch * segment.stretch : position;
     return least(evicted, segment.first + segment.recent) + position - evicted;
 }
 
 // Where the stretch that a position belongs to ends: what follows is computed after an eviction.
 DEVICE u32 stretch_end(const Segment& segment, u32 position) {
     if (position >= segment.prompt_len) return position + 1;
-    return least((position / PAGE + 1) * PAGE, segment.prompt_len);
+    return least((position / segment.stretch + 1) * segment.stretch, segment.prompt_len);
 }
 
 // Copies what a slot holds, bit by bit, to another slot.
@@ -650,9 +650,12 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
             });
         }
         u32 count = taken + stop - position;
-        if (stop == whole && count > capacity)
-            evict(cache, count, capacity, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS,
+        // Those that go first are those that received least: nobody depends on who goes with it.
+        for (u32 left = 0; stop == whole && count > capacity; count = left) {
+            left = count - least(VICTIMS, count - capacity);
+            evict(cache, count, left, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS,
                   lists + 2 * VICTIMS);
+        }
         position = stop;
     }
 }

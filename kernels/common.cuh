@@ -32,8 +32,8 @@ struct Piece {
 struct Segment {
     u32 first_row, len, start;
     u32 first_page, num_pages;
-    u32 kept, first, recent, prompt_len;
-    u32 unused[3];
+    u32 kept, first, recent, prompt_len, stretch;
+    u32 unused[2];
 };
 
 enum { KEPT_ALL = 0, KEPT_WINDOW = 1, KEPT_HEAVY = 2 };

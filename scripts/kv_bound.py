@@ -22,9 +22,14 @@ CONFIG = {
 }
 PROMPT, ANSWER, PAGE = 512, 512, 64
 FULL, HEAVY, SINK = "full", "h2o:heavy=103,recent=102", "sink:start=4,recent=201"
-# Pages of a sequence: all positions but the last; what is kept and the stretch that comes before evictions; the
-# first positions' page, and the latest positions' with one that is being written.
-PAGES_EACH = {FULL: -(-(PROMPT + ANSWER - 1) // PAGE), HEAVY: -(-(205 + PAGE) // PAGE), SINK: 1 + -(-200 // PAGE) + 1}
+WHOLE = "h2o:keep=205,recent=8,stretch=1.0"
+# Pages of a sequence that answers: all positions but the last; what is kept and one token more; the first positions'
+# page, and the latest positions' with one that is being written. Then those that it holds more while its prompt is read:
+# a stretch before evictions, or all of it.
+PAGES_EACH = {FULL: (-(-(PROMPT + ANSWER - 1) // PAGE), 0), HEAVY: (-(-206 // PAGE), 1),
+              WHOLE: (-(-206 // PAGE), -(-PROMPT // PAGE) - -(-206 // PAGE)), SINK: (1 + -(-200 // PAGE) + 1, 0)}
+# Prompts that are read at the same time.
+READING = 2
 
 
 def policy_text(places, pages):
@@ -37,7 +42,8 @@ def policy_text(places, pages):
 
 def run(folder, binary, link, requests, kv_policy, frame_pages):
     """Generated tokens/s, sequences in flight and bytes with the device."""
-    places = min(frame_pages // PAGES_EACH[kv_policy], requests)
+    each, more = PAGES_EACH[kv_policy]
+    places = min((frame_pages - READING * more) // each, requests)
     (folder / "policy.toml").write_text(policy_text(places, frame_pages), encoding="utf-8")
     for old in folder.glob("out.jsonl*"):
         old.unlink()
@@ -70,7 +76,8 @@ def main():
         (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         print("| kv policy | sequences in flight | passes | device memory | generated tokens/s |\n|---|---|---|---|---|")
         rates = {}
-        for kv_policy, room in ((FULL, pages), (HEAVY, scored), (SINK, pages), (FULL, pages)):
+        for kv_policy, room in (
+                (FULL, pages), (HEAVY, scored), (WHOLE, scored), (SINK, pages), (FULL, pages)):
             rate, places, passes, used = run(folder, binary, arguments.link, arguments.requests, kv_policy, room)
             rates.setdefault(kv_policy, []).append(rate)
             print(f"| {kv_policy} | {places} | {passes} | {used / 1e6:.0f} MB | {rate:.1f} |", flush=True)

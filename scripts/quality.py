@@ -34,6 +34,10 @@ def few_latest(share):
     return f"h2o:keep={share:g},recent=8"
 
 
+def whole_prompt(share):
+    return f"h2o:keep={share:g},recent=8,stretch=1.0"
+
+
 def local(share):
     return f"sink:start=0,recent={share:g}"
 
@@ -52,12 +56,14 @@ def sections():
     ]
     yield "KV dtype", [["--kv-dtype", dtype] for dtype in ("f32", "bf16", "f16", "int8", "int4")]
     yield "KV policy, share of prompt + max_tokens", [["--kv-policy", "full"]] + [
-        ["--kv-policy", policy(share)] for share in SHARES for policy in (h2o, few_latest, pyramid, per_head, sink, local)]
+        ["--kv-policy", policy(share)] for share in SHARES
+        for policy in (h2o, few_latest, whole_prompt, pyramid, per_head, sink, local)]
     yield "Together", [
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int8"],
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4"],
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4", "--kv-policy", h2o(0.5)],
         ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4", "--kv-policy", h2o(0.2)],
+        ["--weights", "int4", "--activations", "int8", "--kv-dtype", "int4", "--kv-policy", whole_prompt(0.2)],
     ]
 
 

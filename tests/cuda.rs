@@ -66,6 +66,7 @@ impl Case {
         let mut numerics = vec!["--weights", weights, "--kv-dtype", kv];
         let kept = match (seed + seed / models) % 4 {
             0 if !model.windowed && (seed / 4).is_multiple_of(3) => "pyramid:heavy=20,recent=11,slope=0.5",
+            0 if !model.windowed && (seed / 4) % 3 == 1 => "h2o:keep=31,recent=11,stretch=1.0",
             0 if !model.windowed => "h2o:heavy=20,recent=11",
             1 if !model.dynamic => "sink:start=4,recent=40",
             2 if !model.dynamic => "sink:start=70,recent=0.3",

@@ -91,7 +91,7 @@ fn scores(model: &Model, isa: Isa, numerics: &Numerics, chunk: usize, together: 
     let pages: Vec<Vec<u32>> = sequences
         .iter()
         .map(|tokens| {
-            let count = kept(tokens).pages(tokens.len()) as u32;
+            let count = kept(tokens).most_held(tokens.len()) as u32;
             first_page += count;
             (first_page - count..first_page).rev().collect()
         })
@@ -137,12 +137,15 @@ fn one_set_of_bits_for_all() {
         let mut evicting = vec!["sink:start=3,recent=29", "sink:start=70,recent=40", "sink:start=0,recent=1"];
         if name != "mistral-w23" && name != "qwen3-mixed" {
             evicting.extend(["h2o:heavy=0.2,recent=0.2", "h2o:heavy=30,recent=40", "h2o:heavy=0,recent=5"]);
+            evicting.extend(["h2o:keep=40,recent=8,stretch=128", "h2o:keep=0.2,recent=8,stretch=1.0"]);
             evicting.extend(["pyramid:heavy=60,recent=10,slope=1", "per-head:heavy=0.2,recent=0.1"]);
         }
-        let evicting = evicting
-            .into_iter()
-            .zip([DType::F32, DType::Int4, DType::Bf16, DType::Int8, DType::F16, DType::Int4, DType::Bf16, DType::Int8])
-            .map(|(policy, kv)| Numerics { kv, weights: None, rounds: false, policy });
+        let evicting = evicting.into_iter().zip(DType::ALL.into_iter().cycle()).map(|(policy, kv)| Numerics {
+            kv,
+            weights: None,
+            rounds: false,
+            policy,
+        });
         for numerics in plain.into_iter().chain(integers).chain(evicting) {
             let expected = scores(&model, Isa::Portable, &numerics, 400, false);
             assert!(expected.iter().flatten().all(|drawn| drawn.logprob.is_finite()));

@@ -75,9 +75,10 @@ fn any_batch_and_chunk_with_learned_positions() {
     any_batch(&OPT, 40, &ALL);
 }
 
-/// Caches that evict: by attention, in four bits, all but the beginning and the end, more with depth, head by head.
-const EVICTING: [&[&str]; 4] = [
+/// Caches that evict: by attention, when the prompt has been read, all but the beginning and the end, more with depth, head by head.
+const EVICTING: [&[&str]; 5] = [
     &["--kv-policy", "h2o:heavy=0.15,recent=0.15", "--kv-dtype", "int4"],
+    &["--kv-policy", "h2o:keep=0.1,recent=8,stretch=1.0", "--kv-dtype", "f16"],
     &["--kv-policy", "sink:start=4,recent=30", "--kv-dtype", "int8"],
     &["--kv-policy", "pyramid:heavy=0.3,recent=0.05,slope=0.8"],
     &["--kv-policy", "per-head:heavy=0.2,recent=0.05,least=0.1", "--kv-dtype", "int8"],

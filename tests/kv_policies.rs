@@ -7,7 +7,7 @@ use tidemill::device::{AttentionSpan, Device, Frames, Heads, KvViewMut, Rotation
 use tidemill::error::Tier;
 use tidemill::kv::layout::{KvLayout, Owner, PAGE_POSITIONS, POSITION_BITS};
 use tidemill::kv::pages::Segment;
-use tidemill::kv::policy::{Kept, Spread};
+use tidemill::kv::policy::{Kept, Spread, WHOLE_PROMPT};
 use tidemill::memory::arena::{Arena, Region};
 use tidemill::model::dtype::DType;
 use tidemill::rng::Philox;
@@ -63,7 +63,7 @@ struct Expected {
 
 /// What H2O does, for all KV heads: each evicts on its own, or all together.
 fn heavy_hitters(sequence: &Sequence, heads: Heads, scale: f64) -> Vec<Expected> {
-    let Kept::Heavy { heavy, recent, prompt_len, spread } = sequence.kept else { panic!("another policy") };
+    let Kept::Heavy { heavy, recent, prompt_len, stretch, spread } = sequence.kept else { panic!("another policy") };
     let group = heads.num_heads / heads.num_kv_heads;
     let mut caches: Vec<Vec<(usize, f32)>> = vec![Vec::new(); heads.num_kv_heads];
     let mut expected: Vec<Expected> = caches.iter().map(|_| Expected::default()).collect();
@@ -88,7 +88,7 @@ fn heavy_hitters(sequence: &Sequence, heads: Heads, scale: f64) -> Vec<Expected>
             cache.iter_mut().zip(received).for_each(|((_, score), received)| *score += received);
         }
         let next = row + 1;
-        if next >= prompt_len || next % 64 == 0 {
+        if next >= prompt_len || next % stretch == 0 {
             match spread {
                 Spread::Heads { least } => {
                     evict_together(&mut caches, heavy + recent, least, next.saturating_sub(recent))
@@ -269,20 +269,23 @@ proptest! {
         seed in 0u64..1000,
         groups in 1usize..4,
         kv_heads in 1usize..3,
-        shapes in prop::collection::vec((0usize..90, 1usize..60, 1usize..200, 0usize..30), 1..4),
+        shapes in prop::collection::vec((0usize..90, 1usize..60, 1usize..200, 0usize..30, 1usize..6), 1..4),
         chunks in prop::collection::vec(1usize..150, 1..6),
         together in any::<bool>(),
     ) {
         let heads = Heads { num_heads: groups * kv_heads, num_kv_heads: kv_heads, head_dim: 20 };
         let sequences: Vec<Sequence> = shapes.iter().enumerate().map(|(index, shape)| {
-            let &(heavy, recent, prompt_len, generated) = shape;
-            let spread = if together { Spread::Heads { least: heavy / 4 } } else { Spread::Even };
-            let kept = Kept::Heavy { heavy, recent, prompt_len, spread };
+            let &(heavy, recent, prompt_len, generated, stretch) = shape;
+            let (spread, stretch) = match together {
+                true => (Spread::Heads { least: heavy / 4 }, 64),
+                false => (Spread::Even, if stretch == 5 { WHOLE_PROMPT } else { 64 * stretch }),
+            };
+            let kept = Kept::Heavy { heavy, recent, prompt_len, stretch, spread };
             Sequence::new(seed * 8 + index as u64, prompt_len + generated, heads, kept)
         }).collect();
         let mut free = 0u32..;
         let pages: Vec<Vec<u32>> = sequences.iter().map(|sequence| {
-            free.by_ref().take(sequence.kept.pages(sequence.rows.len())).collect()
+            free.by_ref().take(sequence.kept.most_held(sequence.rows.len())).collect()
         }).collect();
         let mut cache = Cache::new(heads, DType::F32, true, pages.iter().map(Vec::len).sum());
         let scale = 1.0 / f64::from(heads.head_dim as u32).sqrt();
@@ -292,7 +295,8 @@ proptest! {
         while sequences.iter().zip(&done).any(|(sequence, &done)| done < sequence.rows.len()) {
             let ranges: Vec<_> = sequences.iter().zip(&done).map(|(sequence, &done)| {
                 turn += 1;
-                done..sequence.rows.len().min(done + chunks[turn % chunks.len()])
+                let to = sequence.rows.len().min(done + chunks[turn % chunks.len()]);
+                done..sequence.kept.reach(&(done..to))
             }).collect();
             let mut results = cache.run(&sequences, &pages, &ranges).into_iter();
             for (index, range) in ranges.into_iter().enumerate() {

@@ -23,7 +23,7 @@ use tidemill::device::{
 use tidemill::error::Tier;
 use tidemill::kv::layout::{KvLayout, pages_for};
 use tidemill::kv::pages::Segment;
-use tidemill::kv::policy::{Kept, Spread};
+use tidemill::kv::policy::{Kept, Spread, WHOLE_PROMPT};
 use tidemill::memory::arena::{Arena, Region};
 use tidemill::model::config::{Activation, Norm};
 use tidemill::model::dtype::DType;
@@ -382,13 +382,15 @@ fn sequences(pair: &mut Pair, chance: &mut Chance, table: &mut Table, dtype: DTy
             1 => Kept::Window { start: chance.below(70) as usize, recent: 1 + chance.below(90) as usize },
             2 => {
                 let prompt_len = (1 + chance.below(len as u64)) as usize;
-                heavy(1 + chance.below(40) as usize, 1 + chance.below(40) as usize, prompt_len)
+                let stretch = [64, 64, 128, WHOLE_PROMPT][chance.below(4) as usize];
+                let (heavy, recent) = (1 + chance.below(40) as usize, 1 + chance.below(40) as usize);
+                Kept::Heavy { heavy, recent, prompt_len, stretch, spread: Spread::Even }
             }
             _ => Kept::All,
         })
         .collect();
     // Every page has a frame of its own, in any order over both memories.
-    let per_sequence: Vec<usize> = lengths.iter().zip(&kept).map(|(&len, kept)| kept.pages(len).max(1)).collect();
+    let per_sequence: Vec<usize> = lengths.iter().zip(&kept).map(|(&len, kept)| kept.most_held(len).max(1)).collect();
     let count: usize = per_sequence.iter().sum::<usize>() + 3;
     let resident = count / 2;
     let mut frames = BothFrames::new(pair, layout, [resident, count - resident]);
@@ -441,10 +443,6 @@ fn sequences(pair: &mut Pair, chance: &mut Chance, table: &mut Table, dtype: DTy
         assert!(both[0] == both[1], "a frame that was copied differs");
     }
     assert!(lengths.iter().zip(&pages).all(|(&len, pages)| pages.len() <= pages_for(len)));
-}
-
-fn heavy(heavy: usize, recent: usize, prompt_len: usize) -> Kept {
-    Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even }
 }
 
 fn rule(chance: &mut Chance) -> SampleRule {

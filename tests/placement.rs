@@ -26,6 +26,9 @@ const INTEGERS: &[&str] = &["--weights", "int4", "--activations", "int8"];
 const INT8: &[&str] = &["--weights", "int8", "--activations", "int8"];
 const HEAVY: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "h2o:heavy=0.2,recent=0.2"];
 const HEAVY_COUNT: &[&str] = &["--kv-policy", "h2o:heavy=20,recent=11"];
+const WHOLE: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "h2o:keep=0.15,recent=4,stretch=1.0"];
+const WHOLE_LONG: &[&str] = &["--kv-policy", "h2o:keep=0.6,recent=4,stretch=1.0"];
+const STRETCHED: &[&str] = &["--kv-policy", "h2o:keep=40,recent=8,stretch=128"];
 const SINK: &[&str] = &["--kv-dtype", "int8", "--kv-policy", "sink:start=4,recent=40"];
 const NARROW: &[&str] = &["--kv-dtype", "int4", "--kv-policy", "sink:start=0,recent=0.3"];
 
@@ -44,7 +47,8 @@ fn random_policies_change_no_byte_and_keep_the_budgets() {
     let native = [DEMO, WINDOW, DYNAMIC, BF16, OPT, POST_NORM, TIED].map(|mix| (mix, &[][..]));
     let rounded = [(DEMO, INTEGERS), (WINDOW, INT4), (TIED, INT8)];
     let bounded = [(DEMO, HEAVY), (TIED, HEAVY_COUNT), (OPT, HEAVY), (BF16, SINK), (WINDOW, NARROW), (POST_NORM, SINK)];
-    let spread = [(DEMO, PYRAMID), (DEMO, PER_HEAD), (TIED, PER_HEAD), (BF16, PYRAMID_COUNT)];
+    let spread =
+        [(DEMO, WHOLE), (BF16, STRETCHED), (DEMO, PYRAMID), (DEMO, PER_HEAD), (TIED, PER_HEAD), (BF16, PYRAMID_COUNT)];
     let mixes: Vec<(Mix, &[&str])> = native.into_iter().chain(rounded).chain(bounded).chain(spread).collect();
     let expected: Vec<(std::path::PathBuf, Vec<u8>)> = mixes
         .iter()
@@ -117,11 +121,12 @@ fn what_a_paused_sequence_has_computed_comes_back() {
     };
     let input = scratch.jsonl("in.jsonl", &(0..16).map(story).collect::<Vec<_>>());
     let cache = scratch.path("cache");
-    let ways: [(&[&str], u64, &str, bool); 6] = [
+    let ways: [(&[&str], u64, &str, bool); 7] = [
         (&[], 16, "gpu = 1.0", true),
         (&[], 16, "gpu = 0.3, cpu = 0.4, disk = 0.3", true),
         (&[], 16, "cpu = 0.5, disk = 0.5", false),
         (HEAVY, 12, "cpu = 1.0", false),
+        (WHOLE_LONG, 12, "cpu = 0.5, disk = 0.5", false),
         (SINK, 12, "cpu = 0.6, disk = 0.4", true),
         (PYRAMID, 12, "gpu = 0.5, cpu = 0.5", true),
     ];
@@ -175,7 +180,8 @@ fn a_sequence_that_sits_out_a_pass_finds_what_it_stored() {
     .concat();
     let input = scratch.write("in.jsonl", input);
     let cache = scratch.path("cache");
-    for (index, kv_policy) in ["full", "h2o:heavy=60,recent=10", "sink:start=4,recent=80"].into_iter().enumerate() {
+    let policies = ["full", "h2o:heavy=60,recent=10", "h2o:keep=70,recent=8,stretch=1.0", "sink:start=4,recent=80"];
+    for (index, kv_policy) in policies.into_iter().enumerate() {
         let output = scratch.path(&format!("expected-{index}.jsonl"));
         generate_ok(&model, &input, &output, &["--progress", "none", "--kv-policy", kv_policy], 0);
         let expected = std::fs::read(output).unwrap();

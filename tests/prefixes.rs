@@ -90,6 +90,8 @@ fn nearly_all_that_could_be_saved_is_saved() {
         (true, "full"),
         (false, "h2o:heavy=60,recent=40"),
         (true, "h2o:heavy=100,recent=20"),
+        (true, "h2o:keep=0.2,recent=8,stretch=1.0"),
+        (false, "h2o:keep=60,recent=8,stretch=128"),
         (true, "sink:start=4,recent=100"),
         (true, "pyramid:heavy=60,recent=40,slope=0.8"),
         (false, "per-head:heavy=50,recent=50"),
@@ -136,6 +138,7 @@ fn sharing_changes_no_byte_wherever_pages_are_and_however_few() {
     for numerics in [
         &["--kv-policy", "h2o:heavy=0.1,recent=0.1"][..],
         &["--kv-policy", "h2o:heavy=60,recent=60", "--kv-dtype", "int8"],
+        &["--kv-policy", "h2o:keep=0.1,recent=8,stretch=1.0"],
         &["--kv-policy", "sink:start=4,recent=150"],
         &["--kv-dtype", "int4", "--weights", "int8"],
     ] {
@@ -183,7 +186,7 @@ fn what_is_ready_and_cannot_be_taken_makes_room() {
 fn prompts_go_on_in_phases_while_pages_are_few() {
     let scratch = Scratch::new();
     let policy = scratch.write("policy.toml", "sequences = 10\nchunk-tokens = 64\npages = 11\n");
-    let numerics = ["--kv-policy", "h2o:heavy=20,recent=40"];
+    let kv_policies = ["h2o:heavy=20,recent=40", "h2o:keep=30,recent=8,stretch=1.0"];
     // Which line each prompt begins like, for how long, how long it is, and how many samples of how many tokens.
     let shape = [
         (0, 0, 413, 4, 1),
@@ -199,7 +202,8 @@ fn prompts_go_on_in_phases_while_pages_are_few() {
         (7, 350, 363, 1, 109),
     ];
     let stops: Vec<u32> = (0..8).map(|index| 20 + 75 * index).collect();
-    for seed in 0..40 {
+    for seed in 0..60 {
+        let numerics = ["--kv-policy", kv_policies[usize::from(seed % 3 == 2)]];
         let mut chance = Chance::new(seed);
         let mut prompts: Vec<Vec<u32>> = Vec::new();
         for (like, shared, len, ..) in shape {

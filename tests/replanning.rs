@@ -150,11 +150,16 @@ fn pauses_and_other_placements_on_the_way_change_no_answer() {
     let offload = files.path("");
     let model = Model::open("demo").unwrap();
     let (mut total, mut all) = (Counts::default(), Vec::new());
-    let policies =
-        ["full", "h2o:heavy=60,recent=30", "sink:start=4,recent=100", "pyramid:heavy=50,recent=20,slope=0.8"];
+    let policies = [
+        "full",
+        "h2o:heavy=60,recent=30",
+        "sink:start=4,recent=100",
+        "pyramid:heavy=50,recent=20,slope=0.8",
+        "h2o:keep=30,recent=8,stretch=1.0",
+    ];
     for seed in 0..count {
         let mut chance = Chance::new(seed);
-        let kv_policy = parse(policies[[0, 1, 0, 2, 0, 3][(seed % 6) as usize]]).unwrap();
+        let kv_policy = parse(policies[[0, 4, 1, 0, 2, 3][(seed % 6) as usize]]).unwrap();
         let input = scratch.jsonl("in.jsonl", &lines(seed / 6));
         let kv = layout(&model, kv_policy.needs_scores());
         let run = |name: &str, placement: Placement, batch: Batch, advisor: Option<&mut Whim<'_>>| {

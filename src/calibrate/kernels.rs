@@ -681,7 +681,7 @@ impl<D: Device> Bench<D> {
     /// Positions of sequence `index`, of which `capacity` are kept.
     fn evicting_segment(&self, index: usize, capacity: usize, prompt_len: usize, range: Range<usize>) -> Segment {
         let (heavy, recent) = (capacity / 2, capacity - capacity / 2);
-        let kept = Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even };
+        let kept = Kept::Heavy { heavy, recent, prompt_len, stretch: PAGE_POSITIONS, spread: Spread::Even };
         let first = index * self.shape.evicting_pages();
         let pages = (first..first + kept.pages(range.end)).map(|page| page as u32).collect();
         Segment { first_row: 0, len: range.len(), start: range.start, pages, kept }

@@ -155,8 +155,8 @@ impl KvChoice {
 /// # Errors
 /// [`Error::Usage`] with what is wrong.
 pub fn kv_policy(text: Option<&str>, config: &ModelConfig) -> Result<Arc<dyn KvPolicy>> {
-    let hint = "write full, h2o:heavy=0.1,recent=0.1 (shares of a request's length, or counts), pyramid or per-head \
-                likewise, or sink:start=4,recent=1020";
+    let hint = "write full, h2o:keep=0.2,recent=8,stretch=1.0 or h2o:heavy=0.1,recent=0.1 (shares of a request's \
+                length, or counts), pyramid or per-head likewise, or sink:start=4,recent=1020";
     let Some(text) = text else { return Ok(policies::full()) };
     let policy = policies::parse(text).map_err(|what| Error::usage(format!("--kv-policy {text}: {what}"), hint))?;
     if policy.outgrows_context() && config.positions.depend_on_length() {

@@ -97,7 +97,8 @@ pub struct Arguments {
         value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Budgets and numerics")]
     allow_lossy: Option<bool>,
     /// What the KV cache keeps: full, h2o:heavy=H,recent=R or h2o:keep=K,recent=R (or pyramid, per-head), or
-    /// sink:start=S,recent=R, in positions or as shares of a request's length [default: full].
+    /// sink:start=S,recent=R, in positions or as shares of a request's length; h2o with stretch=1.0 evicts when the
+    /// prompt has been read [default: full].
     #[arg(long, env = "TIDEMILL_KV_POLICY", value_name = "POLICY", help_heading = "Budgets and numerics")]
     kv_policy: Option<String>,
     /// Whether prompts of --input that begin alike share their beginnings [default: on].

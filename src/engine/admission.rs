@@ -290,7 +290,7 @@ impl<D: Device> Engine<'_, D> {
             self.begun += 1;
             let leader = &self.active[leader];
             let prompt = &self.jobs[&leader.job].prompts[leader.prompt].prompt;
-            let pages: Vec<_> = leader.pages[..leader.kept.pages(leader.prompt_len)].to_vec();
+            let pages: Vec<_> = leader.pages[..leader.kept.held(leader.prompt_len)].to_vec();
             let mut tokens = prompt.tokens.clone();
             tokens.extend(sample.tokens.iter().map(|token| token.id));
             let sequence = Sequence {

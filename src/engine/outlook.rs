@@ -27,36 +27,36 @@ pub struct Outlook {
 }
 
 impl Outlook {
-    /// Adds a sequence that holds some pages alone and will hold `grown(n)` more after n further tokens; one without a
-    /// sample is only scored.
+    /// Adds a sequence that holds some pages alone, will hold `reading` more while its prompt is read, and `grown(n)`
+    /// more after n further tokens; one without a sample is only scored.
     fn add(
         &mut self,
         lengths: &Lengths,
         (job, prompt): (&Job, &PreparedPrompt),
         sample: Option<&Sample>,
-        alone: usize,
-        grown: impl Fn(usize) -> usize,
+        (alone, reading): (usize, usize),
+        grown: impl Fn(usize) -> isize,
     ) {
         let Some(sample) = sample else {
-            return self.forecast.add(alone, grown, |more| f64::from(u8::from(more < SCORED)));
+            return self.forecast.add(alone, reading, grown, |more| f64::from(u8::from(more < SCORED)));
         };
         let (len, request) = (sample.tokens.len(), job.rules.request());
         let left = prompt.max_tokens.saturating_sub(len);
         if is_certain(request) {
-            return self.forecast.add(alone, grown, |more| f64::from(u8::from(more < left)));
+            return self.forecast.add(alone, reading, grown, |more| f64::from(u8::from(more < left)));
         }
         let kind = Kind::new(request.endpoint, prompt.tokens.len());
         let survival: &Survival = match self.survivals.entry(kind) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => place.insert(lengths.survival(kind)),
         };
-        self.forecast.add(alone, grown, |more| if more < left { survival.goes_on(len, more) } else { 0.0 });
+        self.forecast.add(alone, reading, grown, |more| if more < left { survival.goes_on(len, more) } else { 0.0 });
     }
 }
 
 /// Pages of the sequence of a prompt after so many tokens, prompt included.
-fn pages_at(prompt: &PreparedPrompt, tokens: usize) -> usize {
-    prompt.kept.pages(tokens.min(positions(prompt.tokens.len(), prompt.max_tokens)))
+fn pages_at(prompt: &PreparedPrompt, tokens: usize) -> isize {
+    prompt.kept.held(tokens.min(positions(prompt.tokens.len(), prompt.max_tokens))) as isize
 }
 
 impl<D: Device> Engine<'_, D> {
@@ -78,8 +78,10 @@ impl<D: Device> Engine<'_, D> {
         let (held, known) = (sequence.pages.len(), sequence.tokens.len());
         // What it shares and will write to it must copy first.
         let copies = self.pages_needed(sequence, sequence.computed..sequence.computed);
-        let grown = |more: usize| pages_at(prompt, known + more).saturating_sub(held) + copies;
-        outlook.add(&self.lengths, (job, prompt), sequence.sample.as_ref(), held - shared, grown);
+        let reads = sequence.computed < sequence.prompt_len;
+        let reading = if reads { sequence.kept.pages(sequence.prompt_len).saturating_sub(held) } else { 0 };
+        let grown = |more: usize| pages_at(prompt, known + more) - held as isize + copies as isize;
+        outlook.add(&self.lengths, (job, prompt), sequence.sample.as_ref(), (held - shared, reading + copies), grown);
         if sequence.siblings_go_on {
             self.look_at_siblings((job, prompt), &sequence.siblings, outlook);
         }
@@ -94,10 +96,11 @@ impl<D: Device> Engine<'_, D> {
         let copies = match (begin.samples.len(), prompt.kept) {
             (0 | 1, _) => 0,
             (_, Kept::All) => 1,
-            (_, kept) => kept.pages(prompt.tokens.len()),
+            (_, kept) => kept.held(prompt.tokens.len()),
         };
-        let grown = |more: usize| pages_at(prompt, known + more) - taken + copies;
-        outlook.add(&self.lengths, (job, prompt), begin.samples.first(), 0, grown);
+        let reading = prompt.kept.pages(prompt.tokens.len()) - taken;
+        let grown = |more: usize| pages_at(prompt, known + more) - taken as isize + copies as isize;
+        outlook.add(&self.lengths, (job, prompt), begin.samples.first(), (0, reading), grown);
         if all {
             self.look_at_siblings((job, prompt), begin.samples.get(1..).unwrap_or_default(), outlook);
         }
@@ -108,8 +111,8 @@ impl<D: Device> Engine<'_, D> {
         let shared = if prompt.kept == Kept::All { len / PAGE_POSITIONS } else { 0 };
         for sample in siblings {
             let known = len + sample.tokens.len();
-            let grown = |more: usize| pages_at(prompt, known + more) - shared;
-            outlook.add(&self.lengths, (job, prompt), Some(sample), 0, grown);
+            let grown = |more: usize| pages_at(prompt, known + more) - shared as isize;
+            outlook.add(&self.lengths, (job, prompt), Some(sample), (0, 0), grown);
         }
     }
 }

@@ -242,7 +242,7 @@ fn context_of(room: &Room, len: usize, max_tokens: usize) -> usize {
 
 /// Pages with which a prompt can run at all: its samples can take turns.
 fn least_pages(prompt: &PreparedPrompt, samples: usize) -> usize {
-    let pages = prompt.kept.pages(positions(prompt.tokens.len(), prompt.max_tokens));
+    let pages = prompt.kept.most_held(positions(prompt.tokens.len(), prompt.max_tokens));
     // Whole pages of the prompt stay shared; the last one is copied by whoever goes on from it.
     pages + usize::from(samples > 1 && prompt.kept == Kept::All)
 }

@@ -24,7 +24,8 @@ impl<D: Device> Engine<'_, D> {
     /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies of those that
     /// it shares and will write to. An empty range is about the next position alone, and about copies.
     pub(super) fn pages_needed(&self, sequence: &Sequence, range: Range<usize>) -> usize {
-        let new = sequence.kept.pages(range.end).saturating_sub(sequence.pages.len());
+        let end = if range.is_empty() { 0 } else { range.end };
+        let new = sequence.kept.pages(end).saturating_sub(sequence.pages.len());
         let next = range.start..range.end.max(range.start + 1);
         let written = sequence.kept.writes(&next).filter_map(|page| sequence.pages.get(page));
         new + written.filter(|&&page| self.pool.is_shared(page)).count()
@@ -58,7 +59,7 @@ impl<D: Device> Engine<'_, D> {
             let needs = self.active.iter().map(|sequence| {
                 let (from, known) = (sequence.computed, sequence.tokens.len());
                 // A prompt goes on by a page's end at least.
-                let to = known.min((from / PAGE_POSITIONS + 1) * PAGE_POSITIONS);
+                let to = sequence.kept.reach(&(from..known.min((from / PAGE_POSITIONS + 1) * PAGE_POSITIONS)));
                 let counts = (sequence.decodes() && !waits) || Some(sequence.number) == oldest;
                 if counts { self.pages_needed(sequence, from..to) } else { 0 }
             });
@@ -103,11 +104,19 @@ impl<D: Device> Engine<'_, D> {
         Ok(())
     }
 
+    /// Gives back the pages that sequences do not go on with: those whose prompts were kept whole till they were read.
+    pub(super) fn give_back(&mut self) {
+        for Sequence { kept, computed, pages, .. } in &mut self.active {
+            let held = kept.held(*computed).min(pages.len());
+            pages.drain(held..).for_each(|page| self.pool.release(page));
+        }
+    }
+
     /// Leaves snapshots of those who stand where one is wanted, if there is room.
     pub(super) fn leave_snapshots(&mut self) -> Result<()> {
         for index in 0..self.active.len() {
             let Sequence { trail, computed, kept, .. } = &self.active[index];
-            let (computed, count) = (*computed, kept.pages(*computed));
+            let (computed, count) = (*computed, kept.held(*computed));
             let stands = self.snapshots.next_point(trail) == Some(computed);
             if stands {
                 self.snapshots.make_way(trail, computed, count, &mut self.pool);
@@ -141,7 +150,7 @@ impl<D: Device> Engine<'_, D> {
     /// Copies what a sequence has computed to pages that are not of the cache, if there are enough.
     fn put_aside(&mut self, sequence: &Sequence) -> Result<Option<Aside>> {
         let computed = sequence.computed;
-        let pages = &sequence.pages[..sequence.kept.pages(computed)];
+        let pages = &sequence.pages[..sequence.kept.held(computed)];
         let before = self.prefixes.held_by_others(&sequence.path, pages);
         let pages = &pages[before..];
         if pages.is_empty() {

@@ -12,7 +12,7 @@ use super::prefix::Found;
 use super::tree::{NodeId, Tree};
 use crate::kv::layout::PAGE_POSITIONS;
 use crate::kv::pages::{PageId, PagePool};
-use crate::kv::policy::Kept;
+use crate::kv::policy::{Kept, WHOLE_PROMPT};
 
 /// The way of a prompt through the tree: pages of tokens whose keys and values it may have from others.
 #[derive(Debug, Default)]
@@ -181,10 +181,16 @@ impl Snapshots {
     }
 }
 
-/// What sequences have in common that have the same after the same tokens: where the prompt ends does not count before.
+/// What sequences have in common that have the same after the same tokens: where the prompt ends does not count before,
+/// nor how much is kept when nothing is evicted till then.
 fn class(kept: Kept) -> Kept {
     match kept {
-        Kept::Heavy { heavy, recent, spread, .. } => Kept::Heavy { heavy, recent, prompt_len: 0, spread },
+        Kept::Heavy { stretch: WHOLE_PROMPT, spread, .. } => {
+            Kept::Heavy { heavy: 0, recent: 0, prompt_len: 0, stretch: WHOLE_PROMPT, spread }
+        }
+        Kept::Heavy { heavy, recent, stretch, spread, .. } => {
+            Kept::Heavy { heavy, recent, prompt_len: 0, stretch, spread }
+        }
         other => other,
     }
 }

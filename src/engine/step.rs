@@ -69,6 +69,7 @@ impl<D: Device> Engine<'_, D> {
         self.counts.passes += 1;
         self.counts.computed_tokens += self.pass.rows() as u64;
         self.take_in(askers, drawn)?;
+        self.give_back();
         for sequence in &mut self.active {
             let Sequence { path, number, computed, pages, .. } = sequence;
             self.prefixes.publish(path, *number, *computed, pages, &mut self.pool);

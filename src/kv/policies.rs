@@ -7,7 +7,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::policy::{Kept, KvPolicy, MAX_POSITIONS, Spread, positions};
+use super::layout::PAGE_POSITIONS;
+use super::policy::{Kept, KvPolicy, MAX_POSITIONS, Spread, WHOLE_PROMPT, positions};
 
 /// A number of positions, or a share of a request's prompt length + max_tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -97,7 +98,12 @@ struct HeavyHitters {
     size: Size,
     recent: Amount,
     shape: Shape,
+    /// `h2o:...,stretch=S`: so many positions of a prompt are read between two evictions, rounded up to whole pages.
+    stretch: Amount,
 }
+
+/// What keeps memory smallest.
+const SHORTEST_STRETCH: Amount = Amount::Count(PAGE_POSITIONS);
 
 /// How many positions heavy hitters are given.
 #[derive(Clone, Copy, Debug)]
@@ -147,8 +153,15 @@ impl Shape {
 
 impl KvPolicy for HeavyHitters {
     fn kept(&self, prompt_len: usize, max_tokens: usize) -> Kept {
-        let (heavy, recent) = self.size.of(self.recent, prompt_len + max_tokens);
-        let kept = Kept::Heavy { heavy, recent, prompt_len, spread: self.shape.spread(heavy) };
+        let len = prompt_len + max_tokens;
+        let (heavy, recent) = self.size.of(self.recent, len);
+        let stretch = self.stretch.of(len);
+        let stretch = match self.shape {
+            // Prompts that are not cut are alike.
+            Shape::Even if stretch >= prompt_len => WHOLE_PROMPT,
+            _ => stretch.max(1).next_multiple_of(PAGE_POSITIONS),
+        };
+        let kept = Kept::Heavy { heavy, recent, prompt_len, stretch, spread: self.shape.spread(heavy) };
         // The last layer has least.
         let fits = kept.at(1, 2).capacity() >= Some(positions(prompt_len, max_tokens));
         if fits { Kept::All } else { kept }
@@ -161,7 +174,7 @@ impl KvPolicy for HeavyHitters {
 
 impl fmt::Display for HeavyHitters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let HeavyHitters { size, recent, shape } = self;
+        let HeavyHitters { size, recent, shape, stretch } = self;
         let name = match shape {
             Shape::Even => "h2o",
             Shape::Pyramid { .. } => "pyramid",
@@ -172,7 +185,8 @@ impl fmt::Display for HeavyHitters {
             Size::Keep(keep) => write!(f, "{name}:keep={keep},recent={recent}"),
         }?;
         match shape {
-            Shape::Even => Ok(()),
+            Shape::Even if *stretch == SHORTEST_STRETCH => Ok(()),
+            Shape::Even => write!(f, ",stretch={stretch}"),
             Shape::Pyramid { slope } => write!(f, ",slope={:?}", f64::from(*slope) / 1000.0),
             Shape::PerHead { least } => write!(f, ",least={least:?}"),
         }
@@ -185,7 +199,8 @@ pub fn full() -> Arc<dyn KvPolicy> {
 }
 
 /// Reads `full`, `sink:start=S,recent=R`, `h2o:heavy=H,recent=R`, `pyramid:heavy=H,recent=R,slope=S` or
-/// `per-head:heavy=H,recent=R,least=L`; the last three also with `keep=K` in place of `heavy=H`.
+/// `per-head:heavy=H,recent=R,least=L`; the last three also with `keep=K` in place of `heavy=H`, and `h2o` with
+/// `stretch=S`.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -202,7 +217,7 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
     let known: &[&str] = match name {
         "full" => &[],
         "sink" => &["start", "recent"],
-        "h2o" => &["heavy", "keep", "recent"],
+        "h2o" => &["heavy", "keep", "recent", "stretch"],
         "pyramid" => &["heavy", "keep", "recent", "slope"],
         "per-head" => &["heavy", "keep", "recent", "least"],
         other => return Err(format!("there is no policy `{other}`")),
@@ -229,7 +244,8 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
             (_, true) => Size::Keep(setting("keep", None)?),
             _ => Size::Heavy(setting("heavy", None)?),
         };
-        Ok(Arc::new(HeavyHitters { size, recent: setting("recent", None)?, shape }))
+        let (recent, stretch) = (setting("recent", None)?, setting("stretch", Some(SHORTEST_STRETCH))?);
+        Ok(Arc::new(HeavyHitters { size, recent, shape, stretch }))
     };
     Ok(match name {
         "sink" => Arc::new(Sink {
@@ -256,6 +272,8 @@ mod tests {
             "h2o:heavy=0.1,recent=0.1",
             "h2o:heavy=100,recent=1.0",
             "h2o:keep=0.2,recent=8",
+            "h2o:keep=0.2,recent=8,stretch=1.0",
+            "h2o:heavy=60,recent=4,stretch=256",
             "pyramid:heavy=0.1,recent=20,slope=0.75",
             "per-head:keep=300,recent=0.05,least=0.25",
             "per-head:heavy=100,recent=0.1,least=0.25",
@@ -283,6 +301,7 @@ mod tests {
             ("h2o:heavy=5,,recent=5", "KEY=VALUE"),
             ("h2o:heavy=5,keep=9,recent=5", "give one of them"),
             ("sink:keep=5", "has no `keep`"),
+            ("pyramid:keep=5,recent=3,stretch=1.0", "has no `stretch`"),
             ("lru", "no policy"),
         ] {
             let error = parse(text).unwrap_err();
@@ -293,7 +312,7 @@ mod tests {
     #[test]
     fn shares_are_of_the_requests_own_length() {
         let policy = parse("h2o:heavy=0.1,recent=0.1").unwrap();
-        let heavy = |heavy, spread| Kept::Heavy { heavy, recent: 102, prompt_len: 512, spread };
+        let heavy = |heavy, spread| Kept::Heavy { heavy, recent: 102, prompt_len: 512, stretch: 64, spread };
         assert_eq!(policy.kept(512, 512), heavy(102, Spread::Even));
         let kept = |text: &str, len| match parse(text).unwrap().kept(len, 8) {
             Kept::Heavy { heavy, recent, .. } => Some((heavy, recent)),
@@ -304,6 +323,15 @@ mod tests {
         assert_eq!(kept("h2o:keep=1,recent=8", 32), Some((0, 1)));
         assert_eq!(kept("h2o:keep=0,recent=8", 32), Some((0, 1)));
         assert_eq!(kept("h2o:keep=200,recent=100", 193), None, "all of it fits");
+        let stretch = |text: &str, prompt_len| match parse(text).unwrap().kept(prompt_len, 88) {
+            Kept::Heavy { stretch, .. } => stretch,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([64, 65, 300].map(|len| stretch("h2o:keep=9,recent=3", len)), [WHOLE_PROMPT, 64, 64]);
+        assert_eq!([0, 65, 200].map(|s| stretch(&format!("h2o:keep=9,recent=3,stretch={s}"), 400)), [64, 128, 256]);
+        assert_eq!(stretch("h2o:keep=9,recent=3,stretch=0.5", 400), 256);
+        assert_eq!(stretch("h2o:keep=9,recent=3,stretch=1.0", 400), WHOLE_PROMPT);
+        assert_eq!(stretch("per-head:keep=9,recent=3", 10), 64);
         let pyramid = parse("pyramid:heavy=0.1,recent=0.1").unwrap().kept(512, 512);
         assert_eq!(pyramid, heavy(102, Spread::Depth { slope: 500 }));
         assert_eq!([0, 1, 2, 3].map(|layer| pyramid.at(layer, 4)), [153, 119, 85, 51].map(|h| heavy(h, Spread::Even)));

@@ -46,9 +46,10 @@ pub enum Kept {
     /// The `recent` latest positions and, of the others, the `heavy` ones that received most attention so far (H2O,
     /// arXiv 2306.14048).
     ///
-    /// In a prompt, eviction happens at positions that are multiples of 64 and at its end; after it, at every token.
-    /// What is new goes to the slot after the last one that is taken, and after an eviction fills the slots that became
-    /// free: so the slots that are taken are always the first ones.
+    /// In a prompt, eviction happens at positions that are multiples of `stretch` and at its end; after it, at every
+    /// token. What is new goes to the slot after the last one that is taken, and after an eviction fills the slots that
+    /// became free: so the slots that are taken are always the first ones. Where spread evenly, a sequence gives back
+    /// the pages that it does not need any more when its prompt has been read.
     Heavy {
         /// Positions that are kept for their scores.
         heavy: usize,
@@ -56,6 +57,9 @@ pub enum Kept {
         recent: usize,
         /// Where the prompt ends.
         prompt_len: usize,
+        /// Positions of a prompt between two evictions, in whole pages; [`WHOLE_PROMPT`] where there is none before its
+        /// end.
+        stretch: usize,
         /// Which layers and heads have more of the heavy ones than others.
         spread: Spread,
     },
@@ -92,12 +96,12 @@ impl Kept {
     /// What a layer keeps.
     pub fn at(self, layer: usize, num_layers: usize) -> Kept {
         match self {
-            Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Depth { slope } } => {
+            Kept::Heavy { heavy, recent, prompt_len, stretch, spread: Spread::Depth { slope } } => {
                 // From one end to the other; opposite in layers at the same distance from both.
                 let depth = (num_layers - 1) as i64 - 2 * layer as i64;
                 let more = heavy as i64 * i64::from(slope) * depth / (1000 * (num_layers.max(2) - 1) as i64);
                 let heavy = heavy.saturating_add_signed(more as isize);
-                Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even }
+                Kept::Heavy { heavy, recent, prompt_len, stretch, spread: Spread::Even }
             }
             other => other,
         }
@@ -121,8 +125,8 @@ impl Kept {
         match self {
             Kept::All => usize::MAX,
             Kept::Window { start, recent } => pages_for(start) + ring(recent),
-            Kept::Heavy { heavy, recent, spread, .. } => {
-                let most = heavy + recent + PAGE_POSITIONS;
+            Kept::Heavy { heavy, recent, stretch, spread, .. } => {
+                let most = heavy + recent + stretch;
                 match spread {
                     Spread::Even => pages_for(most),
                     // Two layers have 2 * most slots, each in whole pages.
@@ -143,16 +147,38 @@ impl Kept {
         }
     }
 
+    /// Pages that a sequence has to hold while the positions before `end` are computed.
+    pub fn pages(self, end: usize) -> usize {
+        match self {
+            // Every token evicts one.
+            Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even, .. } if end > prompt_len => {
+                pages_for(end.min(heavy + recent + 1))
+            }
+            // No head and no layer has more slots than there are positions.
+            _ => pages_for(end).min(self.most_pages()),
+        }
+    }
+
+    /// Pages that a sequence goes on with when the positions before `end` have been computed.
+    pub fn held(self, end: usize) -> usize {
+        match self {
+            Kept::Heavy { prompt_len, .. } if end == prompt_len => self.pages(end).min(self.pages(end + 1)),
+            _ => self.pages(end),
+        }
+    }
+
     /// Pages that a sequence of `positions` positions has had to hold at the same time.
-    pub fn pages(self, positions: usize) -> usize {
-        // No head and no layer has more slots than there are positions.
-        pages_for(positions).min(self.most_pages())
+    pub fn most_held(self, positions: usize) -> usize {
+        match self {
+            Kept::Heavy { prompt_len, .. } => self.pages(positions.min(prompt_len)).max(self.pages(positions)),
+            Kept::All | Kept::Window { .. } => self.pages(positions),
+        }
     }
 
     /// Pages that a single layer of such a sequence works with, at most.
     pub fn widest_layer(self, positions: usize, num_layers: usize) -> usize {
         // The first layer has the most.
-        self.at(0, num_layers).pages(positions).max(self.pages(positions))
+        self.at(0, num_layers).most_held(positions).max(self.most_held(positions))
     }
 
     /// Which of the sequence's pages holds tile `tile`: 64 positions, or 64 slots where positions have no fixed place.
@@ -168,16 +194,16 @@ impl Kept {
 
     /// Slots that are taken when `position` is about to be stored, of pages with slots.
     pub fn slots(self, position: usize) -> usize {
-        let Kept::Heavy { heavy, recent, prompt_len, .. } = self else { return position };
-        let evicted = if position < prompt_len { position / PAGE_POSITIONS * PAGE_POSITIONS } else { position };
+        let Kept::Heavy { heavy, recent, prompt_len, stretch, .. } = self else { return position };
+        let evicted = if position < prompt_len { position / stretch * stretch } else { position };
         evicted.min(heavy + recent) + position - evicted
     }
 
     /// Where the stretch of positions that `position` belongs to ends: what follows is computed after an eviction.
     pub fn stretch_end(self, position: usize) -> usize {
         match self {
-            Kept::Heavy { prompt_len, .. } if position < prompt_len => {
-                ((position / PAGE_POSITIONS + 1) * PAGE_POSITIONS).min(prompt_len)
+            Kept::Heavy { prompt_len, stretch, .. } if position < prompt_len => {
+                ((position / stretch + 1) * stretch).min(prompt_len)
             }
             Kept::Heavy { .. } => position + 1,
             Kept::All | Kept::Window { .. } => usize::MAX,
@@ -219,7 +245,7 @@ impl Kept {
     }
 
     /// How far a segment that begins at `range.start` can go within `range`: pages that its queries still read must not
-    /// be written again.
+    /// be written again, and where a prompt ends pages are given back.
     pub fn reach(self, range: &Range<usize>) -> usize {
         match self {
             Kept::Window { start, recent } => {
@@ -227,6 +253,7 @@ impl Kept {
                 let first = tile.max(pages_for(start));
                 range.end.min((first + ring(recent)) * PAGE_POSITIONS)
             }
+            Kept::Heavy { prompt_len, .. } if range.start < prompt_len => range.end.min(prompt_len),
             Kept::All | Kept::Heavy { .. } => range.end,
         }
     }
@@ -341,6 +368,9 @@ fn ring(recent: usize) -> usize {
 /// No context has as many positions; notes of pages count on it.
 pub const MAX_POSITIONS: usize = 1 << 24;
 
+/// The [`Kept::Heavy::stretch`] of prompts that are kept whole until they have been read.
+pub const WHOLE_PROMPT: usize = MAX_POSITIONS;
+
 /// Positions whose keys and values are computed: the last token sampled is not fed back.
 pub fn positions(prompt_len: usize, max_tokens: usize) -> usize {
     prompt_len + max_tokens.saturating_sub(1)
@@ -356,9 +386,17 @@ mod tests {
         prop_oneof![
             Just(Kept::All),
             (0usize..200, 1usize..300).prop_map(|(start, recent)| Kept::Window { start, recent }),
-            (0usize..200, 1usize..200, 1usize..500, spread())
-                .prop_map(|(heavy, recent, prompt_len, spread)| Kept::Heavy { heavy, recent, prompt_len, spread }),
+            (0usize..200, 1usize..200, 1usize..500, stretch(), spread()).prop_map(
+                |(heavy, recent, prompt_len, stretch, spread)| {
+                    let stretch = if spread == Spread::Even { stretch } else { PAGE_POSITIONS };
+                    Kept::Heavy { heavy, recent, prompt_len, stretch, spread }
+                }
+            ),
         ]
+    }
+
+    fn stretch() -> impl Strategy<Value = usize> {
+        prop_oneof![Just(PAGE_POSITIONS), (1usize..8).prop_map(|pages| pages * PAGE_POSITIONS), Just(WHOLE_PROMPT)]
     }
 
     fn spread() -> impl Strategy<Value = Spread> {
@@ -415,12 +453,15 @@ mod tests {
                         }
                     }
                 } else {
-                    held.resize(kept.pages(to), 0);
+                    prop_assert!(held.len() <= kept.pages(to));
                     for position in range.clone() {
                         prop_assert!(pages_for(kept.slots(position) + 1) <= kept.pages(to));
                     }
+                    held.resize(kept.held(to), 0);
+                    prop_assert!(pages_for(kept.slots(to)) <= held.len());
                 }
-                prop_assert_eq!(held.len(), kept.pages(to));
+                prop_assert_eq!(held.len(), kept.held(to));
+                prop_assert!(kept.held(to) <= kept.pages(to) && kept.pages(to) <= kept.most_held(len));
                 at = to;
             }
         }
@@ -431,7 +472,8 @@ mod tests {
             heavy in 0usize..400, recent in 1usize..200, slope in 0u16..=1000, num_layers in 1usize..40,
             len in 1usize..900,
         ) {
-            let kept = Kept::Heavy { heavy, recent, prompt_len: 300, spread: Spread::Depth { slope } };
+            let (prompt_len, stretch) = (300.max(len), PAGE_POSITIONS);
+            let kept = Kept::Heavy { heavy, recent, prompt_len, stretch, spread: Spread::Depth { slope } };
             let mut used = std::collections::HashSet::new();
             let mut total = 0;
             for layer in 0..num_layers {
@@ -453,15 +495,17 @@ mod tests {
 
         /// Slots as they are defined, counted one by one.
         #[test]
-        fn slots_follow_the_evictions(heavy in 0usize..200, recent in 1usize..200, prompt_len in 1usize..500) {
-            let kept = Kept::Heavy { heavy, recent, prompt_len, spread: Spread::Even };
+        fn slots_follow_the_evictions(
+            heavy in 0usize..200, recent in 1usize..200, prompt_len in 1usize..500, stretch in stretch(),
+        ) {
+            let kept = Kept::Heavy { heavy, recent, prompt_len, stretch, spread: Spread::Even };
             let mut taken = 0usize;
             for position in 0..prompt_len + 100 {
                 prop_assert_eq!(kept.slots(position), taken);
-                prop_assert!(taken < heavy + recent + 64);
+                prop_assert!(taken < heavy + recent + stretch);
                 taken += 1;
                 let next = position + 1;
-                let evicts = next >= prompt_len || next % 64 == 0;
+                let evicts = next >= prompt_len || next % stretch == 0;
                 prop_assert_eq!(kept.stretch_end(position) == next, evicts);
                 if evicts {
                     taken = taken.min(heavy + recent);
@@ -472,7 +516,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_kept_up() {
-        let heavy = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 150, spread: Spread::Even };
+        let heavy = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 150, stretch: 64, spread: Spread::Even };
         let keys = |range: Range<usize>| range.map(|position| heavy.keys(position) as u64).sum::<u64>();
         // The prompt evicts at 128 and at its end, an answer at every token.
         let prompt = Upkeep { scored: keys(0..150), sifted: 128 + 122, evicted: 28 + 22, turned: 0 };

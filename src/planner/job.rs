@@ -37,6 +37,8 @@ pub struct Job {
     pub pages: f64,
     /// The same with those that it shares.
     pub whole_pages: f64,
+    /// Pages that it holds beyond those while its prompt is read.
+    pub reading_pages: f64,
     /// The part of the sequences that share, and the pages that one of them does.
     pub sharing: (f64, f64),
     /// Pages that the longest sequence may hold.
@@ -91,12 +93,17 @@ impl Request {
 
     /// Pages that it may hold.
     pub fn pages(&self) -> usize {
-        self.kept.pages(positions(self.prompt_len, self.max_tokens)).max(1)
+        self.kept.most_held(positions(self.prompt_len, self.max_tokens)).max(1)
     }
 
     /// Pages that it will hold in the end beside those that it shares.
     fn expected_pages(&self) -> usize {
-        self.kept.pages(positions(self.prompt_len, self.gen_len)).saturating_sub(self.shared_pages()).max(1)
+        self.kept.held(positions(self.prompt_len, self.gen_len)).saturating_sub(self.shared_pages()).max(1)
+    }
+
+    /// Pages that it holds beyond those while its prompt is read.
+    fn reading_pages(&self) -> usize {
+        self.kept.pages(self.prompt_len).saturating_sub(self.expected_pages() + self.shared_pages())
     }
 
     /// Pages that a single layer of it works with, at most, in a model with more than one.
@@ -161,6 +168,7 @@ impl Job {
             gen_len: mean(&|request| request.gen_len as f64).max(1.0),
             pages: mean(&|request| request.expected_pages() as f64).max(1.0),
             whole_pages: mean(&|request| (request.expected_pages() + request.shared_pages()) as f64).max(1.0),
+            reading_pages: mean(&|request| request.reading_pages() as f64),
             sharing: (sharers.len() as f64 / count, sharers.iter().sum::<f64>() / sharers.len().max(1) as f64),
             most_pages: requests.iter().map(Request::pages).max().unwrap_or(1),
             widest_layer: requests.iter().map(Request::widest_layer).max().unwrap_or(1),
@@ -184,7 +192,9 @@ impl Job {
 
     /// Pages that `sequences` in flight hold together.
     pub fn pages_of(&self, sequences: f64) -> f64 {
-        (sequences * self.whole_pages).min(sequences * self.pages + self.common_pages(sequences))
+        let held = (sequences * self.whole_pages).min(sequences * self.pages + self.common_pages(sequences));
+        // As many prompts are read in a pass as answers end, or one.
+        held + (sequences / self.gen_len).clamp(1.0, sequences.max(1.0)) * self.reading_pages
     }
 
     /// Whether answers are expected to end before their last token.
@@ -273,10 +283,11 @@ impl PassLoad {
         let started = self.prompt_tokens / job.fresh_len;
         let shared_pages = (job.prompt_len - job.fresh_len) / PAGE;
         // No segment reads more pages than its sequence holds.
-        let own_pages = (job.fresh_len / PAGE).ceil().min(cuts * job.pages);
+        let most_own = job.pages + job.reading_pages;
+        let own_pages = (job.fresh_len / PAGE).ceil().min(cuts * most_own);
         let prompt_keys = started * job.prompt_keys;
         let (old, written) = cut_pages(job.fresh_len, cuts);
-        let (prompt_old, mut prompt_written) = (started * old.min(cuts * job.pages), started * written);
+        let (prompt_old, mut prompt_written) = (started * old.min(cuts * most_own), started * written);
         let decode_len = (job.prompt_len + job.gen_len / 2.0).min(job.most_keys);
         let decode_pages = job.decode_pages - shared_pages;
         let totals = [

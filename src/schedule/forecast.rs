@@ -20,12 +20,21 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// Adds a sequence: pages that go back when it ends, pages that it will hold more after so many further tokens,
-    /// and the probability that it goes on for more than so many.
-    pub fn add(&mut self, alone: usize, grown: impl Fn(usize) -> usize, goes_on: impl Fn(usize) -> f64) {
+    /// Adds a sequence that alone holds some pages: those that it will hold more while its prompt is read, those that
+    /// it will hold more (or fewer) after so many further tokens, and the probability that it goes on for more than so
+    /// many.
+    pub fn add(
+        &mut self,
+        alone: usize,
+        reading: usize,
+        grown: impl Fn(usize) -> isize,
+        goes_on: impl Fn(usize) -> f64,
+    ) {
         let (mut from, down) = (0, alone as f64);
         for (stretch, &end) in ENDS.iter().enumerate() {
             let (alive, up) = (goes_on(from), grown(end) as f64);
+            // Whoever asks again finds it still reading, however many passes that takes.
+            let up = if stretch == 0 { up.max(reading as f64) } else { up };
             self.expected[stretch] += alive * up - (1.0 - alive) * down;
             from = end;
         }
@@ -48,8 +57,8 @@ mod tests {
     /// Adds a sequence of `len` positions that ends after `left` more.
     fn add(forecast: &mut Forecast, len: usize, left: usize) {
         let held = len.div_ceil(PAGE);
-        let grown = |more: usize| (len + more.min(left)).div_ceil(PAGE) - held;
-        forecast.add(held, grown, |more| if more < left { 1.0 } else { 0.0 });
+        let grown = |more: usize| ((len + more.min(left)).div_ceil(PAGE) - held) as isize;
+        forecast.add(held, 0, grown, |more| if more < left { 1.0 } else { 0.0 });
     }
 
     #[test]
@@ -65,10 +74,23 @@ mod tests {
     fn uncertain_lengths_need_less_than_the_longest_and_more_than_the_mean() {
         let (mut forecast, count, mean) = (Forecast::default(), 100, 64.0);
         for _ in 0..count {
-            forecast.add(1, |more| more.min(1024) / PAGE, |more| (-(more as f64) / mean).exp());
+            forecast.add(1, 0, |more| (more.min(1024) / PAGE) as isize, |more| (-(more as f64) / mean).exp());
         }
         let peak = forecast.peak();
         assert!(peak > 20.0 && peak < 100.0, "{peak}");
+    }
+
+    #[test]
+    fn prompts_that_shrink_make_room_for_those_that_grow() {
+        let mut forecast = Forecast::default();
+        // It needs 8 pages more for its prompt and has 6 fewer then, when the other takes 10.
+        forecast.add(2, 8, |_| 2, |_| 1.0);
+        assert_eq!(forecast.peak(), 8.0);
+        forecast.add(12, 0, |more| if more < 64 { 0 } else { -6 }, |_| 1.0);
+        forecast.add(1, 0, |more| if more < 64 { 0 } else { 10 }, |_| 1.0);
+        assert_eq!(forecast.peak(), 8.0);
+        forecast.add(1, 0, |more| if more < 64 { 0 } else { 10 }, |_| 1.0);
+        assert_eq!(forecast.peak(), 16.0);
     }
 
     proptest! {

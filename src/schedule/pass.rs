@@ -96,12 +96,15 @@ impl Pass {
     pub fn room(&mut self, placement: &Placement, (pages, kept): (&[PageId], Kept), range: Range<usize>) -> usize {
         let taken = self.blocks.last().map_or(0, |block| self.block_rows(block));
         let count = placement.policy.block_rows.saturating_sub(taken).min(range.len());
+        if count == 0 {
+            return 0;
+        }
         // The first layer needs the most.
         let first = kept.at(0, placement.num_layers);
         let needed = first.touches(&(range.start..range.start + count)).map(|index| frame(pages, kept, index));
         let streamed = |frame: &Frame| placement.page_tier(frame.page as usize) != placement.compute;
         let new: Vec<Frame> = needed.filter(streamed).filter(|frame| !self.streamed.contains(frame)).collect();
-        if count == 0 || self.streamed.len() + new.len() > placement.policy.block_pages {
+        if self.streamed.len() + new.len() > placement.policy.block_pages {
             return 0;
         }
         self.streamed.extend(new);

@@ -7,7 +7,7 @@
 namespace {
 
 struct Segment {
-    u32 first_row, len, start, first_page, num_pages, kept, first, recent, prompt_len, unused[3];
+    u32 first_row, len, start, first_page, num_pages, kept, first, recent, prompt_len, stretch, unused[2];
 };
 struct AttentionTask {
     u32 segment, first_row, rows, first_tile, num_tiles, partial;
@@ -96,7 +96,7 @@ struct Slot {
     std::vector<float> key, value;
 };
 struct Sequence {
-    u32 kept, first, recent, prompt_len;
+    u32 kept, first, recent, prompt_len, stretch;
     std::vector<u32> frames;
     u32 len = 0;
     std::vector<std::vector<Slot>> slots;  // by KV head, all that were ever stored (or, of HEAVY, what is left)
@@ -109,7 +109,7 @@ struct Sequence {
     u32 pages(u32 positions) const {
         u32 most = kept == ALL      ? WHOLE
                    : kept == WINDOW ? ceil_div(first, 64) + ceil_div(recent - 1, 64) + 1
-                                    : ceil_div(first + recent + 64, 64);
+                                    : ceil_div(first + recent + stretch, 64);
         return std::min(ceil_div(positions, 64), most);
     }
     // The first position that a segment from `len` on may not reach.
@@ -165,6 +165,7 @@ Pass compose(Random& random, const Shape& shape, std::vector<Sequence>& sequence
                                  s.first,
                                  s.recent,
                                  s.prompt_len,
+                                 s.stretch,
                                  {}});
         for (u32 page = 0; page < s.pages(s.len + len); page++) pass.pages.push_back(s.frames[page]);
         pass.row_segments.insert(pass.row_segments.end(), len, i);
@@ -197,8 +198,8 @@ void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass,
                      float scale, std::vector<Slot>& slots, std::vector<float>& out) {
     u32 end = segment.start + segment.len, capacity = segment.first + segment.recent;
     for (u32 position = segment.start; position < end;) {
-        u32 whole =
-            position >= segment.prompt_len ? position + 1 : std::min((position / 64 + 1) * 64, segment.prompt_len);
+        u32 stretch = segment.stretch, whole = std::min((position / stretch + 1) * stretch, segment.prompt_len);
+        if (position >= segment.prompt_len) whole = position + 1;
         u32 stop = std::min(whole, end), taken = u32(slots.size());
         for (u32 p = position; p < stop; p++) {
             u32 row = segment.first_row + p - segment.start;
@@ -221,7 +222,8 @@ void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass,
                 for (u32 k = 0; k < seen; k++) slots[k].score += scores[k];
             }
         }
-        if (stop == whole && slots.size() > capacity) {
+        while (stop == whole && slots.size() > capacity) {
+            u32 left = std::max(capacity, u32(slots.size()) - std::min(64u, u32(slots.size())));
             u32 latest = stop - std::min(segment.recent, stop);
             std::vector<u32> older;
             for (u32 k = 0; k < slots.size(); k++)
@@ -230,14 +232,14 @@ void heavy_reference(const Shape& shape, const Layout& layout, const Pass& pass,
                 return slots[a].score != slots[b].score ? slots[a].score < slots[b].score
                                                         : slots[a].position < slots[b].position;
             });
-            older.resize(slots.size() - capacity);
+            older.resize(slots.size() - left);
             std::sort(older.begin(), older.end());
             auto gone = [&](u32 k) { return std::binary_search(older.begin(), older.end(), k); };
             std::vector<u32> moves;
-            for (u32 k = capacity; k < slots.size(); k++)
+            for (u32 k = left; k < slots.size(); k++)
                 if (!gone(k)) moves.push_back(k);
             for (u32 i = 0; i < moves.size(); i++) slots[older[i]] = slots[moves[i]];
-            slots.resize(capacity);
+            slots.resize(left);
         }
         position = stop;
     }
@@ -422,13 +424,14 @@ void sequences_of(Device& device, Random& random, const Case& c, bool heavy) {
         return taken;
     };
     std::vector<Sequence> sequences;
-    auto add = [&](u32 kept, u32 first, u32 recent, u32 prompt_len, u32 pages) {
-        Sequence s{kept, first, recent, prompt_len, take(pages), 0, {}};
+    auto add = [&](u32 kept, u32 first, u32 recent, u32 prompt_len, u32 pages, u32 stretch = 64) {
+        Sequence s{kept, first, recent, prompt_len, stretch, take(pages), 0, {}};
         sequences.push_back(s);
     };
     if (heavy) {
         add(HEAVY, 20, 13, 100 + random.below(60), 2);
         add(HEAVY, 70, 30, 130, 3);
+        add(HEAVY, 15, 10, 150 + random.below(60), 4, random.below(2) ? 128 : 1 << 24);
         add(ALL, 0, 0, 0, 4);
     } else {
         add(ALL, 0, 0, 0, 5);
@@ -448,7 +451,7 @@ void sequences_of(Device& device, Random& random, const Case& c, bool heavy) {
 void strange_values(Device& device, Random& random, u32 dtype) {
     const Shape shape = {1, 1, 37};
     Frames frames(device, {dtype, shape.dim, 0}, 1, 1, 1);
-    std::vector<Sequence> sequences = {{ALL, 0, 0, 0, {1}, 0, {}}};
+    std::vector<Sequence> sequences = {{ALL, 0, 0, 0, 64, {1}, 0, {}}};
     Pass pass = compose(random, shape, sequences, {6});
     auto row = [&](u32 i) { return pass.qkv.begin() + i * shape.width() + shape.dim; };
     *row(0) = 3e5f;

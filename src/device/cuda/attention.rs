@@ -42,7 +42,8 @@ struct ListedSegment {
     first: u32,
     recent: u32,
     prompt_len: u32,
-    unused: [u32; 3],
+    stretch: u32,
+    unused: [u32; 2],
 }
 
 /// Some rows of a segment over some of their tiles, as kernels read it.
@@ -83,10 +84,10 @@ impl Group<'_> {
         let segments = self.segments.iter().map(|segment| {
             let first_page = pages.len() as u32;
             pages.extend_from_slice(&segment.pages);
-            let (kept, first, recent, prompt_len) = match segment.kept {
-                Kept::All => (0, 0, 0, 0),
-                Kept::Window { start, recent } => (1, start, recent, 0),
-                Kept::Heavy { heavy, recent, prompt_len, .. } => (2, heavy, recent, prompt_len),
+            let (kept, first, recent, prompt_len, stretch) = match segment.kept {
+                Kept::All => (0, 0, 0, 0, 0),
+                Kept::Window { start, recent } => (1, start, recent, 0, 0),
+                Kept::Heavy { heavy, recent, prompt_len, stretch, .. } => (2, heavy, recent, prompt_len, stretch),
             };
             ListedSegment {
                 first_row: (segment.first_row - self.first_row) as u32,
@@ -98,7 +99,8 @@ impl Group<'_> {
                 first: first as u32,
                 recent: recent as u32,
                 prompt_len: prompt_len as u32,
-                unused: [0; 3],
+                stretch: stretch as u32,
+                unused: [0; 2],
             }
         });
         (segments.collect(), pages)

@@ -4,6 +4,7 @@
 //! in the next free slots, its queries attend to all slots up to their own key, every key adds up what it receives, and
 //! at the end of the stretch what is too much is evicted: never one of the latest positions, of the others those that
 //! received least, the older of equals. Keys that stay in slots beyond the capacity move to those that became free.
+//! That is done for a page's worth of keys at a time, as cards have room for, so slots are the same everywhere.
 //!
 //! Heads that share their slots ([`Spread::Heads`]) go through a stretch side by side and evict together. The 64 slots
 //! that a page has for a head may then be any head's: notes say whose.
@@ -75,9 +76,11 @@ pub fn run(isa: Isa, call: &Call<'_>, segment: &Segment, kv_head: usize, out: &S
     for (stretch, evicts) in stretches(segment) {
         let taken = segment.kept.slots(stretch.first_position);
         head.pass(isa, taken, &stretch, out);
-        let (count, stop) = (taken + stretch.len, stretch.first_position + stretch.len);
-        if evicts && count > heavy + recent {
-            head.evict(count, heavy + recent, stop - recent.min(stop));
+        let (mut count, stop) = (taken + stretch.len, stretch.first_position + stretch.len);
+        while evicts && count > heavy + recent {
+            let left = (heavy + recent).max(count.saturating_sub(PAGE_POSITIONS));
+            head.evict(count, left, stop - recent.min(stop));
+            count = left;
         }
     }
 }
