@@ -98,7 +98,10 @@ impl<D: Device> Engine<'_, D> {
             (_, Kept::All) => 1,
             (_, kept) => kept.held(prompt.tokens.len()),
         };
-        let reading = prompt.kept.pages(prompt.tokens.len()) - taken;
+        // What was put aside comes back as it was.
+        let aside = begin.paused.as_ref().and_then(|paused| paused.aside.as_ref());
+        let has_read = aside.is_some_and(|aside| aside.computed >= prompt.tokens.len());
+        let reading = if has_read { 0 } else { prompt.kept.pages(prompt.tokens.len()) - taken };
         let grown = |more: usize| pages_at(prompt, known + more) - taken as isize + copies as isize;
         outlook.add(&self.lengths, (job, prompt), begin.samples.first(), (0, reading), grown);
         if all {
