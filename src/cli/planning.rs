@@ -102,7 +102,8 @@ impl Situation<'_> {
 
     /// Whether the cache holds as many sequences as are worth having.
     fn is_roomy(&self, placement: &Placement) -> bool {
-        let wanted = self.job.pages_of(placement.policy.sequences.min(self.job.requests).min(64) as f64);
+        let policy = &placement.policy;
+        let wanted = self.job.pages_of(policy.sequences.min(self.job.requests).min(64) as f64, policy.chunk_tokens);
         placement.total_pages() as f64 >= wanted && placement.total_pages() >= self.job.most_pages
     }
 

@@ -319,8 +319,9 @@ impl<'m, D: Device> Engine<'m, D> {
         let placement = self.executor().placement();
         let page_bytes = placement.num_layers as u64 * placement.frame;
         let ([cache, block], longest) = (self.pages_wanted, self.longest());
-        // What a block holds counts where pages are brought in.
-        let block = if self.block_pages() == usize::MAX { 0 } else { block.max(cache) };
+        // What a block holds counts where pages are brought in, or would be if there were more.
+        let all_are_there = placement.policy.kv.share(placement.compute) == 1.0;
+        let block = if all_are_there { 0 } else { block.max(cache) };
         let (need, have) = (cache.max(block) as u64 * page_bytes, longest as u64 * page_bytes);
         let policy = match block {
             0 => format!("`pages` are {cache} or more"),

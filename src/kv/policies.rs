@@ -245,6 +245,11 @@ pub fn parse(text: &str) -> Result<Arc<dyn KvPolicy>, String> {
             _ => Size::Heavy(setting("heavy", None)?),
         };
         let (recent, stretch) = (setting("recent", None)?, setting("stretch", Some(SHORTEST_STRETCH))?);
+        if let Amount::Count(count @ 0..=1) = stretch {
+            return Err(format!(
+                "`stretch={count}` is no number of positions to read: the whole prompt is `stretch=1.0`"
+            ));
+        }
         Ok(Arc::new(HeavyHitters { size, recent, shape, stretch }))
     };
     Ok(match name {
@@ -302,6 +307,7 @@ mod tests {
             ("h2o:heavy=5,keep=9,recent=5", "give one of them"),
             ("sink:keep=5", "has no `keep`"),
             ("pyramid:keep=5,recent=3,stretch=1.0", "has no `stretch`"),
+            ("h2o:keep=5,recent=3,stretch=1", "`stretch=1.0`"),
             ("lru", "no policy"),
         ] {
             let error = parse(text).unwrap_err();
@@ -328,7 +334,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!([64, 65, 300].map(|len| stretch("h2o:keep=9,recent=3", len)), [WHOLE_PROMPT, 64, 64]);
-        assert_eq!([0, 65, 200].map(|s| stretch(&format!("h2o:keep=9,recent=3,stretch={s}"), 400)), [64, 128, 256]);
+        assert_eq!([2, 65, 200].map(|s| stretch(&format!("h2o:keep=9,recent=3,stretch={s}"), 400)), [64, 128, 256]);
         assert_eq!(stretch("h2o:keep=9,recent=3,stretch=0.5", 400), 256);
         assert_eq!(stretch("h2o:keep=9,recent=3,stretch=1.0", 400), WHOLE_PROMPT);
         assert_eq!(stretch("per-head:keep=9,recent=3", 10), 64);

@@ -233,9 +233,11 @@ impl Kept {
                     let stop = stretch_end.min(range.end);
                     let (len, taken) = (stop - position, before + stop - position);
                     upkeep.scored += (len * before + len * (len + 1) / 2) as u64;
-                    if stop == stretch_end && taken > heavy + recent {
-                        upkeep.sifted += taken as u64;
-                        upkeep.evicted += (taken - heavy - recent) as u64;
+                    if stop == stretch_end {
+                        // A page's worth of keys at a time.
+                        let left = (heavy + recent..taken).rev().step_by(PAGE_POSITIONS).map(|last| last as u64 + 1);
+                        upkeep.sifted += left.sum::<u64>();
+                        upkeep.evicted += taken.saturating_sub(heavy + recent) as u64;
                     }
                     position = stop;
                 }
@@ -523,6 +525,11 @@ mod tests {
         assert_eq!(heavy.upkeep(&(0..150)), prompt);
         let token = Upkeep { scored: 101, sifted: 101, evicted: 1, turned: 0 };
         assert_eq!(heavy.upkeep(&(150..151)), token);
+        // A whole prompt goes down to its capacity page by page.
+        let Kept::Heavy { heavy: 60, recent: 40, spread, .. } = heavy else { unreachable!() };
+        let whole = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 230, stretch: WHOLE_PROMPT, spread };
+        let upkeep = whole.upkeep(&(0..230));
+        assert_eq!((upkeep.sifted, upkeep.evicted, upkeep.scored), (230 + 166 + 102, 130, 230 * 231 / 2));
         // However it is cut.
         for cut in [1, 64, 100, 149] {
             let mut parts = heavy.upkeep(&(0..cut));

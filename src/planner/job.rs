@@ -190,11 +190,11 @@ impl Job {
         pages * (1.0 - (1.0 - share).powf(sequences))
     }
 
-    /// Pages that `sequences` in flight hold together.
-    pub fn pages_of(&self, sequences: f64) -> f64 {
+    /// Pages that `sequences` in flight hold together, whose prompts are read so many tokens a pass.
+    pub fn pages_of(&self, sequences: f64, chunk_tokens: usize) -> f64 {
         let held = (sequences * self.whole_pages).min(sequences * self.pages + self.common_pages(sequences));
-        // As many prompts are read in a pass as answers end, or one.
-        held + (sequences / self.gen_len).clamp(1.0, sequences.max(1.0)) * self.reading_pages
+        let prompts = (chunk_tokens as f64 / self.fresh_len).ceil().clamp(1.0, sequences.max(1.0));
+        held + prompts * self.reading_pages
     }
 
     /// Whether answers are expected to end before their last token.
@@ -375,13 +375,13 @@ mod tests {
         assert_eq!((job.prompt_len, job.fresh_len, job.sharing), (700.0, 60.0, (1.0, 10.0)));
         // 720 positions lie in 12 pages, ten of which are shared.
         assert_eq!((job.pages, job.whole_pages, job.most_pages), (2.0, 12.0, 12));
-        assert_eq!((job.pages_of(1.0), job.pages_of(20.0)), (12.0, 50.0));
+        assert_eq!((job.pages_of(1.0, 64), job.pages_of(20.0, 64)), (12.0, 50.0));
         // Of two samples one holds the prompt, and nobody shares more than that. Two prompts of many hardly matter.
         let two = Job::of(&[request, request.sharing(700)]);
-        assert_eq!((two.pages_of(1.0), two.pages_of(100.0) < 710.1), (12.0, true));
+        assert_eq!((two.pages_of(1.0, 64), two.pages_of(100.0, 64) < 710.1), (12.0, true));
         let mut many = [Request { prompt_len: 40, ..request }; 600];
         (many[0], many[1]) = (request, request.sharing(700));
-        assert!(Job::of(&many).pages_of(20.0) < 22.0, "{}", Job::of(&many).pages_of(20.0));
+        assert!(Job::of(&many).pages_of(20.0, 64) < 22.0, "{}", Job::of(&many).pages_of(20.0, 64));
         let load = job.steady(100, job.balanced_chunk(100));
         assert!((load.prompts - 5.0).abs() < 1e-9 && (load.prompt_tokens - 300.0).abs() < 1e-6, "{load:?}");
         let all: f64 = load.blocks(&job, 2).iter().map(|block| block.shape.keys as f64).sum();

@@ -490,7 +490,9 @@ mod tests {
             let blocks = passes.iter().flat_map(|pass| &pass.blocks).filter(|block| block.rows == block.segments);
             blocks.map(|block| block.segments).max().unwrap()
         };
-        assert_eq!([20, 21, 28].map(&mut most), [2, 3, 4]);
+        let first = job.lengths[0].kept.at(0, 4);
+        assert_eq!([599, 600, 610].map(|at| first.touches(&(at..at + 1)).count()), [8, 7, 7]);
+        assert_eq!([21, 22, 28, 29].map(&mut most), [2, 3, 3, 4]);
     }
 
     #[test]

@@ -362,7 +362,7 @@ impl<'a> Question<'a> {
         let rows = blocks.iter().map(|block| block.shape.rows).max().unwrap_or(1);
         // Passes of a real job carry a few rows more than the mean one.
         let spare = if blocks.len() == 1 { rows.max(sequences + chunk_tokens) } else { rows + rows.div_ceil(16) };
-        let pages = self.job.pages_of(sequences as f64).ceil() as usize;
+        let pages = self.job.pages_of(sequences as f64, chunk_tokens).ceil() as usize;
         let prompts = ((chunk_tokens as f64 / self.job.fresh_len) as usize).clamp(1, blocks.len());
         Outline {
             sequences,
