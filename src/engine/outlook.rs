@@ -77,9 +77,8 @@ impl<D: Device> Engine<'_, D> {
             - self.prefixes.held_alone(&sequence.path, &sequence.pages);
         let (held, known) = (sequence.pages.len(), sequence.tokens.len());
         // What it shares and will write to it must copy first.
-        let copies = self.pages_needed(sequence, sequence.computed..sequence.computed);
-        let reads = sequence.computed < sequence.prompt_len;
-        let reading = if reads { sequence.kept.pages(sequence.prompt_len).saturating_sub(held) } else { 0 };
+        let copies = self.copies_needed(sequence, &(sequence.computed..sequence.computed + 1));
+        let reading = sequence.kept.reading(sequence.computed).saturating_sub(held);
         let grown = |more: usize| pages_at(prompt, known + more) - held as isize + copies as isize;
         outlook.add(&self.lengths, (job, prompt), sequence.sample.as_ref(), (held - shared, reading + copies), grown);
         if sequence.siblings_go_on {
@@ -100,8 +99,7 @@ impl<D: Device> Engine<'_, D> {
         };
         // What was put aside comes back as it was.
         let aside = begin.paused.as_ref().and_then(|paused| paused.aside.as_ref());
-        let has_read = aside.is_some_and(|aside| aside.computed >= prompt.tokens.len());
-        let reading = if has_read { 0 } else { prompt.kept.pages(prompt.tokens.len()) - taken };
+        let reading = prompt.kept.reading(aside.map_or(0, |aside| aside.computed)).saturating_sub(taken);
         let grown = |more: usize| pages_at(prompt, known + more) - taken as isize + copies as isize;
         outlook.add(&self.lengths, (job, prompt), begin.samples.first(), (0, reading), grown);
         if all {

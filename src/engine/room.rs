@@ -21,14 +21,16 @@ use crate::kv::pages::{PageId, PagePool};
 use crate::policy::Order;
 
 impl<D: Device> Engine<'_, D> {
-    /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies of those that
-    /// it shares and will write to. An empty range is about the next position alone, and about copies.
-    pub(super) fn pages_needed(&self, sequence: &Sequence, range: Range<usize>) -> usize {
-        let end = if range.is_empty() { 0 } else { range.end };
-        let new = sequence.kept.pages(end).saturating_sub(sequence.pages.len());
-        let next = range.start..range.end.max(range.start + 1);
-        let written = sequence.kept.writes(&next).filter_map(|page| sequence.pages.get(page));
-        new + written.filter(|&&page| self.pool.is_shared(page)).count()
+    /// Pages that a sequence must be given before the positions `range` are stored: new ones, and copies.
+    pub(super) fn pages_needed(&self, sequence: &Sequence, range: &Range<usize>) -> usize {
+        let new = sequence.kept.pages(range.end).saturating_sub(sequence.pages.len());
+        new + self.copies_needed(sequence, range)
+    }
+
+    /// Pages that a sequence shares and that the positions `range` are written to.
+    pub(super) fn copies_needed(&self, sequence: &Sequence, range: &Range<usize>) -> usize {
+        let written = sequence.kept.writes(range).filter_map(|page| sequence.pages.get(page));
+        written.filter(|&&page| self.pool.is_shared(page)).count()
     }
 
     /// Pages that nobody in flight holds.
@@ -61,7 +63,7 @@ impl<D: Device> Engine<'_, D> {
                 // A prompt goes on by a page's end at least.
                 let to = sequence.kept.reach(&(from..known.min((from / PAGE_POSITIONS + 1) * PAGE_POSITIONS)));
                 let counts = (sequence.decodes() && !waits) || Some(sequence.number) == oldest;
-                if counts { self.pages_needed(sequence, from..to) } else { 0 }
+                if counts { self.pages_needed(sequence, &(from..to)) } else { 0 }
             });
             let needs: Vec<usize> = needs.collect();
             let total: usize = needs.iter().sum();
@@ -78,7 +80,7 @@ impl<D: Device> Engine<'_, D> {
         let sequence = &self.active[index];
         let (from, mut to) = (sequence.computed, to);
         let free = self.free_pages() - (self.noted_pages - self.noted[index]);
-        while to > from && self.pages_needed(sequence, from..to) > free {
+        while to > from && self.pages_needed(sequence, &(from..to)) > free {
             to = (to - 1) / PAGE_POSITIONS * PAGE_POSITIONS;
         }
         to.max(from)
@@ -87,7 +89,7 @@ impl<D: Device> Engine<'_, D> {
     /// Makes the pages that positions `from .. to` of a sequence are written to its own.
     pub(super) fn own_pages(&mut self, index: usize, from: usize, to: usize) -> Result<()> {
         self.noted_pages -= std::mem::take(&mut self.noted[index]);
-        self.give_up(self.pages_needed(&self.active[index], from..to));
+        self.give_up(self.pages_needed(&self.active[index], &(from..to)));
         let sequence = &mut self.active[index];
         let kept = sequence.kept;
         let new = kept.pages(to).saturating_sub(sequence.pages.len());

@@ -167,6 +167,15 @@ impl Kept {
         }
     }
 
+    /// Pages that a sequence which has computed `computed` positions will hold before its prompt has been read; none
+    /// where that has been, or gives nothing back.
+    pub fn reading(self, computed: usize) -> usize {
+        match self {
+            Kept::Heavy { prompt_len, .. } if computed < prompt_len => self.pages(prompt_len),
+            Kept::All | Kept::Window { .. } | Kept::Heavy { .. } => 0,
+        }
+    }
+
     /// Pages that a sequence of `positions` positions has had to hold at the same time.
     pub fn most_held(self, positions: usize) -> usize {
         match self {
@@ -463,6 +472,7 @@ mod tests {
                     prop_assert!(pages_for(kept.slots(to)) <= held.len());
                 }
                 prop_assert_eq!(held.len(), kept.held(to));
+                prop_assert!(kept.reading(at) == 0 || kept.reading(at) >= kept.pages(to));
                 prop_assert!(kept.held(to) <= kept.pages(to) && kept.pages(to) <= kept.most_held(len));
                 at = to;
             }
@@ -526,8 +536,8 @@ mod tests {
         let token = Upkeep { scored: 101, sifted: 101, evicted: 1, turned: 0 };
         assert_eq!(heavy.upkeep(&(150..151)), token);
         // A whole prompt goes down to its capacity page by page.
-        let Kept::Heavy { heavy: 60, recent: 40, spread, .. } = heavy else { unreachable!() };
-        let whole = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 230, stretch: WHOLE_PROMPT, spread };
+        let (stretch, spread) = (WHOLE_PROMPT, Spread::Even);
+        let whole = Kept::Heavy { heavy: 60, recent: 40, prompt_len: 230, stretch, spread };
         let upkeep = whole.upkeep(&(0..230));
         assert_eq!((upkeep.sifted, upkeep.evicted, upkeep.scored), (230 + 166 + 102, 130, 230 * 231 / 2));
         // However it is cut.

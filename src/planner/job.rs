@@ -103,7 +103,7 @@ impl Request {
 
     /// Pages that it holds beyond those while its prompt is read.
     fn reading_pages(&self) -> usize {
-        self.kept.pages(self.prompt_len).saturating_sub(self.expected_pages() + self.shared_pages())
+        self.kept.reading(0).saturating_sub(self.expected_pages() + self.shared_pages())
     }
 
     /// Pages that a single layer of it works with, at most, in a model with more than one.

@@ -95,8 +95,7 @@ impl Sequence {
         let Request { prompt_len, max_tokens, kept, .. } = self.request;
         let (held, answer) = (self.pages.len(), self.known - prompt_len);
         let most = positions(prompt_len, max_tokens);
-        let reading =
-            if self.computed < prompt_len { kept.pages(prompt_len).saturating_sub(self.covered()) } else { 0 };
+        let reading = kept.reading(self.computed).saturating_sub(self.covered());
         let grown = |more: usize| kept.held((self.known + more).min(most)) as isize - self.covered() as isize;
         let goes_on = |more: usize| if more + answer < max_tokens { (-(more as f64) * ends).exp() } else { 0.0 };
         forecast.add(held, reading, grown, goes_on);
