@@ -624,8 +624,9 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
     Cache<dtype> cache = {call.view, call.pages + segment.first_page, head_dim, blockIdx.y};
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = num_heads / num_kv_heads;
     u32 end = segment.start + segment.len, capacity = segment.first + segment.recent;
-    for (u32 position = segment.start; position < end;) {
-        u32 taken = taken_slots(segment, position), whole = stretch_end(segment, position), stop = least(whole, end);
+    u32 position = segment.start, taken = taken_slots(segment, position), whole = stretch_end(segment, position);
+    while (position < end) {
+        u32 stop = least(whole, end);
         u32 pass_row = segment.first_row + position - segment.start;
         for (u32 i = warp; i < 2 * (stop - position); i += WARPS) {
             u32 slot = taken + i / 2;
@@ -649,14 +650,18 @@ DEVICE void attend_heavy(const Call& call, const Segment& segment, u32 num_heads
                 else heavy_rows<dtype, 8>(call, cache, part, room);
             });
         }
-        u32 count = taken + stop - position;
-        // Those that go first are those that received least: nobody depends on who goes with it.
-        for (u32 left = 0; stop == whole && count > capacity; count = left) {
-            left = count - least(VICTIMS, count - capacity);
-            evict(cache, count, left, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS,
-                  lists + 2 * VICTIMS);
-        }
+        taken += stop - position;
         position = stop;
+        if (stop != whole) break;
+        // Those that go first are those that received least: nobody depends on who goes with it.
+        while (taken > capacity) {
+            u32 left = taken - least(VICTIMS, taken - capacity);
+            evict(cache, taken, left, stop - least(segment.recent, stop), reduction, lists, lists + VICTIMS,
+                  lists + 2 * VICTIMS);
+            taken = left;
+        }
+        // A prompt's stretches but its last end at multiples.
+        whole = stop < segment.prompt_len ? least(stop + segment.stretch, segment.prompt_len) : stop + 1;
     }
 }
 
